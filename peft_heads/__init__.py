@@ -1,0 +1,23 @@
+"""Head-masked LoRA for vision transformers, as an extension of Hugging Face PEFT.
+
+Importing the package registers its tuners with PEFT.
+"""
+
+from .adapter_files import set_image_processor
+from .callbacks import TaylorHeadScorer
+from .heads import get_head_masks, set_head_masks
+from .image_classifier import load_image_classifier
+from .scoring import HeadScorer
+from .tuners import HeadMaskedLoraConfig, HeadMaskedLoraModel
+
+
+__all__ = [
+    "HeadMaskedLoraConfig",
+    "HeadMaskedLoraModel",
+    "HeadScorer",
+    "TaylorHeadScorer",
+    "get_head_masks",
+    "load_image_classifier",
+    "set_head_masks",
+    "set_image_processor",
+]

@@ -1,0 +1,67 @@
+"""Every fact tied to a version of peft, transformers or torch, each with the condition for deleting it."""
+
+from __future__ import annotations
+
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from peft.utils import PeftType, register_peft_method
+
+
+def add_peft_type(name: str) -> PeftType:
+    """Return `PeftType.<name>`, creating the member if PEFT does not know it.
+
+    `register_peft_method` refuses names that are not members of the enum, and Python's enums are closed. A true
+    `str` member is added, so that lookup by name and value, comparison with the plain string, copy and pickle work.
+
+    Delete when PEFT accepts methods from outside (https://github.com/huggingface/peft/issues/2273).
+    """
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_ = name
+    member._value_ = name
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType._member_names_)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    type.__setattr__(PeftType, name, member)
+    return member
+
+
+def register_tuner(*, name: str, config_cls: type, model_cls: type) -> None:
+    """Register a tuner with PEFT under `name` (lower case). Doing so twice is harmless.
+
+    Our tuners share the prefix of the method they extend (`lora_`). PEFT lets that pass only because it looks the
+    prefix up among the keys instead of the values of its table; should that be mended, the tables are filled here.
+
+    Delete the fallback when PEFT lets two methods share a prefix on purpose.
+    """
+    peft_type = add_peft_type(name.upper())
+    if PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type) is config_cls:
+        return
+    try:
+        register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix)
+    except KeyError:
+        if peft_type in PEFT_TYPE_TO_CONFIG_MAPPING:  # a different class of the same name: a real conflict
+            raise
+        PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = model_cls.prefix
+        PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
+        PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls
+
+
+def support_peft_in_image_pipelines() -> None:
+    """Let `pipeline("image-classification", model=peft_model)` know that a PeftModel is fine.
+
+    It works without, after an error in the log that lists every class but PeftModel.
+
+    Delete when transformers lists PEFT's models for this task.
+    """
+    from transformers.pipelines import base
+
+    supported = getattr(base, "SUPPORTED_PEFT_TASKS", None)
+    if supported is not None and "PeftModel" not in supported.setdefault("image-classification", []):
+        supported["image-classification"].append("PeftModel")

@@ -1,0 +1,173 @@
+"""What an adapter folder holds beside weights and adapter configuration: model card, labels, image processor."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from .atomic import write_atomically
+from .heads.maskable import describe_masks
+
+
+if TYPE_CHECKING:
+    import torch
+
+    from .tuners.head_masked_lora import HeadMaskedLoraConfig
+
+# Not config.json: transformers takes a folder that has one for a full checkpoint and no longer for an adapter.
+LABELS_FILE = "labels.json"
+SECTION_BEGIN, SECTION_END = "<!-- peft_heads: begin -->", "<!-- peft_heads: end -->"
+_SETTINGS = ("ne", "ratio", "granularity", "joint", "criterion", "mask_scope", "r", "lora_alpha", "lora_dropout")
+
+
+@dataclass
+class AdapterFiles:
+    """Plain data, so that the configuration that carries it stays copyable and picklable.
+
+    Attributes:
+        masks: The adapter's head masks, as of the last time its weights were collected.
+        model_class: Class name of the base model.
+        id2label: Label names of the base model as it is used.
+        image_processor: `preprocessor_config.json` of the image processor as it is used.
+        selection_pending: Set while a [`TaylorHeadScorer`] is going to select heads later, so that checkpoints of
+            the warm-up are saved without a warning.
+    """
+
+    masks: dict[str, torch.Tensor] = field(default_factory=dict)
+    model_class: str = ""
+    id2label: dict[int, str] | None = None
+    image_processor: str | None = None
+    selection_pending: bool = False
+
+    @property
+    def selected(self) -> bool:
+        return any(not mask.all() for mask in self.masks.values())
+
+    def write(self, folder: str | os.PathLike, config: HeadMaskedLoraConfig) -> None:
+        """Write the files into `folder`; an image processor or labels that are not known leave what is there."""
+        folder = Path(folder)
+        if self.id2label:
+            write_atomically(
+                folder / LABELS_FILE, json.dumps({"id2label": self.id2label}, indent=1, ensure_ascii=False)
+            )
+        if self.image_processor is not None:
+            write_atomically(folder / "preprocessor_config.json", self.image_processor)
+        if config.masks_heads and self.masks and not self.selected and not self.selection_pending:
+            warnings.warn(
+                f"the adapter saved to {folder} is to deactivate heads ({_heads_asked_for(config)}), but none has "
+                "been selected: it is plain LoRA so far. Train with TaylorHeadScorer among the callbacks, or use "
+                "HeadScorer or set_head_masks"
+            )
+        write_card(folder / "README.md", config, self)
+
+
+def set_image_processor(model: Any, image_processor: Any, adapter_name: str = "default") -> None:
+    """Let `save_pretrained` and `push_to_hub` store the image processor beside the adapter.
+
+    [`TaylorHeadScorer`] does so by itself with the Trainer's `processing_class`.
+    """
+    files = getattr(model.peft_config[adapter_name], "adapter_files", None)
+    if files is not None and hasattr(image_processor, "image_processor_type"):
+        files.image_processor = image_processor.to_json_string()
+
+
+def read_labels(folder: str | os.PathLike) -> dict[int, str] | None:
+    """The label names stored in an adapter's folder, None if there are none.
+
+    Raises:
+        ValueError: The file is not what `AdapterFiles.write` writes.
+    """
+    path = Path(folder) / LABELS_FILE
+    if not path.exists():
+        return None
+    try:
+        return {int(index): str(label) for index, label in json.loads(path.read_text("utf-8"))["id2label"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f'{path} is not a label file, expected {{"id2label": {{"0": "name", …}}}}: {error}'
+        ) from error
+
+
+def write_card(path: Path, config: HeadMaskedLoraConfig, files: AdapterFiles) -> None:
+    """Create or update the model card: metadata, and one section of our own between two comments.
+
+    PEFT has written its card before. Where that is nothing but the Hub's template of blanks it is replaced; a card
+    that a person has written keeps its text.
+    """
+    card = ModelCard.load(path) if path.exists() else ModelCard.from_template(ModelCardData())
+    card.data.tags = sorted({*(card.data.tags or []), "peft_heads", "head-masked-lora"})
+    card.data.library_name = "peft"
+    if "ForImageClassification" in files.model_class:
+        card.data.pipeline_tag = "image-classification"
+
+    section = f"{SECTION_BEGIN}\n{card_section(config, files)}\n{SECTION_END}"
+    if SECTION_BEGIN in card.text:
+        pattern = re.compile(f"{SECTION_BEGIN}.*?{SECTION_END}", re.DOTALL)
+        card.text = pattern.sub(lambda _: section, card.text)
+    elif card.text.count("[More Information Needed]") > 20:
+        versions = card.text.partition("### Framework versions")[2].strip()
+        card.text = f"{section}\n\n### Framework versions\n\n{versions}\n"
+    else:
+        card.text = f"{section}\n\n{card.text.lstrip()}"
+    write_atomically(path, str(card))
+
+
+def card_section(config: HeadMaskedLoraConfig, files: AdapterFiles) -> str:
+    """The part of the model card about the method: settings, deactivated heads, how to install and load."""
+    base = config.base_model_name_or_path or ""
+    # a folder of this machine is no use to the card's readers
+    is_repository = bool(base) and base.count("/") <= 1 and not Path(base).exists()
+    base_link = f"[{base}](https://huggingface.co/{base})" if is_repository else "the base model"
+    title = f"Head-masked LoRA adapter for {base}" if is_repository else "Head-masked LoRA adapter"
+    settings = "\n".join(f"| `{name}` | {getattr(config, name)} |" for name in _SETTINGS)
+    if not config.masks_heads:
+        heads = "None: with `ne=0` this is plain LoRA."
+    elif not files.selected:
+        heads = (
+            "**None have been selected yet**: this adapter was saved before the selection and is plain LoRA so far."
+        )
+    else:
+        heads = describe_masks(files.masks).replace("; ", "\n- ")
+        heads = f"- {heads}"
+    version = importlib.metadata.version("peft-heads")
+    return f"""# {title}
+
+LoRA on {base_link}, switched off for the attention heads that the task does not need (HEAT, Heart-LoRA).
+Trained with [peft_heads](https://pypi.org/project/peft-heads/) {version}.
+
+## Deactivated heads
+
+{heads}
+
+## Settings
+
+| field | value |
+|---|---|
+{settings}
+
+## Use
+
+```
+pip install peft-heads
+```
+
+```python
+from peft_heads import load_image_classifier
+
+model, image_processor = load_image_classifier("FOLDER_OR_REPOSITORY")
+```
+
+or, on a base model of your own, `import peft_heads` and then `PeftModel.from_pretrained(base_model, …)`: importing
+`peft_heads` is what makes the adapter type known to PEFT."""
+
+
+def _heads_asked_for(config: HeadMaskedLoraConfig) -> str:
+    return f"ne={config.ne}" if config.ne is not None else f"ratio={config.ratio}"

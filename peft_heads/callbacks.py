@@ -1,0 +1,303 @@
+"""The Trainer callback: training events in, calls of a [`HeadScorer`] out; no mathematics here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import warnings
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from .adapter_files import set_image_processor
+from .atomic import write_atomically
+from .heads.maskable import deactivated_heads, describe_masks, get_head_masks
+from .heads.scores import GRADIENT_CRITERIA
+from .plotting import figure_bytes, plot_head_scores
+from .scoring import HeadScorer, TwoScorersError
+
+
+logger = logging.getLogger(__name__)
+
+WINDOWS = ("last_epoch", "all", "last_step")
+SCORES_FILE, HEAT_MAP_FILE = "head_scores.json", "head_scores.png"
+
+
+class TaylorHeadScorer(TrainerCallback, ExportableState):
+    """Scores the heads of a head-masked adapter during the warm-up and deactivates the least responsive.
+
+    Says *when*; *what* is deactivated is said by [`HeadMaskedLoraConfig`]. At the selection the masks are set, the
+    deactivated heads are recorded in `state.log_history` and logged at INFO, and the main process writes
+    `head_scores.json` (all criteria's scores and the masks) and `head_scores.png` (a heat map) into `output_dir`.
+    Checkpoints hold masks and scores: a resumed run selects the same heads.
+
+    This is the heads' warm-up; the learning rate's is `TrainingArguments`'.
+
+    Args:
+        select_at: Below 1 a share of the optimizer steps, from 1 on a step, as `TrainingArguments.warmup_steps` reads
+            numbers. Defaults to 0.1: the papers' 10 of 100 epochs.
+        warmup_epochs: Instead of `select_at`: the selection comes after so many epochs.
+        window: The optimizer steps whose scores are averaged, up to the selection: the last epoch before it, all of
+            the warm-up, or the last step alone. A window longer than the warm-up is cut to it.
+
+    Attributes:
+        masks: `{module name: bool (num_heads,)}` once the heads are selected, None before.
+
+    Raises:
+        ValueError: Wrong arguments; when training begins: a selection after the end of training, a model without a
+            head-masked adapter, a second scorer, or an epoch of unknown length where it is needed.
+
+    Example:
+
+        ```py
+        >>> trainer = Trainer(model, args, train_dataset=dataset, callbacks=[TaylorHeadScorer(warmup_epochs=10)])
+        ```
+    """
+
+    def __init__(
+        self, select_at: float | None = None, warmup_epochs: float | None = None, window: str = "last_epoch"
+    ) -> None:
+        if select_at is not None and warmup_epochs is not None:
+            raise ValueError(
+                f"give select_at or warmup_epochs, not both; got select_at={select_at}, warmup_epochs={warmup_epochs}"
+            )
+        if select_at is not None and (select_at <= 0 or (select_at >= 1 and select_at != int(select_at))):
+            raise ValueError(
+                f"select_at is a share of the steps, in (0, 1), or a whole number of steps; got {select_at}"
+            )
+        if warmup_epochs is not None and warmup_epochs <= 0:
+            raise ValueError(f"warmup_epochs must be positive; got {warmup_epochs}")
+        if window not in WINDOWS:
+            raise ValueError(f"window must be one of {', '.join(WINDOWS)}; got {window!r}")
+        self.select_at = 0.1 if select_at is None and warmup_epochs is None else select_at
+        self.warmup_epochs = warmup_epochs
+        self.window = window
+        self.masks = None
+        self.progress: dict[str, Any] = {}
+        self._scorer: HeadScorer | None = None
+        self._trainer = None
+
+    def attach(self, trainer) -> TaylorHeadScorer:
+        """Log through `trainer.log`, so that TensorBoard and the like see the selection; adds the callback if needed."""
+        if self not in trainer.callback_handler.callbacks:
+            trainer.add_callback(self)
+        self._trainer = trainer
+        return self
+
+    # Trainer events
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        model = kwargs["model"]
+        if self._scorer is not None:  # auto_find_batch_size begins again; or an earlier run broke off
+            self._scorer.close()
+        self.masks = None
+        self._scorer = self._new_scorer(model, state)
+        first, last = self._plan(args, state, kwargs.get("train_dataloader"))
+
+        saved = _saved_progress(state) if state.global_step else {}
+        self.progress = {"first_step": first, "select_step": last, "selected_at": saved.get("selected_at")}
+        set_image_processor(model, kwargs.get("processing_class"), self._scorer.adapter_name)
+        # a checkpoint of a run without this callback lacks the entry that Trainer updates at the next checkpoint
+        state.stateful_callbacks.setdefault(type(self).__name__, {})
+
+        masks = get_head_masks(model, self._scorer.adapter_name)
+        if deactivated_heads(masks) or self.progress["selected_at"] is not None:
+            if self.progress["selected_at"] is None:
+                warnings.warn(
+                    f"adapter {self._scorer.adapter_name!r} has deactivated heads already and keeps them: "
+                    f"{describe_masks(masks)}. Nothing is scored"
+                )
+            self.masks = masks
+            self._scorer.close()
+            return
+
+        self._restore_scores(saved)
+        self._scorer.config.adapter_files.selection_pending = True
+        if state.global_step >= last:
+            self._catch_up(args, state, model, kwargs.get("optimizer"))
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if self.masks is None and self.progress["first_step"] <= state.global_step + 1:
+            self._scorer.start()
+
+    def on_pre_optimizer_step(self, args, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if self._scorer.recording:
+            scaler = getattr(kwargs.get("optimizer"), "scaler", None)
+            counted = self._scorer.update(loss_scale=scaler.get_scale() if scaler is not None else 1.0)
+            if not counted:
+                logger.warning(
+                    "step %d: the gradients are not finite, the step does not count for the head scores",
+                    state.global_step + 1,
+                )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        # Not on_epoch_end: a run resumed from a checkpoint at an epoch's last step never gets that event. The
+        # checkpoint of this step is written afterwards and holds the masks.
+        if self.masks is None and state.global_step >= self.progress["select_step"]:
+            self._select(args, state, kwargs["model"], kwargs.get("optimizer"))
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self._scorer.config.adapter_files.selection_pending = False
+        self._scorer.close()
+        if self.masks is None and self._scorer.config.masks_heads:
+            warnings.warn(
+                f"training ended at step {state.global_step}, before the selection at step "
+                f"{self.progress['select_step']}: no head is deactivated"
+            )
+        selected_at = self.progress["selected_at"]
+        best = state.best_global_step
+        if args.load_best_model_at_end and selected_at is not None and best is not None and best < selected_at:
+            warnings.warn(
+                f"load_best_model_at_end has loaded the checkpoint of step {best}, which is older than the selection "
+                f"of heads at step {selected_at}: the model has no deactivated heads. Evaluate only after the "
+                "selection, or select earlier"
+            )
+
+    # ExportableState: what checkpoints hold
+
+    def state(self) -> dict[str, Any]:
+        scores = self._scorer.state_dict() if self._scorer is not None and self.progress else None
+        return {
+            "args": {
+                "select_at": None if self.warmup_epochs is not None else self.select_at,
+                "warmup_epochs": self.warmup_epochs,
+                "window": self.window,
+            },
+            "attributes": {"progress": {**self.progress, "scores": scores} if self.progress else {}},
+        }
+
+    def _new_scorer(self, model: Any, state: TrainerState) -> HeadScorer:
+        active = model.active_adapters if hasattr(model, "peft_config") else []
+        adapter_name = active[0] if isinstance(active, list) and active else "default"
+        try:
+            scorer = HeadScorer(model, adapter_name, recording=False)
+        except TwoScorersError as error:
+            if error.other.run is None or error.other.run is state:
+                raise
+            error.other.close()  # left behind by a run that broke off
+            scorer = HeadScorer(model, adapter_name, recording=False)
+        scorer.run = state
+        return scorer
+
+    def _plan(self, args: TrainingArguments, state: TrainerState, dataloader: Any) -> tuple[int, int]:
+        """First and last optimizer step of the scoring window; heads are selected after the last."""
+        steps_per_epoch = _steps_per_epoch(args, dataloader)
+        needs = "warmup_epochs" if self.warmup_epochs is not None else "window='last_epoch'"
+        if steps_per_epoch is None and (self.warmup_epochs is not None or self.window == "last_epoch"):
+            raise ValueError(
+                f"{needs} needs the length of an epoch, which is unknown for this training dataset; give select_at "
+                "in steps (select_at=500) and window='all' or 'last_step'"
+            )
+        if self.warmup_epochs is not None:
+            last = _whole_steps(self.warmup_epochs * steps_per_epoch)
+            asked = f"warmup_epochs={self.warmup_epochs} of {steps_per_epoch} steps"
+        else:
+            last = _whole_steps(self.select_at * state.max_steps) if self.select_at < 1 else int(self.select_at)
+            asked = f"select_at={self.select_at}"
+        if last > state.max_steps:
+            raise ValueError(
+                f"{asked} selects heads at step {last}, after the end of training at step {state.max_steps}; select "
+                "earlier or train longer"
+            )
+        if last == state.max_steps and self._scorer.config.masks_heads:
+            warnings.warn(
+                f"{asked} selects heads at step {last}, the last of training: no step is trained with the masks"
+            )
+        length = {"last_epoch": steps_per_epoch, "all": last, "last_step": 1}[self.window]
+        return max(1, last - length + 1), last
+
+    def _restore_scores(self, saved: dict[str, Any]) -> None:
+        scores = saved.get("scores")
+        if not scores or not (scores["num_steps"] or scores["num_skipped"]):
+            return
+        before = (saved["first_step"], saved["select_step"])
+        now = (self.progress["first_step"], self.progress["select_step"])
+        if before != now:
+            raise ValueError(
+                f"the checkpoint has scored heads for the window of steps {before[0]} to {before[1]}, but this run's "
+                f"window is {now[0]} to {now[1]}; resume with the same select_at, warmup_epochs, window and length "
+                f"of training, or pass select_at={before[1]}"
+            )
+        self._scorer.load_state_dict(scores)
+
+    def _catch_up(self, args: TrainingArguments, state: TrainerState, model: Any, optimizer: Any) -> None:
+        """Resumed after the selection step with nothing selected: select now, if there is something to select by."""
+        config = self._scorer.config
+        if config.masks_heads and config.criterion in GRADIENT_CRITERIA and not self._scorer.num_steps:
+            raise ValueError(
+                f"training resumes at step {state.global_step}, after the selection of heads at step "
+                f"{self.progress['select_step']}, and the checkpoint holds neither masks nor scores; pass a "
+                f"select_at of more than {state.global_step}"
+            )
+        self._select(args, state, model, optimizer)
+
+    def _select(self, args: TrainingArguments, state: TrainerState, model: Any, optimizer: Any) -> None:
+        scorer = self._scorer
+        scores = scorer.all_scores()
+        self.masks = scorer.apply(optimizer)
+        self.progress["selected_at"] = state.global_step
+        self._scorer.config.adapter_files.selection_pending = False
+
+        heads = describe_masks(self.masks)
+        logger.info("step %d: deactivated heads by %s: %s", state.global_step, scorer.config.criterion, heads)
+        entry = {"deactivated_heads": heads}
+        if self._trainer is not None:
+            self._trainer.log(entry)
+        else:
+            # a callback has no handle on the trainer, and reporters stand before it
+            state.log_history.append({**entry, "epoch": state.epoch, "step": state.global_step})
+        if state.is_world_process_zero:
+            self._write(args.output_dir, state, scores)
+
+    def _write(self, output_dir: str, state: TrainerState, scores: dict[str, dict]) -> None:
+        config = self._scorer.config
+        report = {
+            "peft_heads_version": importlib.metadata.version("peft-heads"),
+            "step": state.global_step,
+            "epoch": state.epoch,
+            "window": {
+                "first_step": self.progress["first_step"],
+                "last_step": self.progress["select_step"],
+                "steps_counted": self._scorer.num_steps,
+                "steps_skipped": self._scorer.num_skipped,
+            },
+            **{name: getattr(config, name) for name in ("ne", "ratio", "granularity", "joint", "mask_scope")},
+            **{name: getattr(config, name) for name in ("criterion", "mask_seed")},
+            "deactivated_heads": deactivated_heads(self.masks),
+            "masks": {name: mask.tolist() for name, mask in self.masks.items()},
+            "scores": {c: {name: s.tolist() for name, s in by_name.items()} for c, by_name in scores.items()},
+        }
+        write_atomically(os.path.join(output_dir, SCORES_FILE), json.dumps(report, indent=1))
+        shown = config.criterion if config.criterion in scores else next(iter(scores))
+        figure = plot_head_scores(
+            scores[shown],
+            self.masks,
+            joint=config.joint,
+            title=f"Head responsiveness ({shown}), step {state.global_step}",
+        )
+        write_atomically(os.path.join(output_dir, HEAT_MAP_FILE), figure_bytes(figure))
+
+
+def _saved_progress(state: TrainerState) -> dict[str, Any]:
+    """Our entry in a checkpoint. Trainer restores callbacks only on request, but always loads their state."""
+    saved = state.stateful_callbacks.get(TaylorHeadScorer.__name__) or {}
+    saved = saved[0] if isinstance(saved, list) else saved
+    return saved.get("attributes", {}).get("progress", {})
+
+
+def _steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:
+    """Optimizer steps of an epoch as Trainer counts them; None for a dataset of unknown length."""
+    try:
+        batches = len(dataloader)
+    except TypeError:
+        return None
+    return max(math.ceil(batches / args.gradient_accumulation_steps), 1)
+
+
+def _whole_steps(steps: float) -> int:
+    """Round up as TrainingArguments does, but read 0.1 of 30 steps (3.0000000000000004) as 3."""
+    return max(1, math.ceil(round(steps, 6)))

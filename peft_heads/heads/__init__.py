@@ -1,0 +1,21 @@
+"""Attention heads: where they are, how responsive they are, which are deactivated. Depends on torch alone."""
+
+from .layout import HeadLayout
+from .maskable import HeadMaskable, get_head_masks, set_head_masks
+from .resolve import resolve_heads
+from .scores import CRITERIA, head_scores, head_statistics
+from .selection import plan_groups, select_heads
+
+
+__all__ = [
+    "CRITERIA",
+    "HeadLayout",
+    "HeadMaskable",
+    "get_head_masks",
+    "head_scores",
+    "head_statistics",
+    "plan_groups",
+    "resolve_heads",
+    "select_heads",
+    "set_head_masks",
+]

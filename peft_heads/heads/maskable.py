@@ -1,0 +1,130 @@
+"""What a layer must offer to be scored and masked by head, and the functions that work on any such layer."""
+
+from __future__ import annotations
+
+import re
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from .layout import HeadLayout
+
+
+@runtime_checkable
+class HeadMaskable(Protocol):
+    """The protocol of a head-maskable adapter layer; LoRA's is the first, any other method can follow."""
+
+    head_layout: dict[str, HeadLayout]
+    """Heads of the wrapped projection, per adapter."""
+
+    def head_parameters(self, adapter_name: str) -> list[nn.Parameter]:
+        """The adapter's parameters that belong to heads; the leading dimension of each is the projection's rows."""
+
+    def get_head_mask(self, adapter_name: str) -> torch.Tensor:
+        """bool (num_heads,), True = active."""
+
+    def set_head_mask(self, adapter_name: str, mask: torch.Tensor) -> None:
+        """Set the mask from a bool tensor (num_heads,)."""
+
+
+# What wrappers put into module names: PeftModel, DistributedDataParallel, torch.compile.
+_WRAPPER_NAMES = re.compile(r"^(module\.)?(_orig_mod\.)?(base_model\.model\.)?|(?<=\.)_orig_mod\.")
+
+
+def head_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, HeadMaskable]:
+    """`{module name in the base model: layer}` of an adapter's head-maskable layers, in the model's order.
+
+    Raises:
+        ValueError: The model has no head-maskable layer for this adapter; the message lists the adapters that do.
+    """
+    found: dict[str, HeadMaskable] = {}
+    others: set[str] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, HeadMaskable):
+            others.update(module.head_layout)
+            if adapter_name in module.head_layout:
+                found[_WRAPPER_NAMES.sub("", name)] = module
+    if not found:
+        has = f"adapters with heads: {', '.join(sorted(others))}" if others else "it has no head-masked adapter"
+        raise ValueError(
+            f"no attention head of the model belongs to adapter {adapter_name!r} ({has}); create the adapter with "
+            "get_peft_model(model, HeadMaskedLoraConfig(...))"
+        )
+    return found
+
+
+def get_head_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
+    """The masks of an adapter.
+
+    Returns:
+        `{module name in the base model: bool tensor (num_heads,) on the CPU}`, True = active.
+
+    Raises:
+        ValueError: The model has no head-masked adapter of that name.
+    """
+    layers = head_layers(model, adapter_name)
+    return {name: layer.get_head_mask(adapter_name).detach().cpu().clone() for name, layer in layers.items()}
+
+
+def set_head_masks(model: nn.Module, masks: dict[str, torch.Tensor], adapter_name: str = "default") -> None:
+    """Set masks by hand; projections that `masks` leaves out keep theirs.
+
+    Args:
+        model: A model with a head-masked adapter.
+        masks: `{module name in the base model: bool tensor (num_heads,)}`, True = active.
+        adapter_name: The adapter.
+
+    Raises:
+        ValueError: Unknown module, wrong shape or dtype, or an adapter created with `ne=0`. Nothing is changed then.
+    """
+    layers = head_layers(model, adapter_name)
+    for name, mask in masks.items():
+        if name not in layers:
+            raise ValueError(
+                f"adapter {adapter_name!r} has no heads in a module {name!r}; it has: {', '.join(layers)}"
+            )
+        check_mask(name, mask, layers[name].head_layout[adapter_name])
+    for name, mask in masks.items():
+        layers[name].set_head_mask(adapter_name, mask)
+
+
+def check_mask(name: str, mask: torch.Tensor, layout: HeadLayout) -> None:
+    """Raise ValueError unless `mask` is a bool tensor with one entry per head of the projection `name`."""
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != (layout.num_heads,):
+        actual = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(
+            f"the head mask of {name} must be a bool tensor of shape ({layout.num_heads},), one entry per head "
+            f"(True = active); got {actual}"
+        )
+
+
+def deactivated_heads(masks: dict[str, torch.Tensor]) -> dict[str, list[int]]:
+    """`{module name: indices of its deactivated heads}`, for every projection that has any."""
+    heads = {name: (~mask).nonzero().flatten().tolist() for name, mask in masks.items()}
+    return {name: indices for name, indices in heads.items() if indices}
+
+
+def describe_masks(masks: dict[str, torch.Tensor]) -> str:
+    """The deactivated heads in one line, projections with the same heads together.
+
+    Example:
+        >>> off = torch.tensor([True, False])
+        >>> describe_masks({"layers.0.q_proj": off, "layers.0.v_proj": off, "layers.1.q_proj": ~off})
+        'head 1 of 2 in layers.0.q_proj, layers.0.v_proj; head 0 of 2 in layers.1.q_proj'
+    """
+    places: dict[tuple, list[str]] = {}
+    for name, indices in deactivated_heads(masks).items():
+        places.setdefault((tuple(indices), len(masks[name])), []).append(name)
+    if not places:
+        return "none"
+    parts = []
+    for (indices, num_heads), names in places.items():
+        if len(names) == len(masks):
+            where = f"all {len(names)} projections"
+        elif len(names) > 4:
+            where = f"{len(names)} projections ({names[0]} … {names[-1]})"
+        else:
+            where = ", ".join(names)
+        parts.append(f"head{'s' * (len(indices) > 1)} {', '.join(map(str, indices))} of {num_heads} in {where}")
+    return "; ".join(parts)

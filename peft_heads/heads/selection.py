@@ -1,0 +1,145 @@
+"""Scores in, masks out: which heads are deactivated.
+
+Everything here is a function of its arguments alone, so that every process selects the same heads.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .layout import HeadLayout
+
+
+GRANULARITIES = ("global", "layer")
+
+
+@dataclass(frozen=True)
+class HeadGroup:
+    """Projections that share one mask.
+
+    Attributes:
+        modules: Names of the projections; their scores are summed.
+        num_heads: Heads of each of them.
+        num_deactivated: How many heads the group gives up; 0 where it keeps all.
+    """
+
+    modules: tuple[str, ...]
+    num_heads: int
+    num_deactivated: int
+
+
+def check_head_count(ne: int | None, ratio: float | None) -> None:
+    """Raise ValueError unless exactly one of `ne` (an int ≥ 0) and `ratio` (in [0, 1)) is given."""
+    if ne is not None and ratio is not None:
+        raise ValueError(f"give ne or ratio, not both; got ne={ne} and ratio={ratio}")
+    if ne is None and ratio is None:
+        raise ValueError("give ne (heads per group) or ratio (share of a group's heads)")
+    if ne is not None and (isinstance(ne, bool) or not isinstance(ne, int) or ne < 0):
+        raise ValueError(f"ne is the number of heads to deactivate, an integer of at least 0; got {ne!r}")
+    if ratio is not None and not 0 <= ratio < 1:
+        raise ValueError(f"ratio is the share of heads to deactivate, in [0, 1); got {ratio!r}")
+
+
+def plan_groups(
+    layouts: dict[str, HeadLayout],
+    *,
+    ne: int | None = None,
+    ratio: float | None = None,
+    granularity: str = "global",
+    joint: bool = True,
+) -> list[HeadGroup]:
+    """Partition the projections into groups that share a mask, and say how many heads each gives up.
+
+    `global` (Heart-LoRA) puts all layers with the same number of heads into one group: one group on ViT, one per
+    stage on Swin. `layer` (Heart-LoRA†) lets each attention layer choose. `joint` gives the q and v of a layer one
+    mask; without it each has its own. `ratio` deactivates `floor(ratio * num_heads)` heads.
+
+    A group with no more heads than `ne` keeps all of them.
+
+    Raises:
+        ValueError: Wrong arguments; q and v of a layer differ in heads and `joint` is set; or no group is left that
+            `ne` or `ratio` can apply to.
+    """
+    check_head_count(ne, ratio)
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"granularity must be 'global' or 'layer'; got {granularity!r}")
+
+    members: dict[tuple, list[str]] = {}
+    for name, layout in layouts.items():
+        attention = name.rpartition(".")[0]
+        part = () if joint else (layout.role,)
+        place = (layout.num_heads,) if granularity == "global" else (attention,)
+        members.setdefault(place + part, []).append(name)
+    if joint:
+        _check_joint(layouts)
+
+    groups = []
+    for modules in members.values():
+        heads = layouts[modules[0]].num_heads
+        count = ne if ne is not None else floor_ratio(ratio, heads)
+        groups.append(HeadGroup(tuple(modules), heads, count if count < heads else 0))
+
+    if (ne or ratio) and not any(group.num_deactivated for group in groups):
+        wanted = f"ne={ne}" if ne is not None else f"ratio={ratio}"
+        found = sorted({group.num_heads for group in groups})
+        raise ValueError(
+            f"{wanted} applies to no group of heads: the groups have {', '.join(map(str, found)) or 'no'} heads, and "
+            "a group keeps at least one of its heads; choose a smaller ne, or a ratio that gives at least one head"
+        )
+    return groups
+
+
+def groups_kept_whole(groups: list[HeadGroup], ne: int | None) -> str | None:
+    """A sentence about groups that are too small for `ne` and keep all their heads; None if there are none."""
+    small = [group for group in groups if ne and group.num_heads <= ne]
+    if not small:
+        return None
+    sizes = ", ".join(f"{group.num_heads} heads ({group.modules[0]}, …)" for group in small)
+    return f"ne={ne}: {len(small)} group(s) with no more heads than that keep all of them: {sizes}"
+
+
+def select_heads(
+    scores: dict[str, torch.Tensor],
+    groups: list[HeadGroup],
+) -> dict[str, torch.Tensor]:
+    """Deactivate the heads with the lowest scores; among equal scores the lower head index first.
+
+    Args:
+        scores: `{module name: (num_heads,)}` from `head_scores`.
+        groups: From `plan_groups`.
+
+    Returns:
+        `{module name: bool (num_heads,)}`, True = active.
+
+    Example:
+        >>> groups = [HeadGroup(("a.q", "a.v"), num_heads=3, num_deactivated=1)]
+        >>> scores = {"a.q": torch.tensor([1.0, 0.0, 2.0]), "a.v": torch.tensor([0.0, 3.0, 0.0])}
+        >>> select_heads(scores, groups)["a.v"].tolist()  # the sums are 1, 3, 2
+        [False, True, True]
+    """
+    masks = {}
+    for group in groups:
+        total = torch.stack([scores[name].double().cpu() for name in group.modules]).sum(dim=0)  # (num_heads,)
+        mask = torch.ones(group.num_heads, dtype=torch.bool)
+        mask[torch.argsort(total, stable=True)[: group.num_deactivated]] = False
+        masks.update({name: mask.clone() for name in group.modules})
+    return masks
+
+
+def floor_ratio(ratio: float, num_heads: int) -> int:
+    """`floor(ratio * num_heads)`, as written: 0.29 of 100 heads are 29 although the product is 28.999…96."""
+    return math.floor(ratio * num_heads + 1e-9)
+
+
+def _check_joint(layouts: dict[str, HeadLayout]) -> None:
+    first: dict[str, str] = {}
+    for name, layout in layouts.items():
+        other = first.setdefault(name.rpartition(".")[0], name)
+        if layouts[other].num_heads != layout.num_heads:
+            raise ValueError(
+                f"joint=True gives the projections of an attention layer one mask, but {other} has "
+                f"{layouts[other].num_heads} heads and {name} has {layout.num_heads}; pass joint=False"
+            )

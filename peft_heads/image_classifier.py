@@ -1,0 +1,79 @@
+"""Loading a saved adapter as a ready image classifier."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ._compat import support_peft_in_image_pipelines
+from .adapter_files import read_labels
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import BaseImageProcessor
+
+
+def load_image_classifier(path_or_repo: str | os.PathLike, **kwargs: Any) -> tuple[PeftModel, BaseImageProcessor]:
+    """Load an adapter together with its base model, labels and image processor.
+
+    Works for any PEFT adapter of an image classifier; labels and processor are taken from the adapter's folder where
+    it has them (ours does) and from the base model otherwise.
+
+    Args:
+        path_or_repo: Folder or Hub repository of the adapter.
+        kwargs: `revision`, `token`, `cache_dir`, `subfolder` of the adapter's repository.
+
+    Returns:
+        The model in evaluation mode and its image processor, fit for
+        `pipeline("image-classification", model=model, image_processor=image_processor)`.
+
+    Raises:
+        ValueError: The folder holds no adapter, or one that does not name its base model.
+    """
+    from huggingface_hub import snapshot_download
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    folder = os.fspath(path_or_repo)
+    subfolder = kwargs.pop("subfolder", None)
+    if not os.path.isdir(folder):
+        # the small files of an adapter, once; afterwards everything is local
+        folder = snapshot_download(folder, allow_patterns=["*.json", "*.safetensors", "README.md"], **kwargs)
+    folder = os.path.join(folder, subfolder) if subfolder else folder
+
+    adapter_config = PeftConfig.from_pretrained(folder)
+    base = adapter_config.base_model_name_or_path
+    if not base:
+        raise ValueError(
+            f"the adapter in {path_or_repo} does not say which base model it belongs to; load the base model yourself "
+            "and use PeftModel.from_pretrained(base_model, path)"
+        )
+    base_kwargs = {key: value for key, value in kwargs.items() if key in ("token", "cache_dir")}
+    base_kwargs["revision"] = adapter_config.revision or "main"
+    labels = read_labels(folder)
+    label_kwargs = {"id2label": labels, "label2id": {label: i for i, label in labels.items()}} if labels else {}
+    with _without_head_report():
+        model = AutoModelForImageClassification.from_pretrained(
+            base, ignore_mismatched_sizes=True, **label_kwargs, **base_kwargs
+        )
+    if os.path.exists(os.path.join(folder, "preprocessor_config.json")):
+        image_processor = AutoImageProcessor.from_pretrained(folder)
+    else:
+        image_processor = AutoImageProcessor.from_pretrained(base, **base_kwargs)
+    support_peft_in_image_pipelines()
+    return PeftModel.from_pretrained(model, folder, config=adapter_config).eval(), image_processor
+
+
+@contextmanager
+def _without_head_report():
+    """Silence the report of a newly initialised classifier: the adapter brings the trained one."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

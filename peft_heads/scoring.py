@@ -1,0 +1,337 @@
+"""Responsiveness of heads, gathered over the optimizer steps of a training loop."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+
+from .heads.maskable import HeadMaskable, check_mask, describe_masks, head_layers
+from .heads.scores import CRITERIA, GRADIENT_CRITERIA, STATISTICS, head_scores, head_statistics
+from .heads.selection import groups_kept_whole, plan_groups, select_heads
+
+
+# Which scorer listens to a layer's adapter: a second one would be a mistake nobody sees.
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, dict[str, weakref.ref[HeadScorer]]] = weakref.WeakKeyDictionary()
+
+
+class HeadScorer:
+    """Scores the heads of an adapter in a plain PyTorch or Accelerate loop, and deactivates the least responsive.
+
+    One pass gathers the statistics of *all* criteria for every projection and head; the adapter's configuration (or
+    the arguments of `select`) decides only at selection, so one warm-up serves every variant.
+
+    Gradients are taken by hooks on the adapter's parameters, micro-batch by micro-batch: before gradient clipping and,
+    on several processes, before the reduction, which `update` does itself. The scores are therefore those of the
+    global batch however it was split.
+
+    Args:
+        model: A model with a head-masked adapter, possibly wrapped for distributed training.
+        adapter_name: The adapter to score. It must be active and trainable.
+        recording: Whether to listen from now on; otherwise after `start()`.
+
+    Raises:
+        ValueError: The model has no such head-masked adapter, or another scorer is attached to it.
+
+    Example:
+
+        ```py
+        >>> scorer = HeadScorer(model)
+        >>> for step, batch in enumerate(loader):
+        ...     model(**batch).loss.backward()
+        ...     scorer.update()  # after the last backward pass of a step, before optimizer.step()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        ...     if step == 100:
+        ...         masks = scorer.apply(optimizer)
+        ```
+    """
+
+    def __init__(self, model: nn.Module, adapter_name: str = "default", *, recording: bool = True) -> None:
+        model = extract_model_from_parallel(model, keep_torch_compile=False)
+        self.adapter_name = adapter_name
+        self.layers: dict[str, HeadMaskable] = head_layers(model, adapter_name)
+        self.layouts = {name: layer.head_layout[adapter_name] for name, layer in self.layers.items()}
+        self.config = model.peft_config[adapter_name]
+        # The run (a TrainerState) on whose behalf a callback scores; None in a plain loop.
+        self.run: Any = None
+        self.num_steps = 0
+        self.num_skipped = 0
+        self._sums: dict[str, torch.Tensor] = {}
+        self._grads: dict[nn.Parameter, torch.Tensor] = {}
+        self._num_backward = 0
+        self._handles: list[Any] = []
+        self._attach()
+        if recording:
+            self.start()
+
+    @property
+    def recording(self) -> bool:
+        return bool(self._handles)
+
+    def start(self) -> None:
+        """Listen to the adapter's gradients from the next backward pass on."""
+        if self.recording:
+            return
+        # The hooks know the scorer weakly: one that is dropped without close() stops listening.
+        this = weakref.ref(self)
+        for name, layer in self.layers.items():
+            for param in layer.head_parameters(self.adapter_name):
+                if not param.requires_grad:
+                    self.stop()
+                    raise ValueError(
+                        f"the heads of adapter {self.adapter_name!r} cannot be scored: its parameters in {name} are "
+                        "frozen; load the adapter with is_trainable=True and make it active"
+                    )
+                self._handles.append(param.register_hook(_accumulate_into(this, param)))
+
+    def stop(self) -> None:
+        """Stop listening; what has been gathered stays."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._clear()
+
+    def close(self) -> None:
+        """Stop listening and let another scorer have the adapter."""
+        self.stop()
+        for layer in self.layers.values():
+            attached = _ATTACHED.get(layer, {})
+            if attached.get(self.adapter_name, lambda: None)() is self:
+                del attached[self.adapter_name]
+
+    @torch.no_grad()
+    def update(self, loss_scale: float = 1.0) -> bool:
+        """Count one optimizer step: call it after its last backward pass and before `optimizer.step()`.
+
+        Args:
+            loss_scale: The factor the loss was multiplied by (`GradScaler.get_scale()`).
+
+        Returns:
+            Whether the step counts. A step whose gradient is not finite is skipped, on every process alike.
+
+        Raises:
+            RuntimeError: No gradient has reached the adapter since the last update.
+        """
+        if not self.recording:
+            raise RuntimeError("HeadScorer.update() while it is not recording; call start() before the backward pass")
+        grads = self._global_gradients()
+        finite = all(bool(torch.isfinite(grad).all()) for grad in grads.values())
+        if finite:
+            for name, layout in self.layouts.items():
+                grad = grads[name] / loss_scale
+                step = head_statistics(self._params(name).to(grad.device), grad, layout)  # (3, num_heads)
+                self._sums[name] = self._sums[name] + step if name in self._sums else step
+            self.num_steps += 1
+        else:
+            self.num_skipped += 1
+        self._clear()
+        return finite
+
+    def scores(self, criterion: str | None = None) -> dict[str, torch.Tensor]:
+        """Scores of every head, the mean over the steps so far.
+
+        Args:
+            criterion: One of `peft_heads.heads.CRITERIA`; the adapter's own if None.
+
+        Returns:
+            `{module name in the base model: float64 (num_heads,) on the CPU}`.
+
+        Raises:
+            ValueError: The criterion needs gradients and no step with finite gradients was counted.
+        """
+        criterion = criterion or self.config.criterion
+        if criterion in GRADIENT_CRITERIA and not self.num_steps:
+            why = (
+                f"the gradients of all {self.num_skipped} steps were not finite; lower the learning rate or the loss scale"
+                if self.num_skipped
+                else "no optimizer step was counted; call update() after the backward passes of each step"
+            )
+            raise ValueError(f"no head can be scored by {criterion!r}: {why}")
+        return head_scores(
+            criterion,
+            self.layouts,
+            statistics={name: sums.cpu() / self.num_steps for name, sums in self._sums.items()},
+            params={name: self._params(name) for name in self.layouts},
+            seed=self.config.mask_seed,
+        )
+
+    def all_scores(self) -> dict[str, dict[str, torch.Tensor]]:
+        """`{criterion: scores}` for every criterion that can be computed from what was gathered."""
+        return {c: self.scores(c) for c in CRITERIA if self.num_steps or c not in GRADIENT_CRITERIA}
+
+    def select(
+        self,
+        ne: int | None = None,
+        ratio: float | None = None,
+        criterion: str | None = None,
+        granularity: str | None = None,
+        joint: bool | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """The masks that the scores ask for; nothing is changed. Arguments left out are the adapter's own.
+
+        Returns:
+            `{module name in the base model: bool (num_heads,)}`, True = active.
+        """
+        if ne is None and ratio is None:
+            ne, ratio = self.config.ne, self.config.ratio
+        groups = plan_groups(
+            self.layouts,
+            ne=ne,
+            ratio=ratio,
+            granularity=granularity or self.config.granularity,
+            joint=self.config.joint if joint is None else joint,
+        )
+        kept = groups_kept_whole(groups, ne)
+        if kept and ne != self.config.ne:  # the adapter's own ne was warned about when it was created
+            warnings.warn(kept)
+        if not any(group.num_deactivated for group in groups):  # ne=0 needs no scores
+            return {name: torch.ones(layout.num_heads, dtype=torch.bool) for name, layout in self.layouts.items()}
+        return select_heads(self.scores(criterion), groups)
+
+    @torch.no_grad()
+    def apply(self, optimizer: Any = None, masks: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """Select, set the masks, and stop listening.
+
+        The deactivated rows of the adapter are set to zero, and their entries in the optimizer's state are cleared:
+        momentum would move them again (which the mask hides, but not from somebody who reads the raw weights).
+
+        Args:
+            optimizer: The optimizer of the adapter's parameters, possibly prepared by Accelerate.
+            masks: What to apply instead of `select()`, e.g. `scorer.select(ne=3)`.
+
+        Returns:
+            The masks that are now in force. An adapter that has masks already keeps them, with a warning.
+        """
+        present = {name: layer.get_head_mask(self.adapter_name).cpu().clone() for name, layer in self.layers.items()}
+        if any(not mask.all() for mask in present.values()):
+            warnings.warn(
+                f"adapter {self.adapter_name!r} has deactivated heads already and keeps them "
+                f"({describe_masks(present)}); use set_head_masks to change them"
+            )
+            self.close()
+            return present
+
+        masks = self.select() if masks is None else masks
+        for name, mask in masks.items():
+            if name not in self.layouts:
+                raise ValueError(f"no projection {name!r} with heads is scored; there are: {', '.join(self.layouts)}")
+            check_mask(name, mask, self.layouts[name])
+        for name, mask in masks.items():
+            if mask.all():
+                continue
+            self.layers[name].set_head_mask(self.adapter_name, mask)
+            for param in self.layers[name].head_parameters(self.adapter_name):
+                self._zero_rows(name, param.data, mask)
+                for value in (optimizer.state.get(param, {}) if optimizer is not None else {}).values():
+                    if isinstance(value, torch.Tensor) and value.shape == param.shape:
+                        self._zero_rows(name, value, mask)
+        self.close()
+        return masks
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was gathered, as JSON takes it; floats come back exactly."""
+        return {
+            "num_steps": self.num_steps,
+            "num_skipped": self.num_skipped,
+            "sums": {name: sums.tolist() for name, sums in self._sums.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()`.
+
+        Raises:
+            ValueError: The state is that of another model.
+        """
+        sums = {name: torch.tensor(values, dtype=torch.float64) for name, values in state["sums"].items()}
+        shapes = {name: tuple(values.shape) for name, values in sums.items()}
+        expected = {name: (len(STATISTICS), layout.num_heads) for name, layout in self.layouts.items()}
+        if sums and shapes != expected:
+            raise ValueError(f"the saved head scores are those of another model: they have {shapes}, not {expected}")
+        devices = {
+            name: _statistics_device(layer.head_parameters(self.adapter_name)[0])
+            for name, layer in self.layers.items()
+        }
+        self._sums = {name: values.to(devices[name]) for name, values in sums.items()}
+        self.num_steps, self.num_skipped = state["num_steps"], state["num_skipped"]
+
+    def _attach(self) -> None:
+        for layer in self.layers.values():
+            other = _ATTACHED.setdefault(layer, {}).get(self.adapter_name, lambda: None)()
+            if other is not None:
+                raise TwoScorersError(other)
+        for layer in self.layers.values():
+            _ATTACHED[layer][self.adapter_name] = weakref.ref(self)
+
+    def _accumulate(self, param: nn.Parameter, grad: torch.Tensor) -> None:
+        self._num_backward += 1
+        grad = grad.detach().float()
+        self._grads[param] = self._grads[param] + grad if param in self._grads else grad.clone()
+
+    def _clear(self) -> None:
+        self._grads = {}
+        self._num_backward = 0
+
+    def _params(self, name: str) -> torch.Tensor:
+        """(out_features, n): the head-wise parameters of a projection side by side."""
+        return _side_by_side(param.detach() for param in self.layers[name].head_parameters(self.adapter_name))
+
+    def _global_gradients(self) -> dict[str, torch.Tensor]:
+        """`{module name: float32 (out_features, n)}`, the mean over processes; one reduction for all projections."""
+        grads = {
+            name: _side_by_side(
+                # a process whose batch ran short takes part with zeros
+                self._grads.get(param, torch.zeros_like(param, dtype=torch.float32))
+                for param in layer.head_parameters(self.adapter_name)
+            )
+            for name, layer in self.layers.items()
+        }
+        num_backward = torch.tensor([float(self._num_backward)], device=next(iter(grads.values())).device)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            flat = torch.cat([num_backward, *(grad.flatten().to(num_backward.device) for grad in grads.values())])
+            torch.distributed.all_reduce(flat)
+            flat /= torch.distributed.get_world_size()
+            num_backward, *parts = flat.split([1, *(grad.numel() for grad in grads.values())])
+            grads = {name: part.view_as(grad) for (name, grad), part in zip(grads.items(), parts, strict=True)}
+        if not num_backward.any():
+            raise RuntimeError(
+                f"no gradient has reached adapter {self.adapter_name!r} since the last update: is it the active "
+                "adapter, was backward() called, and was update() called only once for the step?"
+            )
+        return {name: grad.to(_statistics_device(grad)) for name, grad in grads.items()}
+
+    def _zero_rows(self, name: str, rows: torch.Tensor, mask: torch.Tensor) -> None:
+        rows.copy_(self.layouts[name].mask_rows(rows, mask.to(rows.device)))
+
+
+class TwoScorersError(ValueError):
+    """Another scorer listens to the adapter."""
+
+    def __init__(self, other: HeadScorer) -> None:
+        super().__init__(
+            f"another scorer is attached to adapter {other.adapter_name!r}; use one, or call close() on the other first"
+        )
+        self.other = other
+
+
+def _accumulate_into(scorer: weakref.ref[HeadScorer], param: nn.Parameter):
+    def hook(grad: torch.Tensor) -> None:
+        this = scorer()
+        if this is not None:
+            this._accumulate(param, grad)
+
+    return hook
+
+
+def _side_by_side(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensor.reshape(tensor.shape[0], -1) for tensor in tensors], dim=1)
+
+
+def _statistics_device(tensor: torch.Tensor) -> torch.device:
+    """Where float64 sums are kept: with the tensor, unless its device has no float64."""
+    return torch.device("cpu") if tensor.device.type == "mps" else tensor.device

@@ -1,0 +1,169 @@
+"""Configuration of head-masked LoRA."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from peft import LoraConfig, PeftConfig
+from peft.utils import PeftType
+
+from ..._compat import add_peft_type
+from ...adapter_files import AdapterFiles
+from ...heads.layout import HeadLayout
+from ...heads.scores import CRITERIA
+from ...heads.selection import GRANULARITIES, check_head_count
+
+
+MASK_SCOPES = ("adapter", "head")
+# Options of LoRA that a head mask would make wrong, with the reason. An initialisation that moves part of the base
+# weight into the adapter would lose that part of the *pre-trained* weight with the head.
+_CHANGES_BASE_WEIGHT = "it moves part of the pre-trained weight into the adapter, which a deactivated head would lose"
+_INCOMPATIBLE_INITS = {
+    "pissa": _CHANGES_BASE_WEIGHT,
+    "olora": _CHANGES_BASE_WEIGHT,
+    "corda": _CHANGES_BASE_WEIGHT,
+    "lora_ga": _CHANGES_BASE_WEIGHT,
+    "loftq": _CHANGES_BASE_WEIGHT,
+    "mica": "it freezes lora_B, whose gradient scores the heads",
+}
+_INCOMPATIBLE_FIELDS = {
+    "kasa_config": _CHANGES_BASE_WEIGHT,
+    "use_bdlora": "it adds to the layer's output in place, so that a deactivated head cannot be taken out again",
+    "arrow_config": "it routes between several adapters, each with heads of its own",
+}
+
+
+@dataclass
+class HeadMaskedLoraConfig(LoraConfig):
+    """Configuration of a [`HeadMaskedLoraModel`]: LoRA whose update is switched off, head by head.
+
+    Says *what* is deactivated and is saved with the adapter; *when* is said by [`TaylorHeadScorer`]. Everything that
+    [`LoraConfig`] takes is taken as well. Without `target_modules`, the query and value projections of every
+    attention layer are adapted; without `modules_to_save`, the classification head is trained and saved
+    (`modules_to_save=[]` opts out).
+
+    Methods: HEAT and Heart-LoRA.
+
+    Args:
+        ne (`int`, *optional*):
+            Number of heads to deactivate in each group of heads. 0 is plain LoRA. Defaults to 1 unless `ratio` is
+            given.
+        ratio (`float`, *optional*):
+            Share of a group's heads to deactivate instead of `ne`, for models whose stages differ in heads:
+            `floor(ratio * num_heads)`.
+        granularity (`"global"` or `"layer"`):
+            Whether scores are summed over all layers with the same number of heads, which then share the deactivated
+            heads (Heart-LoRA), or each layer chooses its own (Heart-LoRA†).
+        joint (`bool`):
+            Whether the q and v of a layer share one mask, chosen by the sum of their scores.
+        criterion (`str`):
+            Responsiveness of a head: `"absolute"`, `"positive"`, `"negative"` (first-order Taylor scores),
+            `"weight_norm"`, `"grad_norm"`, or the baselines `"random"` and `"front"`. The lowest are deactivated.
+        mask_scope (`"adapter"` or `"head"`):
+            What is zero for a deactivated head: the adapter's delta (the frozen projection stays as it was), or the
+            projection's whole output, bias included.
+        mask_seed (`int`):
+            Seed of the criterion `"random"`.
+        num_heads (`int` or `dict[str, int]`, *optional*):
+            Number of heads where the model does not say it, or says it wrongly: one number, or one per module name
+            pattern (read like `rank_pattern`).
+
+    Raises:
+        ValueError: An argument is out of its range, or an option of LoRA is asked for that head masks would make
+            wrong.
+    """
+
+    ne: int | None = field(default=None, metadata={"help": "Heads to deactivate in each group; 0 is plain LoRA."})
+    ratio: float | None = field(default=None, metadata={"help": "Share of heads to deactivate, instead of `ne`."})
+    granularity: Literal["global", "layer"] = field(
+        default="global", metadata={"help": "Deactivate the same heads in all layers, or choose in each layer."}
+    )
+    joint: bool = field(default=True, metadata={"help": "Whether q and v of a layer share one mask."})
+    criterion: Literal["absolute", "positive", "negative", "weight_norm", "grad_norm", "random", "front"] = field(
+        default="absolute", metadata={"help": "How the responsiveness of a head is measured."}
+    )
+    mask_scope: Literal["adapter", "head"] = field(
+        default="adapter", metadata={"help": "Zero the head's part of the update, or the head's whole output."}
+    )
+    mask_seed: int = field(default=0, metadata={"help": "Seed of the criterion 'random'."})
+    num_heads: int | dict[str, int] | None = field(
+        default=None, metadata={"help": "Number of heads, or one per module name pattern, where detection fails."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = add_peft_type("HEAD_MASKED_LORA")
+        # Not fields, hence not saved: what `save_pretrained` writes beside the configuration (filled when the weights
+        # are collected), and the heads of the targets `{module name: HeadLayout}` (filled when the model is known).
+        self.adapter_files = AdapterFiles()
+        self.head_layouts: dict[str, HeadLayout] = {}
+
+        if self.ne is None and self.ratio is None:
+            self.ne = 1
+        check_head_count(self.ne, self.ratio)
+        for name, allowed in (("granularity", GRANULARITIES), ("criterion", CRITERIA), ("mask_scope", MASK_SCOPES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        numbers = self.num_heads.values() if isinstance(self.num_heads, dict) else [self.num_heads]
+        if self.num_heads is not None and not all(type(n) is int and n > 0 for n in numbers):
+            raise ValueError(
+                f"num_heads must be a positive integer, or one per module pattern; got {self.num_heads!r}"
+            )
+        if self.masks_heads:
+            self._check_compatible()
+
+    @property
+    def masks_heads(self) -> bool:
+        """Whether heads are going to be deactivated: False for `ne=0` and `ratio=0`, which are plain LoRA."""
+        return bool(self.ne or self.ratio)
+
+    @property
+    def init_weights(self):
+        """The name under which PEFT's method-independent code looks for `init_lora_weights`."""
+        return self.init_lora_weights
+
+    @init_weights.setter
+    def init_weights(self, value):
+        self.init_lora_weights = value
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """Save the configuration and, beside it, the model card, the labels and the image processor.
+
+        `PeftModel.save_pretrained` calls this last, after the weights, which makes it the place where a method from
+        outside PEFT can write files of its own.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        self.adapter_files.write(save_directory, self)
+
+    @classmethod
+    def from_lora(cls, model_id: str | os.PathLike, **kwargs) -> HeadMaskedLoraConfig:
+        """The configuration of a stock LoRA adapter, as one of ours with `ne=0`.
+
+        `PeftModel.from_pretrained(model, path, config=HeadMaskedLoraConfig.from_lora(path))` loads a stock adapter
+        so that it can stand beside head-masked ones (PEFT refuses adapters of different types on one model).
+
+        Args:
+            model_id: Folder or Hub repository of the adapter.
+            kwargs: Passed to `PeftConfig.from_pretrained` (`revision`, `token`, `subfolder`, …).
+
+        Raises:
+            ValueError: The adapter is not a stock LoRA adapter.
+        """
+        lora = PeftConfig.from_pretrained(os.fspath(model_id), **kwargs)
+        if lora.peft_type != PeftType.LORA:
+            raise ValueError(f"{model_id} holds an adapter of type {lora.peft_type}, not a LORA adapter")
+        names = {f.name for f in fields(LoraConfig)} - {"peft_type"}
+        return cls(ne=0, **{name: getattr(lora, name) for name in names})
+
+    def _check_compatible(self) -> None:
+        init = self.init_lora_weights
+        problems = [
+            (f"init_lora_weights={init!r}", reason)
+            for name, reason in _INCOMPATIBLE_INITS.items()
+            if isinstance(init, str) and init.lower().startswith(name)
+        ]
+        problems += [(name, why) for name, why in _INCOMPATIBLE_FIELDS.items() if getattr(self, name, None)]
+        for option, reason in problems:
+            raise ValueError(f"{option} cannot be combined with head masks: {reason}; drop it, or pass ne=0")

@@ -1,0 +1,193 @@
+"""The LoRA layer that carries a binary mask per attention head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import Linear, LoraVariant
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import nn
+
+from ...heads.layout import HeadLayout
+from ...heads.maskable import check_mask
+from .config import HeadMaskedLoraConfig
+
+
+class HeadMask(nn.Module):
+    """The one home of a mask: a persistent buffer, bool (num_heads,), True = active."""
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.ones(num_heads, dtype=torch.bool))
+
+
+class HeadMaskVariant(LoraVariant):
+    """Wraps a LoRA variant (None for vanilla LoRA) and takes the deactivated heads out of what it does.
+
+    In the forward pass the mask multiplies the rows of `lora_B`, not the output: out·r numbers instead of
+    batch·tokens·out. Merging is left to the inner variant; the layer restores the rows of deactivated heads.
+    """
+
+    def __init__(self, inner: LoraVariant | None, mask_scope: str) -> None:
+        self.inner = inner
+        self.mask_scope = mask_scope
+
+    def supports_lora_conversion(self) -> bool:
+        # with mask_scope="head" the delta holds minus the frozen weight, and the bias changes: not a low-rank update
+        return self.mask_scope == "adapter" and (self.inner is None or self.inner.supports_lora_conversion())
+
+    def init(self, module: HeadMaskedLinear, adapter_name: str, **kwargs: Any) -> None:
+        if self.inner is not None:
+            self.inner.init(module, adapter_name=adapter_name, **kwargs)
+
+    def forward(
+        self, module: HeadMaskedLinear, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        if self.inner is None:
+            lora_B = module.lora_B[active_adapter]
+            hidden = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))  # (…, r)
+            weight = module.mask_rows(active_adapter, lora_B.weight)
+            bias = None if lora_B.bias is None else module.mask_rows(active_adapter, lora_B.bias)
+            output = result + F.linear(hidden, weight, bias) * module.scaling[active_adapter]
+            if self.mask_scope == "adapter":
+                return output
+        else:
+            output = self.inner.forward(module, active_adapter=active_adapter, x=x, result=result, **kwargs)
+        if active_adapter not in module.lora_head_mask:
+            return output
+        off = result if self.mask_scope == "adapter" else 0
+        return torch.where(module.active_rows(active_adapter), output, off)
+
+    def merge_safe(self, module: HeadMaskedLinear, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        if self.inner is not None:
+            return self.inner.merge_safe(module, active_adapter, orig_weight)
+        return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+    def merge_unsafe(self, module: HeadMaskedLinear, active_adapter: str, orig_weight: torch.Tensor) -> None:
+        if self.inner is not None:
+            self.inner.merge_unsafe(module, active_adapter, orig_weight)
+        else:
+            orig_weight.data += module.get_delta_weight(active_adapter)
+
+    def unmerge(self, module: HeadMaskedLinear, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        if self.inner is not None:
+            return self.inner.unmerge(module, active_adapter, orig_weight)
+        return orig_weight.data - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+
+class HeadMaskedLinear(Linear):
+    """LoRA on a query, key or value projection, with one binary mask entry per attention head.
+
+    From the moment a head is deactivated its part of the update is exactly zero: in the forward pass, in
+    `get_delta_weight`, in merged weights, with DoRA and in mixed batches. With `mask_scope="head"` the projection's
+    whole output for that head is zero, bias included.
+
+    An adapter with `ne=0` has no mask here and takes stock LoRA's path.
+    """
+
+    # All names of other parameters that may contain adapter-related parameters
+    other_param_names: tuple[str, ...] = (*Linear.other_param_names, "lora_head_mask", "head_layout")
+
+    def update_layer(
+        self, adapter_name: str, r: int, lora_alpha: int, config: HeadMaskedLoraConfig, **kwargs: Any
+    ) -> None:
+        """Add an adapter. Its heads are `config.head_layouts[target_name]`; without an entry it has none here."""
+        if not hasattr(self, "lora_head_mask"):  # the parent's __init__ comes here to create the first adapter
+            self.lora_head_mask = nn.ModuleDict({})
+            self.head_layout: dict[str, HeadLayout] = {}
+            # rows of the base weight and bias that a merge has overwritten, per merged adapter
+            self._overwritten_rows: dict[str, list[torch.Tensor]] = {}
+        layout = config.head_layouts.get(kwargs.get("target_name"))
+        if layout is not None:
+            self.head_layout[adapter_name] = layout
+            if config.masks_heads:
+                self.lora_head_mask[adapter_name] = HeadMask(layout.num_heads)
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def resolve_lora_variant(self, *, config: HeadMaskedLoraConfig, **kwargs) -> LoraVariant | None:
+        inner = super().resolve_lora_variant(config=config, **kwargs)
+        return HeadMaskVariant(inner, config.mask_scope) if config.masks_heads else inner
+
+    # The protocol of heads/maskable.py
+
+    def head_parameters(self, adapter_name: str) -> list[nn.Parameter]:
+        """`lora_B`'s weight (out, r) and, if it has one, bias (out,); `lora_A` is shared by all heads."""
+        lora_B = self.lora_B[adapter_name]
+        return [lora_B.weight] if lora_B.bias is None else [lora_B.weight, lora_B.bias]
+
+    def get_head_mask(self, adapter_name: str) -> torch.Tensor:
+        if adapter_name not in self.lora_head_mask:
+            return torch.ones(self.head_layout[adapter_name].num_heads, dtype=torch.bool)
+        return self.lora_head_mask[adapter_name].mask
+
+    def set_head_mask(self, adapter_name: str, mask: torch.Tensor) -> None:
+        check_mask(type(self).__name__, mask, self.head_layout[adapter_name])
+        if adapter_name not in self.lora_head_mask:
+            raise ValueError(
+                f"adapter {adapter_name!r} was created with ne=0 and carries no head masks; create it with ne ≥ 1"
+            )
+        if adapter_name in self.merged_adapters:
+            raise ValueError(f"adapter {adapter_name!r} is merged; call unmerge_adapter() before changing its masks")
+        self.lora_head_mask[adapter_name].mask.copy_(mask)
+
+    def mask_rows(self, adapter_name: str, rows: torch.Tensor) -> torch.Tensor:
+        """`rows` (out, ...) with the rows of the adapter's deactivated heads replaced by zero."""
+        if adapter_name not in self.lora_head_mask:
+            return rows  # ne=0
+        return self.head_layout[adapter_name].mask_rows(rows, self.lora_head_mask[adapter_name].mask)
+
+    def active_rows(self, adapter_name: str) -> torch.Tensor:
+        """bool (out,), True = the row's head is active."""
+        return self.head_layout[adapter_name].expand(self.get_head_mask(adapter_name))
+
+    # Everything that merges rests on the delta weight and, for what PEFT adds outside of it (DoRA's magnitude,
+    # lora_B's bias), on restoring the rows of deactivated heads.
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """The adapter's update of the weight, (out, in), with zero rows for deactivated heads."""
+        return self.mask_rows(adapter, super().get_delta_weight(adapter))
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        for adapter_name in check_adapters_to_merge(self, adapter_names):
+            rows = self._deactivated_base_rows(adapter_name)
+            super().merge(safe_merge=safe_merge, adapter_names=[adapter_name])
+            if rows and adapter_name in self.merged_adapters:
+                self._overwritten_rows[adapter_name] = rows
+                scope = self.lora_variant[adapter_name].mask_scope
+                merged = rows if scope == "adapter" else [torch.zeros_like(row) for row in rows]
+                self._write_deactivated_base_rows(adapter_name, merged)
+
+    def unmerge(self) -> None:
+        if not self.merged:
+            super().unmerge()  # warns
+        while self.merged_adapters:  # last merged, first unmerged, each with its rows
+            *rest, adapter_name = self.merged_adapters
+            self.merged_adapters = [adapter_name]
+            try:
+                super().unmerge()
+            finally:
+                self.merged_adapters = rest
+            rows = self._overwritten_rows.pop(adapter_name, None)
+            if rows:
+                self._write_deactivated_base_rows(adapter_name, rows)
+
+    def _base_tensors(self) -> list[torch.Tensor]:
+        base_layer = self.get_base_layer()
+        return [tensor.data for tensor in (base_layer.weight, base_layer.bias) if tensor is not None]
+
+    def _deactivated_base_rows(self, adapter_name: str) -> list[torch.Tensor]:
+        """Copies of the base weight's and bias's rows of deactivated heads; empty if every head is active."""
+        if adapter_name not in self.lora_head_mask:
+            return []
+        off = ~self.active_rows(adapter_name)
+        return [tensor[off].clone() for tensor in self._base_tensors()] if off.any() else []
+
+    def _write_deactivated_base_rows(self, adapter_name: str, rows: list[torch.Tensor]) -> None:
+        off = ~self.active_rows(adapter_name)
+        for tensor, values in zip(self._base_tensors(), rows, strict=True):
+            tensor[off] = values
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace("lora.", "head_masked_lora.", 1)

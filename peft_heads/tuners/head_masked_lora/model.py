@@ -1,0 +1,193 @@
+"""The head-masked LoRA tuner."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraModel
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ...heads.maskable import check_mask
+from ...heads.resolve import classifier_names, default_targets, named_targets, resolve_heads
+from ...heads.selection import groups_kept_whole, plan_groups
+from .config import HeadMaskedLoraConfig
+from .layer import HeadMaskedLinear
+
+
+class HeadMaskedLoraModel(LoraModel):
+    """LoRA with a binary mask per attention head, created from a pre-trained vision transformer.
+
+    Query, key and value projections get a [`HeadMaskedLinear`]; other targets (MLP, output projection, convolution)
+    get PEFT's own LoRA layer and are never scored or masked.
+
+    Args:
+        model ([`torch.nn.Module`]): The model to be adapted.
+        config ([`HeadMaskedLoraConfig`]): The configuration of the tuner.
+        adapter_name (`str`): The name of the adapter, defaults to `"default"`.
+        low_cpu_mem_usage (`bool`, *optional*, defaults to `False`): Create empty adapter weights on meta device.
+
+    Example:
+
+        ```py
+        >>> from transformers import AutoModelForImageClassification
+        >>> from peft import get_peft_model
+        >>> from peft_heads import HeadMaskedLoraConfig
+
+        >>> vit = AutoModelForImageClassification.from_pretrained("google/vit-base-patch16-224-in21k")
+        >>> model = get_peft_model(vit, HeadMaskedLoraConfig(ne=1))
+        ```
+    """
+
+    def _prepare_adapter_config(self, peft_config: HeadMaskedLoraConfig, model_config: dict) -> HeadMaskedLoraConfig:
+        if peft_config.target_modules is None and not peft_config.target_parameters:
+            # PEFT's own table of defaults is asked for architectures without a recognisable attention layer
+            peft_config.target_modules = set(default_targets(self.model)) or None
+        if peft_config.modules_to_save is None:
+            peft_config.modules_to_save = classifier_names(self.model) or None
+        peft_config = super()._prepare_adapter_config(peft_config, model_config)
+        self._resolve_head_layouts(peft_config)
+        return peft_config
+
+    def _resolve_head_layouts(self, peft_config: HeadMaskedLoraConfig) -> None:
+        """Find the heads of the targets before anything is replaced, so that an error leaves the model untouched."""
+        layouts = resolve_heads(self.model, peft_config.num_heads)
+        targets = [n for n, _ in named_targets(self.model) if self._check_target_module_exists(peft_config, n)]
+        peft_config.head_layouts = {name: layouts[name] for name in targets if name in layouts}
+        if not peft_config.masks_heads:
+            return
+        if not peft_config.head_layouts:
+            raise ValueError(
+                "no target has attention heads, so there is nothing to deactivate. "
+                f"Targets: {_patterns(targets) or 'none'}. Projections with heads in this model: "
+                f"{_patterns(layouts) or 'none found'}. Target those, pass num_heads= where heads are not found, or "
+                "pass ne=0 for plain LoRA"
+            )
+        headless = [name for name in targets if name not in layouts]
+        if headless:
+            warnings.warn(
+                f"these targets have no attention heads and get a plain LoRA layer, never masked: {_patterns(headless)}"
+            )
+        groups = plan_groups(
+            peft_config.head_layouts,
+            ne=peft_config.ne,
+            ratio=peft_config.ratio,
+            granularity=peft_config.granularity,
+            joint=peft_config.joint,
+        )
+        kept = groups_kept_whole(groups, peft_config.ne)
+        if kept:
+            warnings.warn(kept)
+
+    def _create_and_replace(
+        self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs: Any
+    ) -> None:
+        has_heads = lora_config.masks_heads and current_key in lora_config.head_layouts
+        if has_heads and isinstance(target, LoraLayer) and not isinstance(target, HeadMaskedLinear):
+            raise ValueError(
+                f"{current_key} was given a plain LoRA layer by an earlier adapter, which cannot carry the head masks "
+                f"of adapter {adapter_name!r}; add the head-masked adapter first"
+            )
+        super()._create_and_replace(
+            lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
+        )
+
+    # Static upstream, but called through `self`, which is what makes dispatch by position in the model possible.
+    def _create_new_module(self, lora_config, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        name = kwargs.get("target_name")
+        if name not in lora_config.head_layouts or kwargs.get("parameter_name") is not None:
+            return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if _is_plain_linear(base_layer):
+            kwargs.pop("device_map", None)
+            return HeadMaskedLinear(target, adapter_name, config=lora_config, **kwargs)
+        if lora_config.masks_heads:
+            raise ValueError(
+                f"{name} is a {type(base_layer).__name__} with weights of type {type(base_layer.weight).__name__}, "
+                "for which head masks are not implemented (expected torch.nn.Linear); load the model without "
+                "quantization, exclude the module, or pass ne=0"
+            )
+        return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        # The parent reads lora_B as it stands. Rows of deactivated heads do nothing whatever their value, so writing
+        # zeros there changes no adapter and makes the sum right.
+        scopes = {getattr(self.peft_config.get(name), "mask_scope", "adapter") for name in adapters}
+        if "head" in scopes:
+            raise ValueError("adapters with mask_scope='head' cannot be combined: their update is not a sum of deltas")
+        for layer in self.modules():
+            if isinstance(layer, HeadMaskedLinear):
+                for name in set(adapters) & set(layer.lora_head_mask):
+                    for param in layer.head_parameters(name):
+                        param.data = layer.mask_rows(name, param.data)
+        super().add_weighted_adapter(adapters, *args, **kwargs)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        to_return = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        masks = {}
+        for name, layer in _head_masked_layers(model, adapter_name):
+            masks[name.removeprefix("base_model.model.")] = mask = layer.get_head_mask(adapter_name).detach().cpu()
+            if mask.all():
+                continue
+            for suffix in ("weight", "bias"):
+                key = f"{name}.lora_B.{adapter_name}.{suffix}"
+                if key in to_return:
+                    rows = to_return[key]
+                    to_return[key] = layer.head_layout[adapter_name].mask_rows(rows, mask.to(rows.device))
+
+        base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        config.adapter_files.masks = masks
+        config.adapter_files.model_class = type(base_model).__name__
+        config.adapter_files.id2label = getattr(getattr(base_model, "config", None), "id2label", None)
+        return to_return
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        for name, layer in _head_masked_layers(model, adapter_name):
+            mask = remapped.get(f"{name}.lora_head_mask.{adapter_name}.mask")
+            if mask is None:
+                raise ValueError(
+                    f"the adapter file has no head mask for {name}, which an adapter with ne={config.ne}, "
+                    f"ratio={config.ratio} must have; was it made by another method, or edited? A plain LoRA adapter "
+                    "is loaded with config=HeadMaskedLoraConfig.from_lora(path)"
+                )
+            layout = layer.head_layout[adapter_name]
+            check_mask(name, mask, layout)
+            for suffix in ("weight", "bias"):
+                rows = remapped.get(f"{name}.lora_B.{adapter_name}.{suffix}")
+                if rows is None or rows.shape[0] != layout.out_features:
+                    continue  # PEFT reports missing keys and mismatched shapes
+                off = ~layout.expand(mask).to(rows.device)
+                if rows[off].count_nonzero():
+                    heads = (~mask).nonzero().flatten().tolist()
+                    raise ValueError(
+                        f"the adapter file contradicts itself: in {name} the mask deactivates heads {heads}, whose "
+                        f"rows of lora_B.{suffix} must be zero, but {int(rows[off].count_nonzero())} of "
+                        f"{int(rows[off].numel())} entries are not; the mask or the weights were edited"
+                    )
+        return remapped
+
+
+def _head_masked_layers(model: nn.Module, adapter_name: str) -> list[tuple[str, HeadMaskedLinear]]:
+    """`(name in the model's state dict, layer)` of the layers that carry a mask for the adapter."""
+    return [
+        (name.removeprefix("_fsdp_wrapped_module."), module)
+        for name, module in model.named_modules()
+        if isinstance(module, HeadMaskedLinear) and adapter_name in module.lora_head_mask
+    ]
+
+
+def _is_plain_linear(layer: nn.Module) -> bool:
+    """Whether PEFT's plain LoRA layer is what the module gets; quantised layers often subclass `nn.Linear`."""
+    return type(layer) is nn.Linear and type(layer.weight.data) is torch.Tensor
+
+
+def _patterns(names: Any) -> str:
+    """Module names with layer numbers folded: `vit.layers.*.attention.q_proj`."""
+    return ", ".join(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names))
