@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -152,7 +153,10 @@ class HeadMaskedLinear(Linear):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             rows = self._deactivated_base_rows(adapter_name)
-            super().merge(safe_merge=safe_merge, adapter_names=[adapter_name])
+            with warnings.catch_warnings():
+                # one by one, so that each knows the rows it found; the adapters before it are no news
+                warnings.filterwarnings("ignore", message="Already following adapters were merged")
+                super().merge(safe_merge=safe_merge, adapter_names=[adapter_name])
             if rows and adapter_name in self.merged_adapters:
                 self._overwritten_rows[adapter_name] = rows
                 scope = self.lora_variant[adapter_name].mask_scope

@@ -1,0 +1,24 @@
+import os
+
+
+# before any Hugging Face library is imported: no test may reach for the network
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+
+# the models are tiny: a second thread costs more than it gives
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["vit", "swin"])
+def backbone(request):
+    """Name of a backbone; `tiny.make(name)` builds it."""
+    return request.param

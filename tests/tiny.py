@@ -1,0 +1,80 @@
+"""Tiny models and data with the structure of the real ones."""
+
+import torch
+from transformers import SwinConfig, SwinForImageClassification, ViTConfig, ViTForImageClassification
+
+from peft_heads.heads import resolve_heads
+
+
+IMAGE_SIZE = 16
+NUM_LABELS = 3
+
+
+def make(name, seed=0, num_labels=NUM_LABELS):
+    """A randomly initialised tiny ViT (6 heads in 2 layers) or Swin (stages of 2 and 4 heads, 2 layers each)."""
+    torch.manual_seed(seed)
+    labels = {"num_labels": num_labels}
+    if name == "vit":
+        config = ViTConfig(
+            hidden_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            intermediate_size=32,
+            image_size=IMAGE_SIZE,
+            patch_size=4,
+            **labels,
+        )
+        return ViTForImageClassification(config)
+    config = SwinConfig(
+        embed_dim=12, depths=[2, 2], num_heads=[2, 4], window_size=2, image_size=IMAGE_SIZE, patch_size=4, **labels
+    )
+    return SwinForImageClassification(config)
+
+
+def images(n=4, seed=0):
+    """(n, 3, 16, 16)"""
+    return torch.randn(n, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def batch(n=4, seed=0):
+    return {"pixel_values": images(n, seed), "labels": torch.arange(n) % NUM_LABELS}
+
+
+def examples(n=32, seed=0):
+    """A list dataset whose labels can be learned: the mean colour says the class."""
+    pixels = images(n, seed)
+    return [{"pixel_values": pixels[i] + (i % NUM_LABELS), "labels": i % NUM_LABELS} for i in range(n)]
+
+
+def randomize_lora(model, seed=0, std=0.5):
+    """Give lora_B (zero at initialisation) values, so that the adapter does something."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, param in model.named_parameters():
+        if "lora_B" in name:
+            param.data.normal_(std=std, generator=generator)
+
+
+def masks_off(model, *heads):
+    """Masks for `set_head_masks` with the given head indices deactivated in every projection that LoRA adapts."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    masks = {}
+    for name, layout in resolve_heads(base).items():
+        if layout.role != "key":
+            masks[name] = torch.ones(layout.num_heads, dtype=torch.bool)
+            masks[name][list(heads)] = False
+    return masks
+
+
+def train(model, steps=3, seed=0, optimizer=None, lr=1e-2, after_backward=None):
+    """A few optimizer steps in training mode; returns the optimizer."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = optimizer or torch.optim.AdamW(trainable, lr=lr, weight_decay=0.1)
+    model.train()
+    for step in range(steps):
+        torch.manual_seed(seed + step)  # dropout
+        model(**batch(seed=seed + step)).loss.backward()
+        if after_backward is not None:
+            after_backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
