@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
+from peft import PeftModel
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -65,3 +69,33 @@ def support_peft_in_image_pipelines() -> None:
     supported = getattr(base, "SUPPORTED_PEFT_TASKS", None)
     if supported is not None and "PeftModel" not in supported.setdefault("image-classification", []):
         supported["image-classification"].append("PeftModel")
+
+
+def extend_model_card(extend: Callable[[PeftModel, str], None]) -> None:
+    """Call `extend(peft_model, folder)` whenever PEFT has written a model's card, and once more before an upload.
+
+    Three places write `README.md`: `PeftModel.save_pretrained`, `Trainer.create_model_card`, which starts anew and
+    then calls `PeftModel.create_or_update_model_card`, and transformers' `push_to_hub`, which overwrites with the
+    Hub's template of blanks the card that `save_pretrained` has written a moment before.
+
+    Delete the second part when `PushToHubMixin.push_to_hub` keeps that card; delete both when PEFT has a hook for
+    methods from outside.
+    """
+    write_card = PeftModel.create_or_update_model_card
+    upload = PeftModel._upload_modified_files
+    if hasattr(write_card, "extended_by_peft_heads"):
+        return
+
+    @functools.wraps(write_card)
+    def create_or_update_model_card(self, output_dir: str):
+        write_card(self, output_dir)
+        extend(self, output_dir)
+
+    @functools.wraps(upload)
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        self.create_or_update_model_card(str(working_dir))
+        return upload(self, working_dir, *args, **kwargs)
+
+    create_or_update_model_card.extended_by_peft_heads = True
+    PeftModel.create_or_update_model_card = create_or_update_model_card
+    PeftModel._upload_modified_files = _upload_modified_files

@@ -96,6 +96,14 @@ def read_labels(folder: str | os.PathLike) -> dict[int, str] | None:
         ) from error
 
 
+def update_card(peft_model: Any, folder: str | os.PathLike) -> None:
+    """Put our section into the card in `folder` that describes the model's active adapter, if it is one of ours."""
+    config = peft_model.active_peft_config
+    files = getattr(config, "adapter_files", None)
+    if files is not None and files.model_class:  # the weights have been collected at least once
+        write_card(Path(folder) / "README.md", config, files)
+
+
 def write_card(path: Path, config: HeadMaskedLoraConfig, files: AdapterFiles) -> None:
     """Create or update the model card: metadata, and one section of our own between two comments.
 

@@ -83,7 +83,7 @@ class HeadScorer:
         for name, layer in self.layers.items():
             for param in layer.head_parameters(self.adapter_name):
                 if not param.requires_grad:
-                    self.stop()
+                    self.close()
                     raise ValueError(
                         f"the heads of adapter {self.adapter_name!r} cannot be scored: its parameters in {name} are "
                         "frozen; load the adapter with is_trainable=True and make it active"

@@ -153,7 +153,7 @@ class HeadMaskedLoraConfig(LoraConfig):
         """
         lora = PeftConfig.from_pretrained(os.fspath(model_id), **kwargs)
         if lora.peft_type != PeftType.LORA:
-            raise ValueError(f"{model_id} holds an adapter of type {lora.peft_type}, not a LORA adapter")
+            raise ValueError(f"{model_id} holds an adapter of type {lora.peft_type.value}, not a LORA adapter")
         names = {f.name for f in fields(LoraConfig)} - {"peft_type"}
         return cls(ne=0, **{name: getattr(lora, name) for name in names})
 

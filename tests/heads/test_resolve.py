@@ -1,0 +1,81 @@
+import tiny
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import ViTModel
+
+from peft_heads.heads.layout import HeadLayout
+from peft_heads.heads.resolve import classifier_names, default_targets, matches_pattern, resolve_heads
+
+
+def test_vit():
+    layouts = resolve_heads(tiny.make("vit"))
+    assert len(layouts) == 6  # q, k, v of two layers; neither the output projection nor the MLP
+    assert layouts["vit.layers.1.attention.v_proj"] == HeadLayout("value", 6, 4)
+    assert not any("o_proj" in name or "mlp" in name for name in layouts)
+
+
+def test_swin_has_heads_per_stage():
+    layouts = resolve_heads(tiny.make("swin"))
+    heads = {name.split(".")[3]: layout.num_heads for name, layout in layouts.items()}
+    assert heads == {"0": 2, "1": 4}
+    assert len(layouts) == 12
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with the names transformers used before 5.9."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_attention_heads = 4
+        self.query, self.key, self.value = nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(8, 4)
+        self.dense = nn.Linear(8, 8)
+
+
+def test_old_names_and_fewer_key_value_heads():
+    model = nn.Sequential(Attention())
+    assert resolve_heads(model) == {
+        "0.query": HeadLayout("query", 4, 2),
+        "0.key": HeadLayout("key", 2, 2),
+        "0.value": HeadLayout("value", 2, 2),
+    }
+    assert default_targets(model) == ["query", "value"]
+
+
+def test_explicit_num_heads():
+    model = nn.Sequential(Attention())
+    assert resolve_heads(model, 2)["0.query"] == HeadLayout("query", 2, 4)
+    assert "0.dense" not in resolve_heads(model, 2)  # an int counts heads where there are heads
+    assert resolve_heads(model, {"dense": 8})["0.dense"] == HeadLayout("projection", 8, 1)
+    assert resolve_heads(model, {"dense": 8})["0.query"] == HeadLayout("query", 4, 2)  # the rest is detected
+    assert "0.query" not in resolve_heads(model, {"query": 3})  # 3 does not divide 8
+
+
+def test_no_attention_no_heads():
+    assert resolve_heads(nn.Sequential(nn.Linear(4, 4), nn.Conv2d(3, 4, 1))) == {}
+    assert default_targets(nn.Sequential(nn.Linear(4, 4))) == []
+
+
+def test_default_targets_are_names_where_suffixes_match_too_much():
+    model = nn.Sequential(Attention(), nn.ModuleDict({"query": nn.Linear(2, 2)}))
+    assert default_targets(model) == ["0.query", "0.value"]
+
+
+def test_wrapped_modules_are_looked_through():
+    plain = tiny.make("vit")
+    expected = resolve_heads(plain)
+    wrapped = get_peft_model(tiny.make("vit"), LoraConfig(target_modules=["q_proj"], modules_to_save=["classifier"]))
+    assert resolve_heads(wrapped.get_base_model()) == expected
+    assert default_targets(wrapped.get_base_model()) == ["q_proj", "v_proj"]
+    assert classifier_names(wrapped.get_base_model()) == ["classifier"]
+
+
+def test_classifier():
+    assert classifier_names(tiny.make("vit")) == ["classifier"]
+    assert classifier_names(ViTModel(tiny.make("vit").config, add_pooling_layer=False)) == []
+    assert classifier_names(tiny.make("vit", num_labels=0)) == []  # nn.Identity
+
+
+def test_matches_pattern():
+    assert matches_pattern("q_proj", "vit.layers.0.attention.q_proj")
+    assert matches_pattern(r"layers\.0\..*", "vit.layers.0.attention.q_proj")
+    assert not matches_pattern("proj", "vit.layers.0.attention.q_proj")

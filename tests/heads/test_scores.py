@@ -1,0 +1,97 @@
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from peft_heads.heads.layout import HeadLayout
+from peft_heads.heads.scores import CRITERIA, STATISTICS, head_scores, head_statistics
+
+
+def mean_statistics(params, grads, layout):
+    return torch.stack([head_statistics(p, g, layout) for p, g in zip(params, grads, strict=True)]).mean(0)
+
+
+@settings(deadline=None)
+@given(
+    num_heads=st.integers(1, 6),
+    head_dim=st.integers(1, 4),
+    rank=st.integers(1, 4),
+    steps=st.integers(1, 3),
+    seed=st.integers(0, 2**31),
+)
+def test_against_the_reference(num_heads, head_dim, rank, steps, seed):
+    layout = HeadLayout("query", num_heads, head_dim)
+    generator = torch.Generator().manual_seed(seed)
+    params, grads = torch.randn(2, steps, num_heads * head_dim, rank, generator=generator)
+    statistics = {"q": mean_statistics(params, grads, layout)}
+    for criterion in ("absolute", "positive", "negative", "grad_norm"):
+        actual = head_scores(criterion, {"q": layout}, statistics=statistics)["q"]
+        expected = reference.scores(criterion, params.tolist(), grads.tolist(), num_heads)
+        torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64))
+    actual = head_scores("weight_norm", {"q": layout}, params={"q": params[-1]})["q"]
+    expected = reference.weight_norms(params[-1].tolist(), num_heads)
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 5e-2)]
+)
+def test_signed_score_is_the_derivative_with_respect_to_a_gate(dtype, tolerance):
+    """The sum of p·g over a head's rows of B (and bias) equals dL/d(gate) at 1, with the head's delta times the gate."""
+    torch.manual_seed(3)
+    layout = HeadLayout("query", 4, 3)
+    x, A, B, bias, W = (torch.randn(*s).to(dtype) for s in ((7, 5), (2, 5), (12, 2), (12,), (12, 5)))
+    readout = torch.randn(12, dtype=torch.float64)
+    B.requires_grad_()
+    bias.requires_grad_()
+    gate = torch.ones(4, dtype=dtype, requires_grad=True)
+    delta = F.linear(F.linear(x, A), B, bias) * 0.5
+    output = F.linear(x, W) + delta * gate.repeat_interleave(3)
+    loss = ((output.double().tanh() @ readout) ** 2).mean()
+    loss.backward()
+
+    params = torch.cat([B.detach(), bias.detach()[:, None]], dim=1)
+    grads = torch.cat([B.grad, bias.grad[:, None]], dim=1)
+    score = head_scores("positive", {"q": layout}, statistics={"q": head_statistics(params, grads, layout)})["q"]
+    assert score.abs().max() > 0.1
+    error = (score - gate.grad.double()).abs().max() / gate.grad.double().abs().max()
+    assert error < tolerance
+
+
+def test_signed_score_equals_that_of_the_merged_rows():
+    """Σ_B p·g = Σ_ΔW ΔW·dL/dΔW: the score does not depend on how the delta is factored."""
+    torch.manual_seed(0)
+    layout = HeadLayout("query", 3, 2)
+    A, B = torch.randn(4, 5, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    delta = B @ A
+    delta.retain_grad()
+    (delta.sin() * torch.randn(6, 5, dtype=torch.float64)).sum().backward()
+    merged = layout.sum_rows(delta.detach() * delta.grad)
+    factored = head_statistics(B.detach(), B.grad, layout)[STATISTICS.index("signed")]
+    torch.testing.assert_close(factored, merged, rtol=1e-12, atol=1e-12)
+
+
+def test_random_is_seeded_and_ignores_global_state():
+    layouts = {name: HeadLayout("query", 12, 1) for name in "ab"}
+    torch.manual_seed(1)
+    first = head_scores("random", layouts, seed=5)
+    torch.manual_seed(2)
+    assert torch.equal(first["a"], head_scores("random", layouts, seed=5)["a"])
+    assert not torch.equal(first["a"], head_scores("random", layouts, seed=6)["a"])
+    assert not torch.equal(first["a"], first["b"])
+
+
+def test_front():
+    assert head_scores("front", {"q": HeadLayout("query", 3, 1)})["q"].tolist() == [0, 1, 2]
+
+
+def test_errors():
+    layouts = {"q": HeadLayout("query", 2, 1)}
+    with pytest.raises(ValueError, match=r"criterion must be one of absolute, .*got 'best'"):
+        head_scores("best", layouts)
+    broken = {"q": torch.tensor([[1.0, float("nan")]] * 3, dtype=torch.float64)}
+    for criterion in set(CRITERIA) - {"weight_norm", "random", "front"}:
+        with pytest.raises(ValueError, match="of q are not finite"):
+            head_scores(criterion, layouts, statistics=broken)

@@ -1,0 +1,122 @@
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peft_heads.heads.layout import HeadLayout
+from peft_heads.heads.selection import check_head_count, floor_ratio, groups_kept_whole, plan_groups, select_heads
+
+
+def swin_b():
+    """q and v of Swin-B: 2, 2, 18, 2 layers with 4, 8, 16, 32 heads."""
+    return {
+        f"stages.{stage}.blocks.{block}.attention.{part}": HeadLayout(role, heads, 32)
+        for stage, (depth, heads) in enumerate([(2, 4), (2, 8), (18, 16), (2, 32)])
+        for block in range(depth)
+        for part, role in (("q_proj", "query"), ("v_proj", "value"))
+    }
+
+
+def off(mask):
+    return set((~mask).nonzero().flatten().tolist())
+
+
+def test_swin_b_ratio():
+    groups = plan_groups(swin_b(), ratio=0.25)
+    assert [(g.num_heads, g.num_deactivated, len(g.modules)) for g in groups] == [
+        (4, 1, 4),
+        (8, 2, 4),
+        (16, 4, 36),
+        (32, 8, 4),
+    ]
+
+
+@settings(deadline=None)
+@given(
+    heads=st.lists(st.integers(2, 6), min_size=1, max_size=4),
+    ne=st.integers(0, 7),
+    granularity=st.sampled_from(["global", "layer"]),
+    joint=st.booleans(),
+    data=st.data(),
+)
+def test_against_the_reference(heads, ne, granularity, joint, data):
+    """Few distinct scores, so that ties are common."""
+    layouts, scores, plain = {}, {}, {}
+    for layer, num_heads in enumerate(heads):
+        for part in ("query", "value"):
+            name = f"layers.{layer}.{part}"
+            values = data.draw(st.lists(st.integers(0, 3), min_size=num_heads, max_size=num_heads))
+            layouts[name] = HeadLayout(part, num_heads, 2)
+            scores[name] = torch.tensor(values, dtype=torch.float64)
+            plain[layer, part] = [float(v) for v in values]
+    if ne and all(ne >= h for h in heads):
+        with pytest.raises(ValueError, match=f"ne={ne} applies to no group"):
+            plan_groups(layouts, ne=ne, granularity=granularity, joint=joint)
+        return
+    masks = select_heads(scores, plan_groups(layouts, ne=ne, granularity=granularity, joint=joint))
+    expected = reference.deactivated(plain, ne=ne, granularity=granularity, joint=joint)
+    assert {(int(n.split(".")[1]), n.split(".")[2]): off(m) for n, m in masks.items()} == expected
+
+
+def test_ties_go_to_the_lower_index():
+    layouts = {"a.q": HeadLayout("query", 5, 1)}
+    masks = select_heads({"a.q": torch.tensor([1.0, 0.5, 0.5, 0.5, 1.0])}, plan_groups(layouts, ne=2))
+    assert off(masks["a.q"]) == {1, 2}
+
+
+def test_joint_and_separate():
+    layouts = {"a.q": HeadLayout("query", 3, 1), "a.v": HeadLayout("value", 3, 1)}
+    scores = {"a.q": torch.tensor([0.0, 1.0, 5.0]), "a.v": torch.tensor([9.0, 1.0, 0.0])}
+    together = select_heads(scores, plan_groups(layouts, ne=1))
+    assert off(together["a.q"]) == off(together["a.v"]) == {1}
+    apart = select_heads(scores, plan_groups(layouts, ne=1, joint=False))
+    assert (off(apart["a.q"]), off(apart["a.v"])) == ({0}, {2})
+
+
+def test_joint_needs_equal_heads():
+    layouts = {"a.q": HeadLayout("query", 4, 1), "a.v": HeadLayout("value", 2, 2)}
+    with pytest.raises(ValueError, match=r"a\.q has 4 heads and a\.v has 2; pass joint=False"):
+        plan_groups(layouts, ne=1)
+    assert len(plan_groups(layouts, ne=1, joint=False)) == 2
+
+
+def test_small_groups_keep_their_heads():
+    layouts = {"a.q": HeadLayout("query", 2, 1), "b.q": HeadLayout("query", 4, 1)}
+    groups = plan_groups(layouts, ne=2)
+    assert [g.num_deactivated for g in groups] == [0, 2]
+    assert "ne=2" in groups_kept_whole(groups, 2) and "2 heads (a.q" in groups_kept_whole(groups, 2)
+    assert groups_kept_whole(plan_groups(layouts, ne=1), 1) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"ne": -1}, "at least 0; got -1"),
+        ({"ne": 1.5}, "integer of at least 0; got 1.5"),
+        ({"ne": True}, "got True"),
+        ({"ne": 1, "ratio": 0.5}, "not both; got ne=1 and ratio=0.5"),
+        ({}, "give ne"),
+        ({"ratio": 1.0}, r"in \[0, 1\); got 1.0"),
+        ({"ratio": -0.1}, r"in \[0, 1\); got -0.1"),
+        ({"ne": 12}, "ne=12 applies to no group of heads: the groups have 2, 4 heads"),
+        ({"ratio": 0.2}, "ratio=0.2 applies to no group"),
+        ({"ne": 1, "granularity": "stage"}, "'global' or 'layer'; got 'stage'"),
+    ],
+)
+def test_errors(arguments, message):
+    layouts = {"a.q": HeadLayout("query", 2, 1), "b.q": HeadLayout("query", 4, 1)}
+    with pytest.raises(ValueError, match=message):
+        plan_groups(layouts, **arguments)
+
+
+def test_zero_is_allowed():
+    layouts = {"a.q": HeadLayout("query", 2, 1)}
+    for arguments in ({"ne": 0}, {"ratio": 0}, {"ratio": 0.0}):
+        check_head_count(**{"ne": None, "ratio": None, **arguments})
+        assert plan_groups(layouts, **arguments)[0].num_deactivated == 0
+
+
+def test_floor_ratio():
+    assert floor_ratio(0.29, 100) == 29  # 0.29 * 100 == 28.999999999999996
+    assert [floor_ratio(0.25, heads) for heads in (3, 4, 8, 16, 32)] == [0, 1, 2, 4, 8]

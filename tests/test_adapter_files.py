@@ -1,0 +1,162 @@
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import EntryNotFoundError
+from peft import LoraConfig, get_peft_model
+from transformers import AutoImageProcessor, Trainer, TrainingArguments
+
+from peft_heads import HeadMaskedLoraConfig, set_head_masks, set_image_processor
+from peft_heads.adapter_files import read_labels
+from peft_heads.demo.model import load_demo_processor
+
+
+@pytest.fixture
+def model():
+    base = tiny.make("vit")
+    base.config.id2label = {0: "cat", 1: "dog", 2: "Übung"}
+    return get_peft_model(base, HeadMaskedLoraConfig(ne=1, r=4, lora_alpha=2))
+
+
+def card_of(folder):
+    return ModelCard.load(folder / "README.md")
+
+
+# PEFT looks for the base model's config.json, which is not to be had here
+no_base_config = pytest.mark.filterwarnings("ignore:Could not find a config file in")
+
+
+@no_base_config
+def test_card(model, tmp_path):
+    model.peft_config["default"].base_model_name_or_path = "google/vit-base-patch16-224-in21k"
+    set_head_masks(model, tiny.masks_off(model, 4))
+    model.save_pretrained(tmp_path)
+    card = card_of(tmp_path)
+    assert {"peft_heads", "head-masked-lora"} <= set(card.data.tags)
+    assert card.data.library_name == "peft" and card.data.pipeline_tag == "image-classification"
+    assert "Head-masked LoRA adapter for google/vit-base-patch16-224-in21k" in card.text
+    assert "head 4 of 6 in all 4 projections" in card.text
+    for row in ("| `ne` | 1 |", "| `criterion` | absolute |", "| `mask_scope` | adapter |", "| `r` | 4 |"):
+        assert row in card.text
+    assert "pip install peft-heads" in card.text and "import peft_heads" in card.text
+    assert "PEFT 0." in card.text and "[More Information Needed]" not in card.text
+
+
+@no_base_config
+def test_card_does_not_name_a_local_folder(model, tmp_path):
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path)
+    set_head_masks(model, tiny.masks_off(model, 4))
+    model.save_pretrained(tmp_path / "adapter")
+    assert str(tmp_path) not in card_of(tmp_path / "adapter").text
+
+
+def test_card_is_updated_and_keeps_what_a_person_wrote(model, tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n\nMy words.\n")
+    with pytest.warns(UserWarning, match="none has been selected"):
+        model.save_pretrained(tmp_path)
+    assert "My words." in card_of(tmp_path).text and "None have been selected yet" in card_of(tmp_path).text
+    set_head_masks(model, tiny.masks_off(model, 2))
+    model.save_pretrained(tmp_path)
+    card = card_of(tmp_path)
+    assert "My words." in card.text and card.data.license == "mit"
+    assert card.text.count("## Deactivated heads") == 1
+    assert "head 2 of 6" in card.text and "None have been" not in card.text
+
+
+def test_saving_before_the_selection_warns(model, tmp_path):
+    with pytest.warns(UserWarning, match=r"to deactivate heads \(ne=1\), but none has been selected"):
+        model.save_pretrained(tmp_path)
+
+
+def test_ne_0_is_silent(tmp_path):
+    get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=0)).save_pretrained(tmp_path)
+    assert "plain LoRA" in card_of(tmp_path).text
+
+
+def test_labels(model, tmp_path):
+    set_head_masks(model, tiny.masks_off(model, 1))
+    model.save_pretrained(tmp_path)
+    assert read_labels(tmp_path) == {0: "cat", 1: "dog", 2: "Übung"}
+    # transformers would take the folder for a full checkpoint
+    assert not (tmp_path / "config.json").exists()
+    assert read_labels(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"id2label": {"a": "b"}}', '{"labels": 1}'])
+def test_broken_label_file_names_itself(tmp_path, text):
+    (tmp_path / "labels.json").write_text(text)
+    with pytest.raises(ValueError, match="labels.json is not a label file"):
+        read_labels(tmp_path)
+
+
+def test_image_processor(model, tmp_path):
+    processor = load_demo_processor()
+    processor.image_mean = [0.1, 0.2, 0.3]
+    set_image_processor(model, processor)
+    set_head_masks(model, tiny.masks_off(model, 1))
+    model.save_pretrained(tmp_path)
+    assert list(AutoImageProcessor.from_pretrained(tmp_path).image_mean) == [0.1, 0.2, 0.3]
+    set_image_processor(model, object())  # a tokenizer, say: not ours to save
+    assert json.loads(model.peft_config["default"].adapter_files.image_processor)["image_mean"] == [0.1, 0.2, 0.3]
+
+
+class FakeHub:
+    """Takes uploads in the place of the Hub."""
+
+    def __init__(self):
+        self.files = {}
+
+    def create_repo(self, repo_id, **kwargs):
+        return type("Url", (), {"repo_id": repo_id})()
+
+    def create_commit(self, repo_id, operations, **kwargs):
+        self.files = {op.path_in_repo: Path(op.path_or_fileobj).read_bytes() for op in operations}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    from transformers.utils import hub
+
+    fake = FakeHub()
+
+    def no_card(repo_id, **kwargs):
+        raise EntryNotFoundError("no README.md in the repository")
+
+    monkeypatch.setattr(hub, "hf_api", lambda: fake)
+    monkeypatch.setattr(
+        ModelCard, "load", lambda source, **k: no_card(source) if source == "me/my-adapter" else LOAD(source)
+    )
+    return fake
+
+
+LOAD = ModelCard.load
+
+
+def test_push_to_hub_uploads_everything(model, hub):
+    set_head_masks(model, tiny.masks_off(model, 1))
+    set_image_processor(model, load_demo_processor())
+    model.push_to_hub("me/my-adapter")
+    assert set(hub.files) == {
+        "adapter_config.json", "adapter_model.safetensors", "README.md", "labels.json", "preprocessor_config.json",
+    }  # fmt: skip
+    card = ModelCard(hub.files["README.md"].decode())  # push_to_hub itself would have replaced it by blanks
+    assert "head 1 of 6 in all 4 projections" in card.text and "[More Information Needed]" not in card.text
+    assert card.data.library_name == "peft" and "head-masked-lora" in card.data.tags
+
+
+def test_stock_adapters_keep_their_card(hub):
+    get_peft_model(tiny.make("vit"), LoraConfig(target_modules=["q_proj"])).push_to_hub("me/my-adapter")
+    assert b"peft_heads" not in hub.files["README.md"]
+
+
+def test_card_of_a_trainer(model, tmp_path):
+    """Trainer writes a card of its own, in which our section finds a place."""
+    set_head_masks(model, tiny.masks_off(model, 1))
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), report_to="none", use_cpu=True))
+    trainer.save_model()
+    trainer.create_model_card()
+    card = card_of(tmp_path)
+    assert "head 1 of 6 in all 4 projections" in card.text
+    assert "training procedure" in card.text.lower() and "learning_rate" in card.text

@@ -1,0 +1,493 @@
+import json
+import logging
+import warnings
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch.utils.data import IterableDataset
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+
+from peft_heads import HeadMaskedLoraConfig, HeadScorer, TaylorHeadScorer, get_head_masks, set_head_masks
+from peft_heads.heads import CRITERIA
+
+
+STEPS_PER_EPOCH = 4  # 32 examples in batches of 8
+
+
+def make_trainer(folder, callbacks, model=None, train_dataset=None, ne=1, seed=0, eval_dataset=None, **arguments):
+    arguments = {"num_train_epochs": 4, "save_strategy": "no", "learning_rate": 1e-2, **arguments}
+    args = TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=arguments.pop("per_device_train_batch_size", 8),
+        report_to="none",
+        disable_tqdm=True,
+        label_names=["labels"],
+        seed=seed,
+        use_cpu=True,
+        logging_strategy="no",
+        **arguments,
+    )
+    if model is None:
+        model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=ne, lora_dropout=0.1))
+    return Trainer(
+        model,
+        args,
+        train_dataset=tiny.examples() if train_dataset is None else train_dataset,
+        eval_dataset=eval_dataset,
+        callbacks=callbacks,
+    )
+
+
+def off(model):
+    return {tuple((~mask).nonzero().flatten().tolist()) for mask in get_head_masks(model).values()}
+
+
+class Watch(TrainerCallback):
+    """Which steps the scorer has counted, and when the masks came."""
+
+    def __init__(self, scorer):
+        self.scorer, self.counted, self.masked = scorer, [], []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.counted.append(self.scorer._scorer.num_steps)
+        self.masked.append(self.scorer.masks is not None)
+
+
+# When
+
+
+@pytest.mark.parametrize(
+    ("arguments", "window", "selected"),
+    [
+        ({}, (1, 2), 2),  # 0.1 of 16 steps, rounded up
+        ({"select_at": 0.5}, (5, 8), 8),
+        ({"select_at": 0.5, "window": "all"}, (1, 8), 8),
+        ({"select_at": 0.5, "window": "last_step"}, (8, 8), 8),
+        ({"select_at": 6}, (3, 6), 6),
+        ({"select_at": 3}, (1, 3), 3),  # the window is cut to the warm-up
+        ({"warmup_epochs": 2}, (5, 8), 8),
+        ({"warmup_epochs": 0.5}, (1, 2), 2),
+        ({"warmup_epochs": 2, "window": "all"}, (1, 8), 8),
+    ],
+)
+def test_window_and_selection(tmp_path, arguments, window, selected):
+    scorer = TaylorHeadScorer(**arguments)
+    watch = Watch(scorer)
+    trainer = make_trainer(tmp_path, [scorer, watch])
+    trainer.train()
+    first, last = window
+    expected = [min(max(step - first + 1, 0), last - first + 1) for step in range(1, 17)]
+    assert watch.counted == expected
+    assert watch.masked == [step >= selected for step in range(1, 17)]
+    assert len(off(trainer.model)) == 1 and len(next(iter(off(trainer.model)))) == 1
+
+
+def test_share_of_the_steps_is_read_as_written(tmp_path):
+    scorer = TaylorHeadScorer(select_at=0.1)
+    trainer = make_trainer(tmp_path, [scorer], max_steps=30, num_train_epochs=1)  # 0.1 * 30 == 3.0000000000000004
+    trainer.train()
+    assert scorer.progress["selected_at"] == 3
+
+
+def test_gradient_accumulation_counts_optimizer_steps(tmp_path):
+    scorer = TaylorHeadScorer(warmup_epochs=2)
+    watch = Watch(scorer)
+    trainer = make_trainer(tmp_path, [scorer, watch], per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    trainer.train()
+    assert scorer.progress["selected_at"] == 2 * STEPS_PER_EPOCH
+    assert max(watch.counted) == STEPS_PER_EPOCH
+
+
+def scores_of_a_run(folder, **arguments):
+    model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=1))
+    make_trainer(folder, [TaylorHeadScorer(warmup_epochs=1)], model=model, **arguments).train()
+    return json.loads((folder / "head_scores.json").read_text())["scores"]
+
+
+@pytest.mark.parametrize("criterion", ["absolute", "positive", "grad_norm"])
+def test_clipping_and_accumulation_do_not_matter(tmp_path, criterion):
+    """Invariant 7 through Trainer: no learning, so that clipping cannot change the weights either."""
+    plain = {"learning_rate": 0.0, "max_grad_norm": 0}
+    expected = scores_of_a_run(tmp_path / "a", **plain)
+    clipped = scores_of_a_run(tmp_path / "b", **{**plain, "max_grad_norm": 1e-3})
+    assert clipped[criterion] == expected[criterion]
+    split = scores_of_a_run(tmp_path / "c", **plain, per_device_train_batch_size=1, gradient_accumulation_steps=8)
+    for name, values in expected[criterion].items():
+        torch.testing.assert_close(torch.tensor(split[criterion][name]), torch.tensor(values), rtol=1e-5, atol=1e-9)
+    assert any(any(values) for values in expected["grad_norm"].values())
+
+
+# What it leaves behind
+
+
+def test_files_log_and_masks(tmp_path, caplog):
+    scorer = TaylorHeadScorer(warmup_epochs=2)
+    trainer = make_trainer(tmp_path, [scorer])
+    with caplog.at_level(logging.INFO, logger="peft_heads"):
+        trainer.train()
+    report = json.loads((tmp_path / "head_scores.json").read_text())
+    assert set(report["scores"]) == set(CRITERIA)
+    assert report["step"] == 8 and report["epoch"] == 2.0
+    assert report["window"] == {"first_step": 5, "last_step": 8, "steps_counted": 4, "steps_skipped": 0}
+    assert report["masks"] == {name: mask.tolist() for name, mask in get_head_masks(trainer.model).items()}
+    assert {name: [i for i, on in enumerate(m) if not on] for name, m in report["masks"].items()} == report[
+        "deactivated_heads"
+    ]
+    assert str(scorer.masks) == str(get_head_masks(trainer.model))
+    assert (tmp_path / "head_scores.png").read_bytes().startswith(b"\x89PNG")
+
+    (entry,) = [entry for entry in trainer.state.log_history if "deactivated_heads" in entry]
+    assert entry["step"] == 8 and entry["epoch"] == 2.0 and "of 6 in all 4 projections" in entry["deactivated_heads"]
+    assert any("deactivated heads by absolute: head" in r.message and r.levelname == "INFO" for r in caplog.records)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]  # no temporary files
+
+
+def test_attached_it_logs_through_the_trainer(tmp_path):
+    seen = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(dict(logs))
+
+    trainer = make_trainer(tmp_path, [Reporter()])
+    scorer = TaylorHeadScorer(warmup_epochs=2).attach(trainer)
+    assert scorer in trainer.callback_handler.callbacks
+    trainer.train()
+    assert [log["deactivated_heads"] for log in seen if "deactivated_heads" in log]
+    assert len([entry for entry in trainer.state.log_history if "deactivated_heads" in entry]) == 1
+
+
+def test_same_seed_same_heads(tmp_path):
+    reports = []
+    for name in "ab":
+        make_trainer(tmp_path / name, [TaylorHeadScorer(warmup_epochs=2)]).train()
+        reports.append(json.loads((tmp_path / name / "head_scores.json").read_text()))
+    assert reports[0] == reports[1]
+
+
+def test_ne_0_is_scored_and_never_masked(tmp_path):
+    trainer = make_trainer(tmp_path, [TaylorHeadScorer(warmup_epochs=2)], ne=0)
+    trainer.train()
+    assert off(trainer.model) == {()}
+    assert json.loads((tmp_path / "head_scores.json").read_text())["deactivated_heads"] == {}
+
+
+def test_scoring_does_not_change_training(tmp_path):
+    """With ne=0 the weights are those of a run without the callback, bit for bit."""
+    weights = []
+    for callbacks in ([TaylorHeadScorer(warmup_epochs=2)], []):
+        trainer = make_trainer(tmp_path, callbacks, ne=0)
+        trainer.train()
+        weights.append(trainable(trainer.model))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def trainable(model):
+    return {name: param.detach().clone() for name, param in model.named_parameters() if param.requires_grad}
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("restore", [False, True], ids=["", "restore_callback_states"])
+@pytest.mark.parametrize("resume_at", [3, 4, 6, 8, 10, 16])
+def test_resumed_run_equals_the_undisturbed_one(tmp_path, resume_at, restore):
+    """Before (3, 4), during (6), at (8), after (10) the window of steps 5 to 8, and a finished run (16)."""
+    settings = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "linear"}
+    whole = make_trainer(tmp_path / "whole", [TaylorHeadScorer(warmup_epochs=2)], **settings)
+    whole.train()
+
+    checkpoint = tmp_path / "whole" / f"checkpoint-{resume_at}"
+    saved = load_file(checkpoint / "adapter_model.safetensors")
+    assert all(m.all() for n, m in saved.items() if "head_mask" in n) == (resume_at < 8)
+    scorer = TaylorHeadScorer(warmup_epochs=2)
+    resumed = make_trainer(
+        tmp_path / "resumed", [scorer], restore_callback_states_from_checkpoint=restore, seed=0, **settings
+    )
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+
+    assert off(resumed.model) == off(whole.model) and len(next(iter(off(whole.model)))) == 1
+    final = [load_file(trainer_file(t, tmp_path)) for t in (whole, resumed)]
+    for name, tensor in final[0].items():
+        assert torch.equal(tensor, final[1][name]), name
+    if resume_at < 8:
+        reports = [json.loads((tmp_path / d / "head_scores.json").read_text()) for d in ("whole", "resumed")]
+        assert reports[0] == reports[1]
+
+
+def trainer_file(trainer, tmp_path):
+    folder = tmp_path / f"final-{id(trainer)}"
+    trainer.model.save_pretrained(folder)
+    return folder / "adapter_model.safetensors"
+
+
+def test_same_callback_used_again_for_an_earlier_checkpoint(tmp_path):
+    trainer = make_trainer(tmp_path, [TaylorHeadScorer(warmup_epochs=2)], save_strategy="steps", save_steps=2)
+    trainer.train()
+    first = off(trainer.model)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert off(trainer.model) == first and first != {()}
+
+
+def test_resuming_with_another_window(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    make_trainer(tmp_path, [TaylorHeadScorer(warmup_epochs=2)], **settings).train()
+    trainer = make_trainer(tmp_path, [TaylorHeadScorer(warmup_epochs=3)], **settings)
+    with pytest.raises(ValueError, match=r"window of steps 5 to 8, but this run's window is 9 to 12.*select_at=8"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+
+
+def train_without_scorer(folder, settings):
+    with pytest.warns(UserWarning, match="none has been selected"):
+        make_trainer(folder, [], **settings).train()
+
+
+def test_resuming_a_run_that_had_no_scorer(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 6}
+    train_without_scorer(tmp_path, settings)
+    late = make_trainer(tmp_path, [TaylorHeadScorer(select_at=4)], **settings)
+    with pytest.raises(ValueError, match="resumes at step 6, after the selection of heads at step 4.*more than 6"):
+        late.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    fine = make_trainer(tmp_path, [TaylorHeadScorer(select_at=10)], **settings)
+    fine.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert off(fine.model) != {()}
+
+
+def test_catching_up_needs_no_scores_for_front(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 6}
+    train_without_scorer(tmp_path, settings)
+    model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=2, criterion="front"))
+    trainer = make_trainer(tmp_path, [TaylorHeadScorer(select_at=4)], model=model, **settings)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert off(trainer.model) == {(0, 1)}
+
+
+def test_checkpoints_of_the_warm_up_are_saved_without_a_warning(tmp_path):
+    trainer = make_trainer(tmp_path, [TaylorHeadScorer(warmup_epochs=2)], save_strategy="epoch")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*none has been selected")
+        trainer.train()
+    assert "None have been selected yet" in (tmp_path / "checkpoint-4" / "README.md").read_text()
+    assert "None have been" not in (tmp_path / "checkpoint-8" / "README.md").read_text()
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"select_at": 0.1, "warmup_epochs": 1}, "not both; got select_at=0.1, warmup_epochs=1"),
+        ({"select_at": 0}, "got 0"),
+        ({"select_at": 2.5}, "whole number of steps; got 2.5"),
+        ({"warmup_epochs": 0}, "positive; got 0"),
+        ({"window": "epoch"}, "window must be one of last_epoch, all, last_step; got 'epoch'"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        TaylorHeadScorer(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"select_at": 17}, "select_at=17 selects heads at step 17, after the end of training at step 16"),
+        ({"warmup_epochs": 10}, "warmup_epochs=10 of 4 steps selects heads at step 40, after the end"),
+    ],
+)
+def test_selection_after_the_end_of_training(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, [TaylorHeadScorer(**arguments)]).train()
+
+
+def test_selection_at_the_last_step(tmp_path):
+    trainer = make_trainer(tmp_path, [TaylorHeadScorer(warmup_epochs=4)])
+    with pytest.warns(UserWarning, match="the last of training: no step is trained with the masks"):
+        trainer.train()
+    assert off(trainer.model) != {()}
+
+
+@pytest.mark.parametrize("arguments", [{}, {"warmup_epochs": 1}, {"warmup_epochs": 1, "window": "all"}], ids=str)
+def test_unknown_epoch_length(tmp_path, arguments):
+    with pytest.raises(ValueError, match=r"length of an epoch, which is unknown.*select_at=500.*window='all' or"):
+        make_trainer(tmp_path, [TaylorHeadScorer(**arguments)], train_dataset=Stream(), max_steps=6).train()
+
+
+def test_stream_with_steps(tmp_path):
+    trainer = make_trainer(
+        tmp_path, [TaylorHeadScorer(select_at=3, window="all")], train_dataset=Stream(), max_steps=6
+    )
+    trainer.train()
+    assert off(trainer.model) != {()}
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield from tiny.examples(64)
+
+
+@pytest.mark.parametrize("model", ["stock", "plain"])
+def test_model_without_head_masked_adapter(tmp_path, model):
+    base = tiny.make("vit")
+    if model == "stock":
+        base = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="it has no head-masked adapter.*HeadMaskedLoraConfig"):
+        make_trainer(tmp_path, [TaylorHeadScorer()], model=base).train()
+
+
+def test_two_scorers(tmp_path):
+    with pytest.raises(ValueError, match="another scorer is attached to adapter 'default'"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers warns about two callbacks of a class as well
+        make_trainer(tmp_path, [TaylorHeadScorer(), TaylorHeadScorer()]).train()
+
+
+def test_a_plain_scorer_is_in_the_way(tmp_path):
+    trainer = make_trainer(tmp_path, [TaylorHeadScorer()])
+    scorer = HeadScorer(trainer.model)
+    with pytest.raises(ValueError, match="another scorer is attached"):
+        trainer.train()
+    assert scorer.recording
+
+
+def test_a_run_that_broke_off_is_not_in_the_way(tmp_path):
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    broken = make_trainer(tmp_path, [TaylorHeadScorer(warmup_epochs=2), Interrupt()])
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    again = make_trainer(tmp_path, [TaylorHeadScorer(warmup_epochs=2)], model=broken.model)
+    again.train()
+    assert off(again.model) != {()}
+
+
+def test_masked_adapter_keeps_its_masks_and_says_so(tmp_path):
+    model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=1))
+    set_head_masks(model, tiny.masks_off(model, 4))
+    trainer = make_trainer(tmp_path, [TaylorHeadScorer(warmup_epochs=2)], model=model)
+    with pytest.warns(UserWarning, match="deactivated heads already and keeps them: head 4 of 6"):
+        trainer.train()
+    assert off(model) == {(4,)}
+    assert not (tmp_path / "head_scores.json").exists()
+
+
+class SkipNonFinite(torch.optim.SGD):
+    """Leaves the weights alone after a non-finite gradient, as a loss scaler does."""
+
+    def step(self, closure=None):
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if all(torch.isfinite(grad).all() for grad in grads):
+            super().step(closure)
+
+
+def poisoned_trainer(tmp_path, *steps):
+    model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=1))
+    args = TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=8,
+        num_train_epochs=4,
+        max_grad_norm=0,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        save_strategy="no",
+        logging_strategy="no",
+    )
+    optimizer = SkipNonFinite([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    scorer = TaylorHeadScorer(warmup_epochs=2)
+    return Trainer(
+        model,
+        args,
+        train_dataset=tiny.examples(),
+        callbacks=[Poison(*steps), scorer],
+        optimizers=(optimizer, None),
+    )
+
+
+class Poison(TrainerCallback):
+    """Makes the loss of the given steps, hence their gradients, not a number."""
+
+    def __init__(self, *steps):
+        self.steps = steps
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        forward = model.forward
+
+        def poisoned(*inputs, **more):
+            output = forward(*inputs, **more)
+            if state.global_step + 1 in self.steps:
+                output["loss"] = output["loss"] * float("nan")
+            return output
+
+        model.forward = poisoned
+
+
+def test_non_finite_steps_are_skipped_and_counted(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="peft_heads"):
+        poisoned_trainer(tmp_path, 6, 7).train()
+    window = json.loads((tmp_path / "head_scores.json").read_text())["window"]
+    assert (window["steps_counted"], window["steps_skipped"]) == (2, 2)
+    assert "step 6: the gradients are not finite" in caplog.text
+
+
+def test_nothing_but_non_finite_steps_is_an_error(tmp_path):
+    trainer = poisoned_trainer(tmp_path, 5, 6, 7, 8)
+    with pytest.raises(ValueError, match="the gradients of all 4 steps were not finite"):
+        trainer.train()
+    assert off(trainer.model) == {()}
+
+
+def test_training_that_ends_before_the_selection(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 5
+
+    trainer = make_trainer(tmp_path, [TaylorHeadScorer(warmup_epochs=2), Stop()])
+    with pytest.warns(UserWarning, match="ended at step 5, before the selection at step 8: no head is deactivated"):
+        trainer.train()
+
+
+def test_best_checkpoint_older_than_the_selection(tmp_path):
+    def fewer_each_time():
+        values = iter([1.0, 0.5, 0.2, 0.1])
+        return lambda prediction: {"score": next(values)}
+
+    trainer = make_trainer(
+        tmp_path,
+        [TaylorHeadScorer(warmup_epochs=2), EarlyStoppingCallback(5)],
+        eval_dataset=tiny.examples(8),
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        greater_is_better=True,
+    )
+    trainer.compute_metrics = fewer_each_time()
+    with pytest.warns(UserWarning, match="checkpoint of step 4, which is older than the selection of heads at step 8"):
+        trainer.train()
+    assert off(trainer.model) == {()}
+
+
+def test_best_checkpoint_after_the_selection(tmp_path):
+    values = iter([0.1, 0.2, 0.5, 0.4])
+    trainer = make_trainer(
+        tmp_path,
+        [TaylorHeadScorer(warmup_epochs=2)],
+        eval_dataset=tiny.examples(8),
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        greater_is_better=True,
+    )
+    trainer.compute_metrics = lambda prediction: {"score": next(values)}
+    trainer.train()
+    assert trainer.state.best_global_step == 12
+    assert off(trainer.model) != {()}
+    saved = PeftModel.from_pretrained(tiny.make("vit"), tmp_path / "checkpoint-12")
+    assert off(saved) == off(trainer.model)

@@ -1,0 +1,88 @@
+import logging
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from transformers import AutoModelForImageClassification, pipeline
+
+from peft_heads import HeadMaskedLoraConfig, load_image_classifier, set_head_masks, set_image_processor
+from peft_heads.demo.model import load_demo_processor
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A base checkpoint with 5 labels of its own and an image processor."""
+    folder = tmp_path / "base"
+    tiny.make("vit", num_labels=5).save_pretrained(folder)
+    processor = load_demo_processor()
+    processor.size = {"height": tiny.IMAGE_SIZE, "width": tiny.IMAGE_SIZE}
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def adapter(base, tmp_path):
+    """An adapter for 3 other labels and its model."""
+    names = {0: "cat", 1: "dog", 2: "eel"}
+    vit = AutoModelForImageClassification.from_pretrained(base, id2label=names, ignore_mismatched_sizes=True)
+    model = get_peft_model(vit, HeadMaskedLoraConfig(ne=1))
+    tiny.randomize_lora(model)
+    set_head_masks(model, tiny.masks_off(model, 1))
+    processor = load_demo_processor()
+    processor.size = {"height": tiny.IMAGE_SIZE, "width": tiny.IMAGE_SIZE}
+    processor.image_mean = [0.1, 0.2, 0.3]
+    set_image_processor(model, processor)
+    model.save_pretrained(tmp_path / "adapter")
+    return model.eval(), tmp_path / "adapter"
+
+
+def test_load(adapter, capfd):
+    expected, folder = adapter
+    model, processor = load_image_classifier(folder)
+    assert not model.training
+    assert model.config.num_labels == 3 and model.config.id2label == {0: "cat", 1: "dog", 2: "eel"}
+    assert model.config.label2id == {"cat": 0, "dog": 1, "eel": 2}
+    assert list(processor.image_mean) == [0.1, 0.2, 0.3]
+    assert torch.equal(model(tiny.images()).logits, expected(tiny.images()).logits)
+    assert "newly initialized" not in capfd.readouterr().err
+
+
+def test_pipeline(adapter, caplog):
+    model, processor = load_image_classifier(adapter[1])
+    with caplog.at_level(logging.WARNING):
+        classify = pipeline("image-classification", model=model, image_processor=processor)
+        results = classify(Image.new("RGB", (20, 30), "red"))
+    assert {result["label"] for result in results} == {"cat", "dog", "eel"}
+    assert "not supported" not in caplog.text
+
+
+def test_base_model_fills_in_what_the_folder_lacks(adapter, base):
+    _, folder = adapter
+    (folder / "preprocessor_config.json").unlink()
+    _, processor = load_image_classifier(folder)
+    assert list(processor.image_mean) == [0.5, 0.5, 0.5]
+
+
+def test_stock_lora_adapter(base, tmp_path):
+    vit = AutoModelForImageClassification.from_pretrained(base)
+    model = get_peft_model(vit, LoraConfig(target_modules=["q_proj"], modules_to_save=["classifier"]))
+    model.save_pretrained(tmp_path / "stock")
+    loaded, _ = load_image_classifier(tmp_path / "stock")
+    assert torch.equal(loaded(tiny.images()).logits, model.eval()(tiny.images()).logits)
+
+
+def test_subfolder(adapter, tmp_path):
+    expected, _ = adapter
+    model, _ = load_image_classifier(tmp_path, subfolder="adapter")
+    assert torch.equal(model(tiny.images()).logits, expected(tiny.images()).logits)
+
+
+def test_errors(tmp_path):
+    with pytest.raises(ValueError, match="Can't find 'adapter_config.json'"):
+        load_image_classifier(tmp_path)
+    model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=0))  # made from a config: no name
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="does not say which base model"):
+        load_image_classifier(tmp_path)

@@ -1,0 +1,278 @@
+import gc
+import json
+
+import pytest
+import reference
+import tiny
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import SwinConfig, SwinForImageClassification
+
+from peft_heads import HeadMaskedLoraConfig, HeadScorer, get_head_masks, set_head_masks
+from peft_heads.heads import CRITERIA
+from peft_heads.heads.maskable import head_layers
+
+
+def make(backbone="vit", std=0.1, **config):
+    model = get_peft_model(tiny.make(backbone), HeadMaskedLoraConfig(**{"ne": 1, **config}))
+    tiny.randomize_lora(model, std=std)
+    return model
+
+
+def off(mask):
+    return set((~mask).nonzero().flatten().tolist())
+
+
+@pytest.mark.parametrize("lora", [{}, {"lora_bias": True}], ids=str)
+def test_against_the_reference(backbone, lora):
+    """Scores of a few real training steps, recomputed number by number from the gradients and weights seen."""
+    model = make(backbone, **lora)
+    scorer = HeadScorer(model)
+    params, grads = {}, {}
+
+    def record():
+        for name, layer in head_layers(model).items():
+            rows = [p.detach().reshape(p.shape[0], -1) for p in layer.head_parameters("default")]
+            slopes = [p.grad.reshape(p.shape[0], -1) for p in layer.head_parameters("default")]
+            params.setdefault(name, []).append(torch.cat(rows, 1).tolist())
+            grads.setdefault(name, []).append(torch.cat(slopes, 1).tolist())
+        assert scorer.update()
+
+    tiny.train(model, steps=3, after_backward=record)
+    assert scorer.num_steps == 3
+    for criterion in ("absolute", "positive", "negative", "grad_norm"):
+        for name, score in scorer.scores(criterion).items():
+            expected = reference.scores(criterion, params[name], grads[name], len(score))
+            torch.testing.assert_close(score, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-12)
+    for name, layer in head_layers(model).items():
+        rows = torch.cat([p.detach().reshape(p.shape[0], -1) for p in layer.head_parameters("default")], 1)
+        expected = reference.weight_norms(rows.tolist(), layer.head_layout["default"].num_heads)
+        torch.testing.assert_close(scorer.scores("weight_norm")[name], torch.tensor(expected, dtype=torch.float64))
+    assert set(scorer.all_scores()) == set(CRITERIA)
+
+
+@pytest.mark.parametrize("ne", [1, 3])
+@pytest.mark.parametrize("granularity", ["global", "layer"])
+@pytest.mark.parametrize("joint", [True, False])
+def test_selection_against_the_reference(ne, granularity, joint):
+    model = make()
+    scorer = HeadScorer(model)
+    tiny.train(model, after_backward=scorer.update)
+    masks = scorer.select(ne=ne, granularity=granularity, joint=joint)
+    scores = {tuple(name.split(".")[2::2]): score.tolist() for name, score in scorer.scores().items()}
+    expected = reference.deactivated(scores, ne=ne, granularity=granularity, joint=joint)
+    assert {tuple(name.split(".")[2::2]): off(mask) for name, mask in masks.items()} == expected
+
+
+def test_swin_b_at_a_quarter_gives_1_2_4_8():
+    config = SwinConfig(
+        embed_dim=32, depths=[1, 1, 2, 1], num_heads=[4, 8, 16, 32], image_size=32, patch_size=2, window_size=2
+    )
+    model = get_peft_model(SwinForImageClassification(config), HeadMaskedLoraConfig(ratio=0.25))
+    tiny.randomize_lora(model, std=0.1)
+    scorer = HeadScorer(model)
+    model(pixel_values=torch.randn(2, 3, 32, 32), labels=torch.tensor([0, 1])).loss.backward()
+    scorer.update()
+    masks = scorer.apply()
+    counts = {len(mask): len(off(mask)) for mask in masks.values()}
+    assert counts == {4: 1, 8: 2, 16: 4, 32: 8}
+    by_heads = {}
+    for mask in masks.values():
+        by_heads.setdefault(len(mask), set()).add(tuple(mask.tolist()))
+    assert all(len(distinct) == 1 for distinct in by_heads.values())  # the same heads in all layers of a stage
+
+
+def test_apply_sets_masks_zeroes_rows_and_stops_listening():
+    model = make()
+    scorer = HeadScorer(model)
+    optimizer = tiny.train(model, after_backward=scorer.update)
+    expected = scorer.select()
+    masks = scorer.apply(optimizer)
+    assert str(masks) == str(expected) == str(get_head_masks(model))
+    assert not scorer.recording
+    for name, layer in head_layers(model).items():
+        rows = ~layer.active_rows("default")
+        weight = layer.lora_B["default"].weight
+        assert len(off(masks[name])) == 1
+        assert weight[rows].count_nonzero() == 0 and weight[~rows].count_nonzero() > 0
+        for value in optimizer.state[weight].values():
+            if value.shape == weight.shape:
+                assert value[rows].count_nonzero() == 0 and value[~rows].count_nonzero() > 0
+    HeadScorer(model)  # the first has let go
+
+
+def test_one_warm_up_serves_every_variant():
+    model = make()
+    scorer = HeadScorer(model)
+    tiny.train(model, after_backward=scorer.update)
+    assert {len(off(m)) for m in scorer.select(ne=3).values()} == {3}
+    assert {len(off(m)) for m in scorer.select(ratio=0.5).values()} == {3}
+    assert {tuple(off(m)) for m in scorer.select(criterion="front").values()} == {(0,)}
+    assert str(scorer.select(criterion="random")) == str(scorer.select(criterion="random"))
+    masks = scorer.apply(masks=scorer.select(ne=2))
+    assert {len(off(m)) for m in masks.values()} == {2}
+    assert str(get_head_masks(model)) == str(masks)
+
+
+def test_apply_refuses_wrong_masks():
+    model = make()
+    scorer = HeadScorer(model)
+    name = "vit.layers.0.attention.q_proj"
+    with pytest.raises(ValueError, match="no projection 'nope'"):
+        scorer.apply(masks={name: torch.zeros(6, dtype=torch.bool), "nope": torch.zeros(6, dtype=torch.bool)})
+    with pytest.raises(ValueError, match=r"shape \(6,\)"):
+        scorer.apply(masks={name: torch.zeros(5, dtype=torch.bool)})
+    assert all(mask.all() for mask in get_head_masks(model).values())
+
+
+def test_ne_0_never_masks():
+    model = make(ne=0)
+    scorer = HeadScorer(model)
+    tiny.train(model, after_backward=scorer.update)
+    assert scorer.scores()["vit.layers.0.attention.q_proj"].abs().sum() > 0  # may be looked at
+    assert all(mask.all() for mask in scorer.apply().values())
+
+
+def test_masks_of_an_already_masked_adapter_are_kept():
+    model = make()
+    set_head_masks(model, tiny.masks_off(model, 4))
+    scorer = HeadScorer(model)
+    tiny.train(model, after_backward=scorer.update)
+    with pytest.warns(UserWarning, match="deactivated heads already and keeps them .head 4 of 6 in all 4 projections"):
+        masks = scorer.apply()
+    assert str(masks) == str(tiny.masks_off(model, 4)) == str(get_head_masks(model))
+
+
+def test_groups_too_small_for_another_ne_warn():
+    model = make("swin")
+    scorer = HeadScorer(model)
+    tiny.train(model, after_backward=scorer.update)
+    with pytest.warns(UserWarning, match="ne=2: 1 group"):
+        masks = scorer.select(ne=2)
+    assert {len(mask): len(off(mask)) for mask in masks.values()} == {2: 0, 4: 2}
+
+
+def test_non_finite_gradients_are_skipped_and_counted():
+    model = make()
+    scorer = HeadScorer(model)
+    model(**tiny.batch()).loss.backward()
+    assert scorer.update()
+    expected = scorer.scores()
+    for value in (float("nan"), float("inf")):
+        (model(**tiny.batch()).loss * value).backward()
+        assert not scorer.update()
+    assert (scorer.num_steps, scorer.num_skipped) == (1, 2)
+    assert str(scorer.scores()) == str(expected)
+
+
+def test_nothing_but_non_finite_gradients_is_an_error():
+    model = make()
+    scorer = HeadScorer(model)
+    (model(**tiny.batch()).loss * float("nan")).backward()
+    scorer.update()
+    with pytest.raises(ValueError, match="the gradients of all 1 steps were not finite"):
+        scorer.apply()
+    assert all(mask.all() for mask in get_head_masks(model).values())
+    scorer.select(criterion="front")  # needs no gradients
+
+
+def test_no_step_is_an_error():
+    scorer = HeadScorer(make())
+    with pytest.raises(ValueError, match="no optimizer step was counted; call update"):
+        scorer.select()
+
+
+def test_update_without_a_gradient():
+    model = make()
+    scorer = HeadScorer(model)
+    with pytest.raises(RuntimeError, match="no gradient has reached adapter 'default'"):
+        scorer.update()
+    scorer.stop()
+    with pytest.raises(RuntimeError, match="not recording; call start"):
+        scorer.update()
+
+
+def test_only_one_scorer():
+    model = make()
+    first = HeadScorer(model)
+    with pytest.raises(ValueError, match="another scorer is attached to adapter 'default'"):
+        HeadScorer(model)
+    first.close()
+    second = HeadScorer(model)
+    del second  # a dropped scorer does not stand in the way
+    gc.collect()
+    HeadScorer(model)
+
+
+def test_two_adapters_two_scorers():
+    model = make()
+    model.add_adapter("other", HeadMaskedLoraConfig(ne=1, modules_to_save=[]))
+    scorer = HeadScorer(model)
+    with pytest.raises(ValueError, match="adapter 'other' cannot be scored: its parameters in .* are frozen"):
+        HeadScorer(model, "other")
+    assert scorer.recording
+
+
+def test_models_without_heads():
+    with pytest.raises(ValueError, match="it has no head-masked adapter.*HeadMaskedLoraConfig"):
+        HeadScorer(get_peft_model(tiny.make("vit"), LoraConfig(target_modules=["q_proj"])))
+    with pytest.raises(ValueError, match="it has no head-masked adapter"):
+        HeadScorer(tiny.make("vit"))
+
+
+def test_frozen_adapter(tmp_path):
+    model = make()
+    set_head_masks(model, tiny.masks_off(model, 1))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="frozen; load the adapter with is_trainable=True"):
+        HeadScorer(PeftModel.from_pretrained(tiny.make("vit"), tmp_path))
+
+
+def test_state_goes_through_json_exactly():
+    model = make()
+    scorer = HeadScorer(model)
+    tiny.train(model, after_backward=scorer.update)
+    state = json.loads(json.dumps(scorer.state_dict()))
+    expected = scorer.all_scores()
+    scorer.close()
+    other = HeadScorer(model)
+    other.load_state_dict(state)
+    assert str(other.all_scores()) == str(expected)
+    for name, score in expected["absolute"].items():
+        assert torch.equal(other.scores("absolute")[name], score)
+
+
+def test_state_of_another_model():
+    model, other = make(), make("swin")
+    scorer = HeadScorer(model)
+    tiny.train(model, after_backward=scorer.update)
+    with pytest.raises(ValueError, match="those of another model"):
+        HeadScorer(other).load_state_dict(scorer.state_dict())
+
+
+def test_listening_changes_no_gradient():
+    plain, scored = make(), make()
+    HeadScorer(scored)
+    for model in (plain, scored):
+        model(**tiny.batch()).loss.backward()
+    for (name, p), (_, q) in zip(plain.named_parameters(), scored.named_parameters(), strict=True):
+        if p.grad is not None:
+            assert torch.equal(p.grad, q.grad), name
+
+
+def test_fused_and_foreach_optimizer_state_is_cleared_through_accelerate():
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model = make()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    scorer = HeadScorer(model)
+    accelerator.backward(model(**tiny.batch()).loss)
+    scorer.update()
+    optimizer.step()
+    optimizer.zero_grad()
+    scorer.apply(optimizer)
+    for layer in head_layers(model).values():
+        state = optimizer.state[layer.lora_B["default"].weight]
+        assert state["exp_avg"][~layer.active_rows("default")].count_nonzero() == 0

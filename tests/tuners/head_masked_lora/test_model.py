@@ -1,0 +1,238 @@
+import json
+import warnings
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.tuners.lora.layer import Conv2d, Linear
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from peft_heads import HeadMaskedLoraConfig, get_head_masks, set_head_masks
+from peft_heads.tuners import HeadMaskedLinear
+
+
+def layers(model, kind):
+    return [name for name, module in model.get_base_model().named_modules() if type(module) is kind]
+
+
+def test_needs_nothing_else(backbone):
+    model = get_peft_model(tiny.make(backbone), HeadMaskedLoraConfig(ne=1))
+    config = model.peft_config["default"]
+    assert config.target_modules == {"q_proj", "v_proj"}
+    assert config.modules_to_save == ["classifier"]
+    assert all(name.endswith((".q_proj", ".v_proj")) for name in layers(model, HeadMaskedLinear))
+    assert len(layers(model, HeadMaskedLinear)) == (4 if backbone == "vit" else 8)
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert any("classifier" in n for n in trained)
+    assert all("lora_" in n or "classifier" in n for n in trained)
+
+
+def test_opt_out_of_the_classifier():
+    model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=1, modules_to_save=[]))
+    assert not any("classifier" in n for n, p in model.named_parameters() if p.requires_grad)
+
+
+def test_a_second_adapter_finds_the_classifier_again():
+    model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=1))
+    model.add_adapter("other", HeadMaskedLoraConfig(ne=2))
+    assert model.peft_config["other"].modules_to_save == ["classifier"]
+    assert model.peft_config["other"].target_modules == {"q_proj", "v_proj"}
+
+
+def test_targets_without_heads_get_stock_lora_and_are_named_once():
+    base = tiny.make("vit")
+    targets = ["q_proj", "v_proj", "o_proj", "fc1", "projection"]
+    with pytest.warns(UserWarning, match="no attention heads") as caught:
+        model = get_peft_model(base, HeadMaskedLoraConfig(ne=1, target_modules=targets))
+    assert len([w for w in caught if w.category is UserWarning]) == 1
+    for pattern in (
+        "vit.embeddings.patch_embeddings.projection",
+        "vit.layers.*.attention.o_proj",
+        "vit.layers.*.mlp.fc1",
+    ):
+        assert pattern in next(str(w.message) for w in caught if w.category is UserWarning)
+    assert (
+        len(layers(model, Linear)) == 4
+        and len(layers(model, Conv2d)) == 1
+        and len(layers(model, HeadMaskedLinear)) == 4
+    )
+    assert len(get_head_masks(model)) == 4
+
+
+def test_explicit_num_heads_that_does_not_divide():
+    with pytest.warns(UserWarning, match=r"no attention heads.*vit\.layers\.\*\.attention\.v_proj"):
+        model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=1, num_heads={"q_proj": 3, "v_proj": 5}))
+    assert {len(m) for m in get_head_masks(model).values()} == {3}
+    assert all(name.endswith("v_proj") for name in layers(model, Linear))
+
+
+def test_ne_0_names_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=0, target_modules=["fc1"]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target_modules": ["fc1", "o_proj"]}, r"nothing to deactivate\. Targets: .*o_proj.*Projections with heads in "
+         r"this model: vit\.layers\.\*\.attention\.q_proj.*num_heads=.*ne=0"),
+        ({"ne": 6}, "ne=6 applies to no group of heads: the groups have 6 heads"),
+        ({"ratio": 0.1}, r"ratio=0\.1 applies to no group"),
+        ({"num_heads": {"q_proj": 3}}, "q_proj has 3 heads and .*v_proj has 6; pass joint=False"),
+    ],
+)  # fmt: skip
+def test_errors_leave_the_model_untouched(arguments, message):
+    model = tiny.make("vit")
+    before = str(model)
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, HeadMaskedLoraConfig(**arguments))
+    assert str(model) == before
+
+
+def test_groups_that_are_too_small_warn_once():
+    with pytest.warns(UserWarning, match=r"ne=2: 1 group.*2 heads") as caught:
+        model = get_peft_model(tiny.make("swin"), HeadMaskedLoraConfig(ne=2))
+    assert len([w for w in caught if w.category is UserWarning]) == 1
+    assert {len(m) for m in get_head_masks(model).values()} == {2, 4}
+
+
+class QuantisedLinear(nn.Linear):
+    """Like bitsandbytes' layers: a subclass of nn.Linear."""
+
+
+def test_quantised_projections_are_refused_never_left_unmasked():
+    model = tiny.make("vit")
+    model.vit.layers[0].attention.q_proj.__class__ = QuantisedLinear
+    with pytest.raises(ValueError, match=r"layers\.0\.attention\.q_proj is a QuantisedLinear"):
+        get_peft_model(model, HeadMaskedLoraConfig(ne=1))
+    model = tiny.make("vit")
+    model.vit.layers[0].attention.q_proj.__class__ = QuantisedLinear
+    get_peft_model(model, HeadMaskedLoraConfig(ne=0))  # plain LoRA is PEFT's business
+
+
+def test_stock_lora_layer_in_the_way():
+    model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=0, num_heads={"v_proj": 5}))
+    with pytest.raises(ValueError, match="add the head-masked adapter first"):
+        model.add_adapter("other", HeadMaskedLoraConfig(ne=1))
+
+
+def test_an_adapter_without_heads_on_a_masked_layer():
+    model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=1))
+    with pytest.warns(UserWarning, match="no attention heads"):
+        model.add_adapter("other", HeadMaskedLoraConfig(ne=1, num_heads={"v_proj": 5}, modules_to_save=[]))
+    tiny.randomize_lora(model)
+    assert len(get_head_masks(model, "other")) == 2
+    model.set_adapter("other")
+    stock = get_peft_model(tiny.make("vit"), LoraConfig(target_modules=["q_proj", "v_proj"]))
+    for (_, ours), (_, theirs) in zip(lora_tensors(model, "other"), lora_tensors(stock, "default"), strict=True):
+        theirs.data.copy_(ours.data)
+    assert torch.equal(model.eval()(tiny.images()).logits, stock.eval()(tiny.images()).logits)
+
+
+def lora_tensors(model, adapter_name):
+    return [(n, p) for n, p in model.named_parameters() if "lora_" in n and f".{adapter_name}." in n]
+
+
+def test_injected_without_a_peft_model():
+    model = inject_adapter_in_model(HeadMaskedLoraConfig(ne=1), tiny.make("vit"))
+    set_head_masks(model, tiny.masks_off(model, 1))
+    assert not get_head_masks(model)["vit.layers.0.attention.q_proj"][1]
+
+
+def test_low_cpu_mem_usage(backbone, tmp_path):
+    model = get_peft_model(tiny.make(backbone), HeadMaskedLoraConfig(ne=1))
+    tiny.randomize_lora(model)
+    set_head_masks(model, tiny.masks_off(model, 1))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny.make(backbone), tmp_path, low_cpu_mem_usage=True)
+    assert torch.equal(loaded(tiny.images()).logits, model.eval()(tiny.images()).logits)
+
+
+def test_load_adapter_under_another_name(tmp_path):
+    model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=1))
+    tiny.randomize_lora(model)
+    set_head_masks(model, tiny.masks_off(model, 1))
+    model.save_pretrained(tmp_path)
+    other = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=2))
+    result = other.load_adapter(tmp_path, "loaded")
+    assert not result.missing_keys
+    other.set_adapter("loaded")
+    assert torch.equal(other(tiny.images()).logits, model.eval()(tiny.images()).logits)
+    assert str(get_head_masks(other, "loaded")) == str(get_head_masks(model))
+    assert all(m.all() for m in get_head_masks(other).values())
+
+
+@pytest.mark.parametrize("combination_type", ["linear", "svd", "cat"])
+def test_weighted_adapters_do_not_see_deactivated_rows(combination_type):
+    model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=1, modules_to_save=[]))
+    model.add_adapter("other", HeadMaskedLoraConfig(ne=1, modules_to_save=[]))
+    tiny.randomize_lora(model)
+    for name in ("default", "other"):
+        set_head_masks(model, tiny.masks_off(model, 1), name)
+    model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "sum", combination_type=combination_type)
+    for name in layers(model, HeadMaskedLinear):
+        layer = model.get_base_model().get_submodule(name)
+        off = ~layer.active_rows("default")
+        assert layer.get_delta_weight("sum")[off].abs().max() < 1e-5
+        assert layer.get_delta_weight("sum")[~off].abs().max() > 1e-2
+
+
+def test_head_scope_is_not_combined():
+    model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=1, mask_scope="head", modules_to_save=[]))
+    with pytest.raises(ValueError, match="mask_scope='head' cannot be combined"):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
+
+
+# Files that contradict themselves
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=1))
+    tiny.randomize_lora(model)
+    set_head_masks(model, tiny.masks_off(model, 1))
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def edit(folder, change):
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+KEY = "base_model.model.vit.layers.1.attention.v_proj."
+
+
+def test_mask_and_weights_disagree(saved):
+    edit(saved, lambda tensors: tensors[KEY + "lora_head_mask.mask"].logical_not_())
+    with pytest.raises(
+        ValueError,
+        match=r"layers\.1\.attention\.v_proj the mask deactivates heads \[0, 2, 3, 4, 5\], whose rows of lora_B",
+    ):
+        PeftModel.from_pretrained(tiny.make("vit"), saved)
+
+
+def test_mask_of_the_wrong_shape(saved):
+    edit(saved, lambda tensors: tensors.update({KEY + "lora_head_mask.mask": torch.ones(5, dtype=torch.bool)}))
+    with pytest.raises(ValueError, match=r"v_proj must be a bool tensor of shape \(6,\)"):
+        PeftModel.from_pretrained(tiny.make("vit"), saved)
+
+
+def test_mask_missing(saved):
+    edit(saved, lambda tensors: tensors.pop(KEY + "lora_head_mask.mask"))
+    with pytest.raises(ValueError, match=r"no head mask for .*layers\.1\.attention\.v_proj"):
+        PeftModel.from_pretrained(tiny.make("vit"), saved)
+
+
+def test_unknown_config_key_of_a_later_version_warns(saved):
+    path = saved / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "from_the_future": 1}))
+    with pytest.warns(UserWarning, match="from_the_future"):
+        PeftModel.from_pretrained(tiny.make("vit"), saved)
