@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 
 from peft import PeftModel
@@ -55,6 +56,14 @@ def register_tuner(*, name: str, config_cls: type, model_cls: type) -> None:
         PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = model_cls.prefix
         PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
         PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls
+
+
+def silence_known_warnings() -> None:
+    """Keep warnings between Hugging Face libraries, about which a user can do nothing, off the command line.
+
+    Delete when PEFT asks for `is_activation_checkpointing` (peft 0.21 on transformers 5.23).
+    """
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
 def support_peft_in_image_pipelines() -> None:

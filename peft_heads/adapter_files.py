@@ -55,9 +55,7 @@ class AdapterFiles:
         """Write the files into `folder`; an image processor or labels that are not known leave what is there."""
         folder = Path(folder)
         if self.id2label:
-            write_atomically(
-                folder / LABELS_FILE, json.dumps({"id2label": self.id2label}, indent=1, ensure_ascii=False)
-            )
+            write_labels(folder, self.id2label)
         if self.image_processor is not None:
             write_atomically(folder / "preprocessor_config.json", self.image_processor)
         if config.masks_heads and self.masks and not self.selected and not self.selection_pending:
@@ -77,6 +75,11 @@ def set_image_processor(model: Any, image_processor: Any, adapter_name: str = "d
     files = getattr(model.peft_config[adapter_name], "adapter_files", None)
     if files is not None and hasattr(image_processor, "image_processor_type"):
         files.image_processor = image_processor.to_json_string()
+
+
+def write_labels(folder: str | os.PathLike, id2label: dict[int, str]) -> None:
+    """Store label names beside an adapter; `load_image_classifier` reads them for adapters of every type."""
+    write_atomically(Path(folder) / LABELS_FILE, json.dumps({"id2label": id2label}, indent=1, ensure_ascii=False))
 
 
 def read_labels(folder: str | os.PathLike) -> dict[int, str] | None:

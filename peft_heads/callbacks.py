@@ -118,7 +118,7 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
         self._restore_scores(saved)
         self._scorer.config.adapter_files.selection_pending = True
         if state.global_step >= last:
-            self._catch_up(args, state, model, kwargs.get("optimizer"))
+            self._catch_up(args, state, control, kwargs.get("optimizer"))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if self.masks is None and self.progress["first_step"] <= state.global_step + 1:
@@ -138,7 +138,7 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
         # Not on_epoch_end: a run resumed from a checkpoint at an epoch's last step never gets that event. The
         # checkpoint of this step is written afterwards and holds the masks.
         if self.masks is None and state.global_step >= self.progress["select_step"]:
-            self._select(args, state, kwargs["model"], kwargs.get("optimizer"))
+            self._select(args, state, control, kwargs.get("optimizer"))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self._scorer.config.adapter_files.selection_pending = False
@@ -224,7 +224,7 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
             )
         self._scorer.load_state_dict(scores)
 
-    def _catch_up(self, args: TrainingArguments, state: TrainerState, model: Any, optimizer: Any) -> None:
+    def _catch_up(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any) -> None:
         """Resumed after the selection step with nothing selected: select now, if there is something to select by."""
         config = self._scorer.config
         if config.masks_heads and config.criterion in GRADIENT_CRITERIA and not self._scorer.num_steps:
@@ -233,9 +233,9 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
                 f"{self.progress['select_step']}, and the checkpoint holds neither masks nor scores; pass a "
                 f"select_at of more than {state.global_step}"
             )
-        self._select(args, state, model, optimizer)
+        self._select(args, state, control, optimizer)
 
-    def _select(self, args: TrainingArguments, state: TrainerState, model: Any, optimizer: Any) -> None:
+    def _select(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any) -> None:
         scorer = self._scorer
         scores = scorer.all_scores()
         self.masks = scorer.apply(optimizer)
@@ -246,7 +246,9 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
         logger.info("step %d: deactivated heads by %s: %s", state.global_step, scorer.config.criterion, heads)
         entry = {"deactivated_heads": heads}
         if self._trainer is not None:
+            should_log = control.should_log
             self._trainer.log(entry)
+            control.should_log = should_log  # which logging resets: the loss of this step is still to come
         else:
             # a callback has no handle on the trainer, and reporters stand before it
             state.log_history.append({**entry, "epoch": state.epoch, "step": state.global_step})

@@ -34,7 +34,9 @@ def load_image_classifier(path_or_repo: str | os.PathLike, **kwargs: Any) -> tup
     """
     from huggingface_hub import snapshot_download
     from peft import PeftConfig, PeftModel
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
+    from transformers import AutoModelForImageClassification
+
+    from .data.images import load_image_processor
 
     folder = os.fspath(path_or_repo)
     subfolder = kwargs.pop("subfolder", None)
@@ -54,26 +56,29 @@ def load_image_classifier(path_or_repo: str | os.PathLike, **kwargs: Any) -> tup
     base_kwargs["revision"] = adapter_config.revision or "main"
     labels = read_labels(folder)
     label_kwargs = {"id2label": labels, "label2id": {label: i for i, label in labels.items()}} if labels else {}
-    with _without_head_report():
+    with quiet_loading():  # the adapter brings the trained classifier
         model = AutoModelForImageClassification.from_pretrained(
             base, ignore_mismatched_sizes=True, **label_kwargs, **base_kwargs
         )
     if os.path.exists(os.path.join(folder, "preprocessor_config.json")):
-        image_processor = AutoImageProcessor.from_pretrained(folder)
+        image_processor = load_image_processor(folder)
     else:
-        image_processor = AutoImageProcessor.from_pretrained(base, **base_kwargs)
+        image_processor = load_image_processor(base, **base_kwargs)
     support_peft_in_image_pipelines()
     return PeftModel.from_pretrained(model, folder, config=adapter_config).eval(), image_processor
 
 
 @contextmanager
-def _without_head_report():
-    """Silence the report of a newly initialised classifier: the adapter brings the trained one."""
+def quiet_loading():
+    """Silence transformers' progress bars and its report of a newly initialised classifier inside the block."""
     from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
+    verbosity, progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        if progress_bar:
+            logging.enable_progress_bar()

@@ -27,7 +27,7 @@ def make_trainer(folder, callbacks, model=None, train_dataset=None, ne=1, seed=0
         label_names=["labels"],
         seed=seed,
         use_cpu=True,
-        logging_strategy="no",
+        logging_strategy=arguments.pop("logging_strategy", "no"),
         **arguments,
     )
     if model is None:
@@ -152,11 +152,12 @@ def test_attached_it_logs_through_the_trainer(tmp_path):
         def on_log(self, args, state, control, logs=None, **kwargs):
             seen.append(dict(logs))
 
-    trainer = make_trainer(tmp_path, [Reporter()])
+    trainer = make_trainer(tmp_path, [Reporter()], logging_strategy="steps", logging_steps=1)
     scorer = TaylorHeadScorer(warmup_epochs=2).attach(trainer)
     assert scorer in trainer.callback_handler.callbacks
     trainer.train()
     assert [log["deactivated_heads"] for log in seen if "deactivated_heads" in log]
+    assert [log for log in seen if "loss" in log and log["epoch"] == 2.0]  # the step's own entry is not lost
     assert len([entry for entry in trainer.state.log_history if "deactivated_heads" in entry]) == 1
 
 

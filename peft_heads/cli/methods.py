@@ -1,0 +1,187 @@
+"""The fine-tuning methods of `peft-heads train`: arguments, which of them go with which method, and the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+
+@dataclass
+class MethodArguments:
+    """None means "not given": the defaults stand in the config classes, in one place."""
+
+    _argument_group_name = "method"
+
+    method: Literal["head-masked-lora", "lora", "linear", "full", "peft"] = field(
+        default="head-masked-lora",
+        metadata={"help": "What is trained besides the classification head; peft: any config given as --peft_config."},
+    )
+    ne: int | None = field(default=None, metadata={"help": "Heads to deactivate per group (default 1)."})
+    ratio: float | None = field(default=None, metadata={"help": "Share of heads to deactivate, instead of --ne."})
+    granularity: Literal["global", "layer"] | None = field(
+        default=None, metadata={"help": "The same heads in every layer (default global), or each layer its own."}
+    )
+    joint: bool | None = field(default=None, metadata={"help": "One mask for q and v together (default true)."})
+    criterion: Literal["absolute", "positive", "negative", "weight_norm", "grad_norm", "random", "front"] | None = (
+        field(default=None, metadata={"help": "Score of a head; the lowest are deactivated (default absolute)."})
+    )
+    mask_scope: Literal["adapter", "head"] | None = field(
+        default=None, metadata={"help": "Mask the adapter's part of a head (default) or the whole head."}
+    )
+    mask_seed: int | None = field(default=None, metadata={"help": "Seed of the criterion random (default 0)."})
+    head_select_at: float | None = field(
+        default=None,
+        metadata={"help": "When heads are selected: below 1 a share of the steps (default 0.1), else a step."},
+    )
+    head_warmup_epochs: float | None = field(
+        default=None, metadata={"help": "Epochs before the selection, instead of --head_select_at."}
+    )
+    head_window: Literal["last_epoch", "all", "last_step"] | None = field(
+        default=None, metadata={"help": "The steps before the selection whose scores count (default last_epoch)."}
+    )
+    r: int | None = field(default=None, metadata={"help": "LoRA rank (default 8)."})
+    lora_alpha: float | None = field(default=None, metadata={"help": "LoRA's alpha (default 8); s = alpha / r."})
+    lora_dropout: float | None = field(default=None, metadata={"help": "LoRA dropout (default 0)."})
+    scale: float | None = field(default=None, metadata={"help": "The papers' s, instead of --lora_alpha."})
+    peft_config: str | None = field(
+        default=None,
+        metadata={"help": 'PEFT config: JSON ({"peft_type": "LOHA", "r": 4}) or the path of a JSON file.'},
+    )
+
+
+LORA = ("r", "lora_alpha", "lora_dropout", "scale")
+HEADS = ("ne", "ratio", "granularity", "joint", "criterion", "mask_scope", "mask_seed")
+SCORER = ("head_select_at", "head_warmup_epochs", "head_window")
+APPLIES = {
+    "head-masked-lora": HEADS + SCORER + LORA,
+    "lora": LORA,
+    "linear": (),
+    "full": (),
+    "peft": ("peft_config", *SCORER),  # the scorer's only if the config is a head-masked one
+}
+
+
+def check_method_arguments(args: MethodArguments) -> None:
+    """Raise ValueError for arguments that contradict each other or would do nothing, before anything is loaded."""
+    useless = [name for name in _given(args) if name not in APPLIES[args.method]]
+    if useless:
+        names = ", ".join(f"--{name}" for name in useless)
+        raise ValueError(f"{names} {_does(useless)} not apply to --method {args.method}")
+    for one, other in (("scale", "lora_alpha"), ("ne", "ratio"), ("head_select_at", "head_warmup_epochs")):
+        if getattr(args, one) is not None and getattr(args, other) is not None:
+            raise ValueError(f"--{one} and --{other} say the same thing: give one of them")
+    if args.method == "peft":
+        settings = read_peft_config(args.peft_config)
+        scorer = [f"--{name}" for name in _given(args) if name in SCORER]
+        if scorer and settings["peft_type"] != "HEAD_MASKED_LORA":
+            raise ValueError(f"{', '.join(scorer)} {_does(scorer)} not apply to peft_type {settings['peft_type']}")
+
+
+def apply_method(model: nn.Module, args: MethodArguments) -> tuple[nn.Module, list]:
+    """The model as it is trained, and the callbacks it needs (a `TaylorHeadScorer`, or none)."""
+    if args.method == "full":
+        return model, []
+    if args.method == "linear":
+        return _freeze_all_but_the_head(model), []
+
+    from peft import get_peft_model
+
+    from peft_heads import HeadMaskedLoraConfig, TaylorHeadScorer
+
+    config = _adapter_config(model, args)
+    if config.is_prompt_learning:
+        raise ValueError(f"{config.peft_type.value} adds text tokens: it does not work on image classifiers")
+    try:
+        model = get_peft_model(model, config)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{args.method}: {error}") from error
+    if not isinstance(config, HeadMaskedLoraConfig):
+        return model, []
+    window = {} if args.head_window is None else {"window": args.head_window}
+    scorer = TaylorHeadScorer(select_at=args.head_select_at, warmup_epochs=args.head_warmup_epochs, **window)
+    return model, [scorer]
+
+
+def read_peft_config(text: str | None) -> dict:
+    """`--peft_config` as a dict with a known `peft_type`; raises ValueError or FileNotFoundError."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    import peft_heads  # noqa: F401  (registers its tuners)
+
+    if text is None:
+        raise ValueError("--method peft needs --peft_config")
+    if not text.lstrip().startswith("{"):
+        if not Path(text).is_file():
+            raise FileNotFoundError(f"--peft_config {text!r} is neither JSON nor a file")
+        text = Path(text).read_text(encoding="utf-8")
+    try:
+        settings = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--peft_config is no valid JSON: {error}") from error
+    if not isinstance(settings, dict) or settings.get("peft_type") not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        known = ", ".join(sorted(PEFT_TYPE_TO_CONFIG_MAPPING))
+        raise ValueError(f"--peft_config needs a peft_type that is one of {known}")
+    unknown = set(settings) - {f.name for f in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[settings["peft_type"]])}
+    if unknown:
+        raise ValueError(f"--peft_config: {settings['peft_type']} has no {', '.join(sorted(unknown))}")
+    return settings
+
+
+def _adapter_config(model: nn.Module, args: MethodArguments):
+    from peft import LoraConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    from peft_heads import HeadMaskedLoraConfig
+
+    settings = {name: getattr(args, name) for name in _given(args) if name in HEADS + LORA}
+    config_class = HeadMaskedLoraConfig if args.method == "head-masked-lora" else LoraConfig
+    if args.method == "peft":
+        settings = read_peft_config(args.peft_config)
+        config_class = PEFT_TYPE_TO_CONFIG_MAPPING[settings.pop("peft_type")]
+    elif "scale" in settings:
+        settings["lora_alpha"] = settings.pop("scale") * settings.get("r", config_class.r)
+    if float(settings.get("lora_alpha", 0.5)).is_integer():
+        settings["lora_alpha"] = int(settings["lora_alpha"])
+    try:
+        return config_class(**{**_default_modules(model, config_class), **settings})
+    except (ValueError, TypeError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _default_modules(model: nn.Module, config_class: type) -> dict[str, list[str]]:
+    """Query and value projections and the classification head, where the config has such fields."""
+    from peft_heads import HeadMaskedLoraConfig
+    from peft_heads.heads.resolve import classifier_names, default_targets
+
+    if issubclass(config_class, HeadMaskedLoraConfig):
+        return {}  # finds them by itself
+    fields = {f.name for f in dataclasses.fields(config_class)}
+    defaults = {"target_modules": default_targets(model), "modules_to_save": classifier_names(model)}
+    if "feedforward_modules" in fields:  # IA3 wants to be told that none of its targets is an MLP layer
+        defaults["feedforward_modules"] = []
+    return {name: modules for name, modules in defaults.items() if name in fields}
+
+
+def _freeze_all_but_the_head(model: nn.Module) -> nn.Module:
+    from peft_heads.heads.resolve import classifier_names
+
+    heads = classifier_names(model)
+    if not heads:
+        raise ValueError(f"--method linear: {type(model).__name__} has no classification head")
+    model.requires_grad_(False)
+    for name in heads:
+        model.get_submodule(name).requires_grad_(True)
+    return model
+
+
+def _given(args: MethodArguments) -> list[str]:
+    return [f.name for f in dataclasses.fields(args) if f.name != "method" and getattr(args, f.name) is not None]
+
+
+def _does(names: list[str]) -> str:
+    return "does" if len(names) == 1 else "do"

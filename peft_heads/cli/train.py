@@ -1,0 +1,196 @@
+"""`peft-heads train`: fine-tune an image classifier with Trainer."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForImageClassification, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..adapter_files import write_labels
+from ..data.images import ImageTransform, collate, label_names, load_image_dataset, load_image_processor
+from ..heads.maskable import describe_masks, get_head_masks
+from ..heads.resolve import classifier_names
+from ..metrics.accuracy import compute_metrics
+from .arguments import DataArguments, ModelArguments, parse_arguments
+from .methods import apply_method, check_method_arguments
+
+
+logger = logging.getLogger(__name__)
+
+
+def run(argv: list[str]) -> int:
+    """Train, save and evaluate as `argv` says. Raises ValueError or FileNotFoundError for what the user got wrong."""
+    model_args, data_args, method_args, training_args = parse_arguments(argv)
+    check_method_arguments(method_args)
+    checkpoint = find_checkpoint(training_args)
+    set_up_logging(training_args)
+
+    with training_args.main_process_first(desc="loading the data"):
+        data = load_data(data_args, model_args, training_args.seed)
+    choose_steps(training_args, data)
+    names = label_names(data, data_args.label_column_name)
+
+    # Before the model: its new classification head and the adapter are drawn.
+    seed = transformers.enable_full_determinism if training_args.full_determinism else transformers.set_seed
+    seed(training_args.seed)
+    model, callbacks = apply_method(load_model(model_args, names), method_args)
+
+    processor = load_image_processor(
+        model_args.image_processor_name or model_args.model_name_or_path,
+        do_normalize=data_args.do_normalize,
+        **hub_arguments(model_args),
+    )
+    transform = ImageTransform(processor, data_args.image_column_name, data_args.label_column_name, names)
+    columns = [data_args.image_column_name, data_args.label_column_name]
+    data = {split: rows.with_transform(transform, columns=columns) for split, rows in data.items()}
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=data.get("train") if training_args.do_train else None,
+        eval_dataset=data.get("validation") if training_args.do_eval else None,
+        data_collator=collate,
+        compute_metrics=compute_metrics,
+        processing_class=processor,
+        callbacks=callbacks,
+    )
+    for scorer in callbacks:
+        scorer.attach(trainer)
+
+    if training_args.do_train:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        save(trainer)
+        _report(trainer, "train", result.metrics)
+        trainer.save_state()
+    if training_args.do_eval:
+        _report(trainer, "eval", trainer.evaluate())
+    if training_args.do_train and trainer.is_world_process_zero():
+        print(summary(trainer, method_args.method))
+    return 0
+
+
+def find_checkpoint(args: TrainingArguments) -> str | None:
+    """`--resume_from_checkpoint`: a checkpoint's folder, or `true` for the last one in the output folder."""
+    asked = args.resume_from_checkpoint
+    if asked is None or asked.lower() in ("false", "no"):
+        return None
+    if asked.lower() in ("true", "yes"):
+        last = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+        if last is None:
+            raise FileNotFoundError(f"no checkpoint to resume from in {args.output_dir!r}")
+        return last
+    if not os.path.isfile(os.path.join(asked, "trainer_state.json")):
+        raise FileNotFoundError(f"--resume_from_checkpoint {asked!r} is no checkpoint (no trainer_state.json in it)")
+    return asked
+
+
+def set_up_logging(args: TrainingArguments) -> None:
+    """What the package says (the deactivated heads) is shown once, by the main process."""
+    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("peft_heads").setLevel(logging.INFO if args.should_log else logging.WARNING)
+    transformers.utils.logging.set_verbosity(args.get_process_log_level())
+
+
+def load_data(data_args: DataArguments, model_args: ModelArguments, seed: int):
+    """Everything in DataArguments but `do_normalize` has the name of a parameter."""
+    arguments = {name: value for name, value in vars(data_args).items() if name != "do_normalize"}
+    return load_image_dataset(**arguments, seed=seed, cache_dir=model_args.cache_dir, token=model_args.token)
+
+
+def choose_steps(args: TrainingArguments, data) -> None:
+    """As in the example of transformers, but with neither do_train nor do_eval given both are done."""
+    if args.do_train is None and args.do_eval is None:
+        args.do_train, args.do_eval = True, "validation" in data
+    args.do_train = bool(args.do_train)
+    args.do_eval = bool(args.do_eval) or args.eval_strategy != "no"
+    found = ", ".join(data)
+    if args.do_train and "train" not in data:
+        raise ValueError(f"training needs a split 'train'; found: {found} (only to evaluate: --do_eval)")
+    if args.do_eval and "validation" not in data:
+        raise ValueError(f"evaluation needs a split 'validation' (or --train_val_split 0.15); found: {found}")
+    if not args.do_train and not args.do_eval:
+        raise ValueError("nothing to do: neither --do_train nor --do_eval")
+
+
+def hub_arguments(args: ModelArguments) -> dict:
+    return {
+        "cache_dir": args.cache_dir,
+        "revision": args.model_revision,
+        "token": args.token,
+        "trust_remote_code": args.trust_remote_code,
+    }
+
+
+def load_model(args: ModelArguments, names: list[str]):
+    """The checkpoint with the data's labels. A classification head of another size is drawn anew; nothing else is."""
+    path = args.model_name_or_path
+    if os.path.isfile(os.path.join(path, "adapter_config.json")):
+        raise ValueError(
+            f"{path} is an adapter: name its base model as --model_name_or_path; --resume_from_checkpoint goes on "
+            "training, peft_heads.load_image_classifier loads it"
+        )
+    labels = {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
+    try:
+        config = AutoConfig.from_pretrained(args.config_name or path, **labels, **hub_arguments(args))
+        model, info = AutoModelForImageClassification.from_pretrained(
+            path,
+            config=config,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **hub_arguments(args),
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no image classifier in {path!r}: {error}") from error
+    heads = tuple(f"{name}." for name in classifier_names(model))
+    mismatched = sorted(key for key, *_ in info["mismatched_keys"] if not key.startswith(heads))
+    if mismatched and not args.ignore_mismatched_sizes:
+        raise ValueError(
+            f"weights of {path} have other shapes than the config says: {', '.join(mismatched)}; "
+            "--ignore_mismatched_sizes draws them anew"
+        )
+    return model
+
+
+def save(trainer: Trainer) -> None:
+    """The final adapter or model, the image processor, and for adapters the label names."""
+    trainer.save_model()
+    is_stock = hasattr(trainer.model, "peft_config") and not _is_head_masked(trainer.model)
+    if trainer.args.should_save and is_stock:
+        # Ours say their labels by themselves; without them the head of a stock adapter could not be rebuilt.
+        write_labels(trainer.args.output_dir, trainer.model.get_base_model().config.id2label)
+
+
+def summary(trainer: Trainer, method: str) -> str:
+    """What was trained and where it lies."""
+    folder = Path(trainer.args.output_dir)
+    is_adapter = hasattr(trainer.model, "peft_config")
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    weights = folder.glob("adapter_model*.safetensors" if is_adapter else "model*.safetensors")
+    lines = [
+        f"method              {method}",
+        f"{'adapter' if is_adapter else 'model':19} {folder}",
+        f"trained parameters  {trained:,}",
+        f"bytes               {sum(file.stat().st_size for file in weights):,}",
+    ]
+    if _is_head_masked(trainer.model):
+        lines.append(f"deactivated heads   {describe_masks(get_head_masks(trainer.model))}")
+    return "\n".join(lines)
+
+
+def _is_head_masked(model) -> bool:
+    from peft_heads import HeadMaskedLoraConfig
+
+    return any(isinstance(config, HeadMaskedLoraConfig) for config in getattr(model, "peft_config", {}).values())
+
+
+def _report(trainer: Trainer, split: str, metrics: dict) -> None:
+    trainer.log_metrics(split, metrics)
+    trainer.save_metrics(split, metrics)

@@ -1,0 +1,368 @@
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import peft
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from PIL import Image as PIL
+from transformers import ViTConfig, ViTForImageClassification
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+import peft_heads
+from peft_heads.cli.arguments import parse_arguments
+from peft_heads.cli.main import main
+from peft_heads.cli.methods import MethodArguments, check_method_arguments
+from peft_heads.data.images import load_image_processor
+
+
+LABELS = ["blue", "green", "red"]
+
+
+def pictures(count, seed):
+    """`count` noisy images per class, (label index, PIL image); the brightest channel says the class."""
+    noise = np.random.default_rng(seed).integers(0, 80, (3 * count, 20, 20, 3)).astype("uint8")
+    for index, pixels in enumerate(noise):
+        pixels[..., 2 - index % 3] += 150
+        yield index % 3, PIL.fromarray(pixels)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny ViT for five classes with its image processor."""
+    folder = str(tmp_path_factory.mktemp("checkpoint"))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 32}
+    config = ViTConfig(**sizes, image_size=16, patch_size=8, num_labels=5)
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    for split, count in (("train", 8), ("validation", 4)):
+        for name in LABELS:
+            (root / split / name).mkdir(parents=True)
+        for index, (label, image) in enumerate(pictures(count, seed=count)):
+            image.save(root / split / LABELS[label] / f"{index}.png")
+    return root
+
+
+@pytest.fixture
+def train(checkpoint, folders, tmp_path, monkeypatch):
+    """`train(*words, data=…)` runs `peft-heads train` with short settings that the words override."""
+    monkeypatch.setattr(sys, "argv", ["peft-heads"])
+    cache = ["--cache_dir", str(folders / "cache")]
+    folder_data = ["--train_dir", str(folders / "train"), "--validation_dir", str(folders / "validation")]
+
+    def run(*words, data=folder_data, config=()):
+        settings = ["--model_name_or_path", checkpoint, "--output_dir", str(tmp_path / "out"), "--use_cpu", *cache]
+        settings += ["--num_train_epochs=4", "--learning_rate=1e-2", "--per_device_train_batch_size=4"]
+        settings += ["--head_select_at=0.5"] if not any("--method" in str(word) for word in words) else []
+        return main(["train", *config, *settings, *data, *map(str, words)])
+
+    return run
+
+
+def results(tmp_path, split="all"):
+    return json.loads((tmp_path / "out" / f"{split}_results.json").read_text())
+
+
+def saved_tensors(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter_model.safetensors")
+
+
+# methods
+
+
+def test_head_masked_lora_from_folders_to_reloaded_adapter(train, tmp_path, capsys):
+    assert train("--ne=1", "--criterion=front") == 0
+    out = capsys.readouterr().out
+    assert f"adapter             {tmp_path / 'out'}" in out
+    assert "trained parameters  1,611" in out
+    assert f"bytes               {os.path.getsize(tmp_path / 'out' / 'adapter_model.safetensors'):,}" in out
+    assert "deactivated heads   head 0 of 3 in all 4 projections" in out
+    assert results(tmp_path)["eval_accuracy"] > 0.5
+    assert {"train_loss", "eval_loss", "eval_accuracy"} <= set(results(tmp_path))
+    # one evaluation, after training
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert not [entry for entry in state["log_history"] if "eval_loss" in entry]
+
+    model, processor = peft_heads.load_image_classifier(tmp_path / "out")
+    assert model.config.id2label == dict(enumerate(LABELS))
+    masks = peft_heads.get_head_masks(model)
+    assert len(masks) == 4
+    assert all(mask.tolist() == [False, True, True] for mask in masks.values())
+    images, labels = zip(*((image, label) for label, image in pictures(4, seed=9)), strict=True)
+    with torch.no_grad():
+        logits = model(**processor(list(images), return_tensors="pt")).logits
+    assert logits.shape == (12, 3)
+    assert (logits.argmax(-1) == torch.tensor(labels)).float().mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("words", "peft_type", "trained"),
+    [
+        (["--method=lora", "--r=2"], "LORA", 4 * 2 * (24 + 24) + 75),
+        (['--peft_config={"peft_type": "LOHA", "r": 2}', "--method=peft"], "LOHA", 4 * 4 * (24 + 24) + 75),
+        (['--peft_config={"peft_type": "IA3"}', "--method=peft"], "IA3", 4 * 24 + 75),
+    ],
+)
+def test_stock_peft_methods(train, tmp_path, capsys, words, peft_type, trained):
+    assert train(*words) == 0
+    out = capsys.readouterr().out
+    assert f"trained parameters  {trained:,}" in out
+    assert "deactivated" not in out
+    config = peft.PeftConfig.from_pretrained(tmp_path / "out")
+    assert config.peft_type == peft_type
+    assert set(config.target_modules) == {"q_proj", "v_proj"}
+    assert config.modules_to_save == ["classifier"]
+    model, _ = peft_heads.load_image_classifier(tmp_path / "out")
+    assert list(model.config.id2label.values()) == LABELS
+
+
+def test_stale_labels_are_replaced(train, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "labels.json").write_text('{"id2label": {"0": "stale"}}')
+    assert train("--method=lora", "--max_steps=1") == 0
+    assert peft_heads.load_image_classifier(tmp_path / "out")[0].config.num_labels == 3
+
+
+def test_head_masked_config_by_json_file(train, tmp_path, capsys):
+    file = tmp_path / "peft.json"
+    file.write_text(json.dumps({"peft_type": "HEAD_MASKED_LORA", "ne": 2, "criterion": "front"}))
+    assert train("--method=peft", f"--peft_config={file}", "--head_select_at=3", "--max_steps=4") == 0
+    assert "heads 0, 1 of 3" in capsys.readouterr().out
+
+
+def test_linear_trains_the_head_only(train, tmp_path, checkpoint, capsys):
+    assert train("--method=linear") == 0
+    assert "trained parameters  75" in capsys.readouterr().out
+    before = ViTForImageClassification.from_pretrained(checkpoint).state_dict()
+    after = ViTForImageClassification.from_pretrained(tmp_path / "out")
+    assert after.config.id2label == dict(enumerate(LABELS))
+    same = {name for name, value in after.state_dict().items() if torch.equal(value, before[name])}
+    assert set(before) - same == {"classifier.weight", "classifier.bias"}
+    assert load_image_processor(tmp_path / "out").size["height"] == 16
+
+
+def test_full_trains_everything_and_can_be_evaluated_alone(train, tmp_path, checkpoint):
+    assert train("--method=full") == 0
+    before = ViTForImageClassification.from_pretrained(checkpoint).state_dict()
+    after = ViTForImageClassification.from_pretrained(tmp_path / "out").state_dict()
+    assert not any(torch.equal(value, before[name]) for name, value in after.items())
+    accuracy = results(tmp_path)["eval_accuracy"]
+    (tmp_path / "out" / "all_results.json").unlink()
+    assert train("--method=full", "--do_eval", "--model_name_or_path", tmp_path / "out") == 0
+    assert results(tmp_path)["eval_accuracy"] == accuracy
+    assert "train_loss" not in results(tmp_path)
+
+
+def test_scale_sets_lora_alpha(train, tmp_path):
+    assert train("--method=lora", "--scale=0.1", "--r=4", "--max_steps=1") == 0
+    config = peft.PeftConfig.from_pretrained(tmp_path / "out")
+    assert config.lora_alpha / config.r == pytest.approx(0.1)
+
+
+def test_same_seed_same_adapter(train, tmp_path):
+    weights = []
+    for seed in (3, 3, 4):
+        assert train("--method=lora", f"--seed={seed}", "--max_steps=2") == 0
+        weights.append(saved_tensors(tmp_path / "out")["base_model.model.classifier.weight"])
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+# data
+
+
+def test_saved_dataset_other_columns_and_do_normalize(train, tmp_path):
+    features = Features({"img": Image(), "fine": ClassLabel(names=LABELS)})
+    splits = {}
+    for split, count in (("train", 4), ("validation", 2)):
+        labels, images = zip(*pictures(count, seed=count), strict=True)
+        splits[split] = Dataset.from_dict({"img": images, "fine": labels}, features=features)
+    DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    data = ["--dataset_name", str(tmp_path / "saved"), "--image_column_name=img", "--label_column_name=fine"]
+    assert train("--do_normalize=false", "--max_train_samples=6", "--max_eval_samples=3", data=data) == 0
+    _, processor = peft_heads.load_image_classifier(tmp_path / "out")
+    assert processor.do_normalize is False
+    assert results(tmp_path)["eval_samples_per_second"] > 0
+
+
+def test_without_validation_split(train, folders, tmp_path, capsys):
+    data = ["--train_dir", str(folders / "train"), "--train_val_split=0"]
+    assert train("--max_steps=2", data=data) == 0
+    assert "eval_loss" not in results(tmp_path)
+    assert train("--max_steps=2", "--do_train", "--do_eval", data=data) == 2
+    assert "evaluation needs a split 'validation'" in capsys.readouterr().err
+    assert train(data=["--validation_dir", str(folders / "validation")]) == 2
+    assert "training needs a split 'train'" in capsys.readouterr().err
+
+
+# config file
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+def test_config_file_and_override(tmp_path, suffix):
+    values = {"dataset_name": "x", "ne": 2, "learning_rate": 0.001, "joint": False, "use_cpu": True, "output_dir": "o"}
+    values |= {"label_names": ["a", "b"], "criterion": None, "peft_config": {"peft_type": "LOHA"}}
+    text = json.dumps(values)
+    if suffix == "yaml":
+        text = "\n".join(f"{key}: {json.dumps(value)}" for key, value in values.items())
+        text = text.replace("0.001", "1e-3") + "\neval_strategy: no"  # read as a string and as False by YAML
+    file = tmp_path / f"config.{suffix}"
+    file.write_text(text)
+    _, data, method, training = parse_arguments([str(file), "--ne", "3", "--use_cpu", "true"])
+    assert (data.dataset_name, method.ne, method.joint, method.criterion) == ("x", 3, False, None)
+    assert (training.learning_rate, training.label_names, training.eval_strategy) == (1e-3, ["a", "b"], "no")
+    assert json.loads(method.peft_config) == {"peft_type": "LOHA"}
+
+
+def test_defaults_are_set_for_peft_models_and_images():
+    *_, training = parse_arguments(["--use_cpu"])
+    assert (training.label_names, training.remove_unused_columns, training.report_to) == (["labels"], False, [])
+
+
+def test_train_from_a_config_file(train, tmp_path, capsys):
+    file = tmp_path / "config.yaml"
+    file.write_text("ne: 2\ncriterion: front\n")
+    assert train("--ne=1", "--max_steps=4", config=[str(file)]) == 0
+    assert "head 0 of 3 in all" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ne: 1\nlearnin_rate: 3\nfoo: 1", "learnin_rate (did you mean learning_rate?); unknown key in"),
+        ("- ne", "no mapping"),
+        ("ne: [1, 2]", "ne in"),
+        ("train_val_split: null", "cannot be null"),
+        ("ne: [1", "cannot be read"),
+        ("ne: two", "invalid int value: 'two'"),
+    ],
+)
+def test_wrong_config_file(train, tmp_path, capsys, text, message):
+    (tmp_path / "config.yaml").write_text(text)
+    assert train(config=[str(tmp_path / "config.yaml")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("peft-heads train: error: ")
+    assert message in err
+
+
+# wrong arguments
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method=lora", "--ne=1"], "--ne does not apply to --method lora"),
+        (["--method=lora", "--head_window=all"], "--head_window does not apply to --method lora"),
+        (["--method=linear", "--r=3", "--scale=1"], "--r, --scale do not apply to --method linear"),
+        (["--method=full", "--joint=false"], "--joint does not apply to --method full"),
+        (["--peft_config={}"], "--peft_config does not apply to --method head-masked-lora"),
+        (["--scale=1", "--lora_alpha=8"], "--scale and --lora_alpha say the same thing"),
+        (["--ne=1", "--ratio=0.5"], "--ne and --ratio say the same thing"),
+        (["--head_warmup_epochs=1"], "--head_select_at and --head_warmup_epochs say the same thing"),
+        (["--method=peft"], "--method peft needs --peft_config"),
+        (["--method=peft", "--peft_config=nowhere.json"], "neither JSON nor a file"),
+        (["--method=peft", "--peft_config={1}"], "no valid JSON"),
+        (["--method=peft", "--peft_config={}"], "needs a peft_type"),
+        (["--method=peft", '--peft_config={"peft_type": "LOHA", "x": 1}'], "LOHA has no x"),
+        (
+            ["--method=peft", '--peft_config={"peft_type": "LOHA"}', "--head_select_at=2"],
+            "not apply to peft_type LOHA",
+        ),
+        (
+            ["--method=peft", '--peft_config={"peft_type": "VERA", "target_modules": ["zz"]}'],
+            "peft: No layers types compatible",
+        ),
+        (["--method=peft", '--peft_config={"peft_type": "PREFIX_TUNING"}'], "does not work on image classifiers"),
+        (["--method=lora", "--r=0"], "`r` should be a positive integer"),
+        (["--ne=3"], "ne=3 applies to no group"),
+        (["--head_select_at=500"], "after the end of training"),
+        (["--image_column_name=img"], "no image column 'img'"),
+        (["--train_dir=/nowhere"], "'/nowhere' is not a folder"),
+        (["--model_name_or_path=/nowhere"], "no image classifier in '/nowhere'"),
+        (["--resume_from_checkpoint=true"], "no checkpoint to resume from"),
+        (["--resume_from_checkpoint=/nowhere"], "is no checkpoint"),
+        (["--learnin_rate=3"], "unknown argument: --learnin_rate (did you mean learning_rate?)"),
+        (["surplus"], "unused words: surplus"),
+        (["--method=lorra"], "invalid choice: 'lorra'"),
+        (["--fp16", "--bf16"], "fp16"),
+        (["--do_train=false"], "nothing to do"),
+    ],
+)
+def test_wrong_arguments(train, capsys, words, message):
+    assert train(*words) == 2
+    err = capsys.readouterr().err
+    assert err.rpartition("peft-heads train: error: ")[1]
+    assert "Traceback" not in err
+    assert message in err
+
+
+def test_adapter_as_base_model(train, tmp_path, capsys):
+    assert train("--method=lora", "--max_steps=1") == 0
+    assert train("--model_name_or_path", tmp_path / "out") == 2
+    assert "is an adapter: name its base model" in capsys.readouterr().err
+
+
+def test_only_the_head_may_have_another_shape(train, tmp_path, checkpoint, capsys):
+    config = ViTConfig.from_pretrained(checkpoint, image_size=32)
+    config.save_pretrained(tmp_path / "larger")
+    words = ["--config_name", str(tmp_path / "larger"), "--max_steps=1", "--method=linear"]
+    assert train(*words) == 2
+    assert "vit.embeddings.position_embeddings; --ignore_mismatched_sizes" in capsys.readouterr().err
+
+
+def test_every_method_argument_belongs_to_some_method():
+    for name in set(MethodArguments.__dataclass_fields__) - {"method", "peft_config"}:
+        with pytest.raises(ValueError, match=f"--{name} does not apply to --method full"):
+            check_method_arguments(MethodArguments(method="full", **{name: 1}))
+    check_method_arguments(MethodArguments(ne=1))
+
+
+# runs
+
+
+def test_resume(train, tmp_path, capsys):
+    words = ["--criterion=front", "--max_steps=8", "--save_steps=3", "--logging_steps=1"]
+    assert train(*words) == 0
+    undisturbed = saved_tensors(tmp_path / "out")
+    (tmp_path / "out" / "adapter_model.safetensors").unlink()
+    capsys.readouterr()
+    assert train(*words, "--resume_from_checkpoint", tmp_path / "out" / "checkpoint-3") == 0
+    assert capsys.readouterr().out.count("{'loss'") <= 5  # of 8
+    resumed = saved_tensors(tmp_path / "out")
+    assert undisturbed.keys() == resumed.keys()
+    assert all(torch.equal(value, resumed[name]) for name, value in undisturbed.items())
+    assert train(*words, "--resume_from_checkpoint=true", "--max_steps=9") == 0  # from the last: step 8
+    assert capsys.readouterr().out.count("{'loss'") == 1
+    assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["global_step"] == 9
+
+
+def test_user_s_eval_strategy_is_respected(train, tmp_path):
+    assert train("--eval_strategy=epoch", "--num_train_epochs=2", "--method=linear") == 0
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert [entry["epoch"] for entry in state["log_history"] if "eval_loss" in entry] == [1.0, 2.0]
+
+
+@pytest.mark.slow
+def test_two_processes(checkpoint, folders, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "peft_heads", "train", "--use_cpu", "--model_name_or_path", checkpoint, "--max_steps=4"]
+    command += ["--train_dir", str(folders / "train"), "--cache_dir", str(tmp_path / "cache")]
+    command += ["--output_dir", str(tmp_path / "out"), "--head_select_at=2", "--per_device_train_batch_size=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("deactivated heads  ") == 1
+    model, _ = peft_heads.load_image_classifier(tmp_path / "out")
+    assert model.config.num_labels == 3
