@@ -12,7 +12,7 @@ class HeadLayout:
     """The heads of one query, key or value projection.
 
     The `num_heads * head_dim` output rows of the projection are `num_heads` consecutive blocks of `head_dim` rows;
-    block `i` is head `i` (Heart-LoRA, Sec. 3; the layout of every attention layer in transformers).
+    block `i` is head `i`, as in every attention layer of transformers.
 
     Example:
         >>> layout = HeadLayout(role="query", num_heads=3, head_dim=4)

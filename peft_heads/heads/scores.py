@@ -4,7 +4,7 @@ Split like a metric into *update* (`head_statistics`: one optimizer step) and *c
 window of steps), so that one pass over the data serves every criterion.
 
 With `p` a head's adapter parameters (its rows of `lora_B`) and `g` the gradient of the loss with respect to them, the
-first-order Taylor expansion of the loss change when `p` is set to zero gives (HEAT, Eq. 9-11; Heart-LoRA, Eq. 5):
+first-order Taylor expansion of the loss change when `p` is set to zero gives (HEAT, Eq. 9 and 11):
 
     absolute   Σ |p·g|
     positive   Σ  p·g    low where removing the head raises the loss
