@@ -81,9 +81,8 @@ def build_parser() -> TrainArgumentParser:
         description="Fine-tune an image classifier. A config file holds the same names; the command line overrides it.",
         allow_abbrev=False,
     )
-    # `PeftModel` hides the model's signature, from which Trainer would read the label names and the columns to keep.
     # None: neither was given, so both are done; TrainingArguments' False could not be told from a given `false`.
-    parser.set_defaults(do_train=None, do_eval=None, label_names=["labels"], report_to="none")
+    parser.set_defaults(do_train=None, do_eval=None, report_to="none")
     return parser
 
 

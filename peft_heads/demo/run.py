@@ -70,7 +70,6 @@ def fine_tune(
         lr_scheduler_type="cosine",
         weight_decay=1e-4,
         seed=seed,
-        label_names=["labels"],  # PeftModel hides the signature Trainer would read them from
         report_to="none",
         save_strategy="no",
         logging_strategy="no",

@@ -226,9 +226,9 @@ def test_config_file_and_override(tmp_path, suffix):
     assert json.loads(method.peft_config) == {"peft_type": "LOHA"}
 
 
-def test_defaults_are_set_for_peft_models_and_images():
+def test_defaults_are_set_for_images():
     *_, training = parse_arguments(["--use_cpu"])
-    assert (training.label_names, training.remove_unused_columns, training.report_to) == (["labels"], False, [])
+    assert (training.remove_unused_columns, training.report_to) == (False, [])
 
 
 def test_train_from_a_config_file(train, tmp_path, capsys):
