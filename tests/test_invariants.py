@@ -119,6 +119,18 @@ def test_1_bit_equal_in_half_precision(backbone, dtype):
             assert torch.equal(ours_p.grad, stock_p.grad), name
 
 
+def test_1_bit_equal_under_autocast(backbone):
+    ours, stock = pair(backbone)
+    tiny.randomize_lora(ours)
+    tiny.randomize_lora(stock)
+    for model in (ours.eval(), stock.eval()):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(**tiny.batch()).loss.backward()
+    for (name, ours_p), (_, stock_p) in zip(ours.named_parameters(), stock.named_parameters(), strict=True):
+        if ours_p.grad is not None:
+            assert torch.equal(ours_p.grad, stock_p.grad), name
+
+
 # 2. From selection on, a deactivated head's part of the delta is exactly zero
 
 

@@ -51,6 +51,31 @@ def test_against_the_reference(backbone, lora):
     assert set(scorer.all_scores()) == set(CRITERIA)
 
 
+@pytest.mark.parametrize("lora", [{}, {"lora_bias": True}], ids=str)
+def test_signed_score_is_the_derivative_with_respect_to_a_gate(backbone, lora):
+    """In a whole model: each head's delta times a gate of 1, and the loss's derivative by the gate."""
+    model = make(backbone, **lora).double().eval()
+    batch = {key: value.double() if value.is_floating_point() else value for key, value in tiny.batch().items()}
+    scorer = HeadScorer(model)
+    model(**batch).loss.backward()
+    scorer.update()
+
+    gates = {}
+    for name, layer in head_layers(model).items():
+        gates[name] = torch.ones(layer.head_layout["default"].num_heads, dtype=torch.float64, requires_grad=True)
+
+        def gated(adapter_name, rows, layer=layer, gate=gates[name]):
+            gate = layer.head_layout[adapter_name].expand(gate)  # (out,)
+            return rows * (gate[:, None] if rows.ndim == 2 else gate)
+
+        layer.mask_rows = gated
+    model(**batch).loss.backward()
+    for name, score in scorer.scores("positive").items():
+        assert score.abs().max() > 1e-9
+        # gradients are recorded in float32
+        torch.testing.assert_close(score, gates[name].grad, rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.parametrize("ne", [1, 3])
 @pytest.mark.parametrize("granularity", ["global", "layer"])
 @pytest.mark.parametrize("joint", [True, False])
