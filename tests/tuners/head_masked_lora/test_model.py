@@ -120,10 +120,19 @@ def test_stock_lora_layer_in_the_way():
         model.add_adapter("other", HeadMaskedLoraConfig(ne=1))
 
 
-def test_an_adapter_without_heads_on_a_masked_layer():
+def test_ne_0_takes_the_stock_path():
+    model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=0))
+    for name in layers(model, HeadMaskedLinear):
+        layer = model.get_base_model().get_submodule(name)
+        assert not layer.lora_variant and not layer.lora_head_mask
+
+
+@pytest.mark.parametrize("mask_scope", ["adapter", "head"])
+def test_an_adapter_without_heads_on_a_masked_layer(mask_scope):
     model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=1))
     with pytest.warns(UserWarning, match="no attention heads"):
-        model.add_adapter("other", HeadMaskedLoraConfig(ne=1, num_heads={"v_proj": 5}, modules_to_save=[]))
+        config = HeadMaskedLoraConfig(ne=1, num_heads={"v_proj": 5}, modules_to_save=[], mask_scope=mask_scope)
+        model.add_adapter("other", config)
     tiny.randomize_lora(model)
     assert len(get_head_masks(model, "other")) == 2
     model.set_adapter("other")
