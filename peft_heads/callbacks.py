@@ -301,5 +301,5 @@ def _steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:
 
 
 def _whole_steps(steps: float) -> int:
-    """Round up as TrainingArguments does, but read 0.1 of 30 steps (3.0000000000000004) as 3."""
+    """Round up as TrainingArguments does, but read 0.28 of 25 steps (7.000000000000001) as 7."""
     return max(1, math.ceil(round(steps, 6)))

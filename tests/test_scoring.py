@@ -134,6 +134,10 @@ def test_one_warm_up_serves_every_variant():
     assert {len(off(m)) for m in scorer.select(ratio=0.5).values()} == {3}
     assert {tuple(off(m)) for m in scorer.select(criterion="front").values()} == {(0,)}
     assert str(scorer.select(criterion="random")) == str(scorer.select(criterion="random"))
+    seeds = {}
+    for scorer.config.mask_seed in range(5):
+        seeds[scorer.config.mask_seed] = str(scorer.select(criterion="random"))
+    assert len(set(seeds.values())) > 1
     masks = scorer.apply(masks=scorer.select(ne=2))
     assert {len(off(m)) for m in masks.values()} == {2}
     assert str(get_head_masks(model)) == str(masks)
