@@ -11,6 +11,7 @@ from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from peft_heads import HeadMaskedLoraConfig, HeadScorer, TaylorHeadScorer, get_head_masks, set_head_masks
+from peft_heads.demo.model import load_demo_processor
 from peft_heads.heads import CRITERIA
 
 
@@ -160,6 +161,16 @@ def test_attached_it_logs_through_the_trainer(tmp_path):
     assert [log["deactivated_heads"] for log in seen if "deactivated_heads" in log]
     assert [log for log in seen if "loss" in log and log["epoch"] == 2.0]  # the step's own entry is not lost
     assert len([entry for entry in trainer.state.log_history if "deactivated_heads" in entry]) == 1
+
+
+def test_the_image_processor_is_saved_with_the_adapter(tmp_path):
+    """By the model itself, as push_to_hub does, not only by Trainer."""
+    scorer = TaylorHeadScorer(warmup_epochs=2)
+    trainer = make_trainer(tmp_path, [scorer])
+    trainer.callback_handler.processing_class = load_demo_processor()
+    trainer.train()
+    trainer.model.save_pretrained(tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "preprocessor_config.json").read_text())["size"]["height"] == 32
 
 
 def test_same_seed_same_heads(tmp_path):

@@ -29,6 +29,8 @@ def run(argv: list[str]) -> int:
     check_method_arguments(method_args)
     checkpoint = find_checkpoint(training_args)
     set_up_logging(training_args)
+    if not torch.accelerator.is_available():
+        training_args.dataloader_pin_memory = False  # torch would warn that there is nothing to pin for
 
     with training_args.main_process_first(desc="loading the data"):
         data = load_data(data_args, model_args, training_args.seed)

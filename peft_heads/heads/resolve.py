@@ -50,8 +50,6 @@ def resolve_heads(model: nn.Module, num_heads: int | dict[str, int] | None = Non
     for attention_name, attention in model.named_modules():
         detected = _attention_layouts(attention) if num_heads is None or isinstance(num_heads, dict) else {}
         for child_name, child in attention.named_children():
-            if child_name == "base_layer":
-                continue  # the wrapped projection itself stands for it
             name = f"{attention_name}.{child_name}" if attention_name else child_name
             out_features = _linear_out_features(child)
             if out_features is None:

@@ -51,6 +51,9 @@ def test_explicit_num_heads():
 
 
 def test_no_attention_no_heads():
+    pooling = nn.Module()  # knows heads and queries, but is no attention layer of ours
+    pooling.num_heads, pooling.query, pooling.dense = 2, nn.Linear(4, 4), nn.Linear(4, 4)
+    assert resolve_heads(nn.Sequential(pooling)) == {}
     assert resolve_heads(nn.Sequential(nn.Linear(4, 4), nn.Conv2d(3, 4, 1))) == {}
     assert default_targets(nn.Sequential(nn.Linear(4, 4))) == []
 
