@@ -6,13 +6,15 @@ import functools
 import warnings
 from collections.abc import Callable
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils import PeftType, register_peft_method
+from torch import nn
 
 
 def add_peft_type(name: str) -> PeftType:
@@ -56,6 +58,14 @@ def register_tuner(*, name: str, config_cls: type, model_cls: type) -> None:
         PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = model_cls.prefix
         PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
         PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls
+
+
+def expand_all_linear(config: PeftConfig, model: nn.Module) -> None:
+    """Replace `target_modules="all-linear"` by the names it stands for, as PEFT does a little later.
+
+    Delete when PEFT offers this, or expands before `_prepare_adapter_config`.
+    """
+    _maybe_include_all_linear_layers(config, model)
 
 
 def silence_known_warnings() -> None:

@@ -31,6 +31,7 @@ _INCOMPATIBLE_INITS = {
 _INCOMPATIBLE_FIELDS = {
     "kasa_config": _CHANGES_BASE_WEIGHT,
     "use_bdlora": "it adds to the layer's output in place, so that a deactivated head cannot be taken out again",
+    "layer_replication": "the copies of a layer would carry no masks",
     "arrow_config": "it routes between several adapters, each with heads of its own",
 }
 
@@ -96,7 +97,7 @@ class HeadMaskedLoraConfig(LoraConfig):
         super().__post_init__()
         self.peft_type = add_peft_type("HEAD_MASKED_LORA")
         # Not fields, hence not saved: what `save_pretrained` writes beside the configuration (filled when the weights
-        # are collected), and the heads of the targets `{module name: HeadLayout}` (filled when the model is known).
+        # are collected), and the heads of the model's projections `{module name: HeadLayout}` (filled when the model is known).
         self.adapter_files = AdapterFiles()
         self.head_layouts: dict[str, HeadLayout] = {}
 

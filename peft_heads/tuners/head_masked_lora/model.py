@@ -12,6 +12,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..._compat import expand_all_linear
 from ...heads.maskable import check_mask
 from ...heads.resolve import classifier_names, default_targets, named_targets, resolve_heads
 from ...heads.selection import groups_kept_whole, plan_groups
@@ -50,6 +51,7 @@ class HeadMaskedLoraModel(LoraModel):
         if peft_config.modules_to_save is None:
             peft_config.modules_to_save = classifier_names(self.model) or None
         peft_config = super()._prepare_adapter_config(peft_config, model_config)
+        expand_all_linear(peft_config, self.model)
         self._resolve_head_layouts(peft_config)
         return peft_config
 
@@ -57,10 +59,11 @@ class HeadMaskedLoraModel(LoraModel):
         """Find the heads of the targets before anything is replaced, so that an error leaves the model untouched."""
         layouts = resolve_heads(self.model, peft_config.num_heads)
         targets = [n for n, _ in named_targets(self.model) if self._check_target_module_exists(peft_config, n)]
-        peft_config.head_layouts = {name: layouts[name] for name in targets if name in layouts}
+        # of every projection, targeted or not: what is injected after a state dict follows its keys, not the config
+        peft_config.head_layouts = layouts
         if not peft_config.masks_heads:
             return
-        if not peft_config.head_layouts:
+        if not any(name in layouts for name in targets):
             raise ValueError(
                 "no target has attention heads, so there is nothing to deactivate. "
                 f"Targets: {_patterns(targets) or 'none'}. Projections with heads in this model: "
@@ -73,7 +76,7 @@ class HeadMaskedLoraModel(LoraModel):
                 f"these targets have no attention heads and get a plain LoRA layer, never masked: {_patterns(headless)}"
             )
         groups = plan_groups(
-            peft_config.head_layouts,
+            {name: layout for name, layout in layouts.items() if name in targets},
             ne=peft_config.ne,
             ratio=peft_config.ratio,
             granularity=peft_config.granularity,

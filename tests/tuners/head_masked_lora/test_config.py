@@ -58,6 +58,7 @@ def test_copies_and_pickles():
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
         ({"init_lora_weights": "olora"}, "olora"),
         ({"init_lora_weights": "mica"}, "freezes lora_B"),
+        ({"layer_replication": [(0, 2)]}, "the copies of a layer would carry no masks"),
         ({"kasa_config": KasaConfig()}, "kasa_config cannot be combined"),
     ],
 )

@@ -4,7 +4,7 @@ import warnings
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora.layer import Conv2d, Linear
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -59,6 +59,29 @@ def test_targets_without_heads_get_stock_lora_and_are_named_once():
         and len(layers(model, HeadMaskedLinear)) == 4
     )
     assert len(get_head_masks(model)) == 4
+
+
+def test_all_linear():
+    with pytest.warns(UserWarning, match=r"no attention heads.*mlp\.fc1"):
+        model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=1, target_modules="all-linear"))
+    stock = get_peft_model(tiny.make("vit"), LoraConfig(target_modules="all-linear", modules_to_save=["classifier"]))
+    assert len(layers(model, HeadMaskedLinear)) == 6  # q, k, v of two layers
+    assert set(layers(model, HeadMaskedLinear) + layers(model, Linear)) == set(layers(stock, Linear))
+
+
+def test_injected_after_a_state_dict():
+    """PEFT then follows the keys, whatever the configuration targets; the projection still gets its mask."""
+    source = get_peft_model(
+        tiny.make("vit"), HeadMaskedLoraConfig(ne=1, target_modules=["k_proj"], modules_to_save=[])
+    )
+    keys = {name.removeprefix("base_model.model."): p for name, p in get_peft_model_state_dict(source).items()}
+    with pytest.warns(RuntimeWarning, match="inconsistency"):
+        model = inject_adapter_in_model(
+            HeadMaskedLoraConfig(ne=1, target_modules=["q_proj"], modules_to_save=[]),
+            tiny.make("vit"),
+            state_dict=keys,
+        )
+    assert list(get_head_masks(model)) == [f"vit.layers.{i}.attention.k_proj" for i in range(2)]
 
 
 def test_explicit_num_heads_that_does_not_divide():
