@@ -13,7 +13,7 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
-from peft.utils import PeftType, register_peft_method
+from peft.utils import PeftType, hotswap, register_peft_method
 from torch import nn
 
 
@@ -58,6 +58,14 @@ def register_tuner(*, name: str, config_cls: type, model_cls: type) -> None:
         PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = model_cls.prefix
         PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
         PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls
+
+
+def allow_hotswap(name: str, *keys: str) -> None:
+    """Let `hotswap_adapter` swap adapters of a LoRA-like type whose configurations agree in LoRA's keys and in `keys`.
+
+    Delete when PEFT asks the tuner instead of a table.
+    """
+    hotswap.CONFIG_KEYS_TO_CHECK[PeftType[name.upper()]] = [*hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LORA], *keys]
 
 
 def expand_all_linear(config: PeftConfig, model: nn.Module) -> None:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # Not config.json: transformers takes a folder that has one for a full checkpoint and no longer for an adapter.
 LABELS_FILE = "labels.json"
 SECTION_BEGIN, SECTION_END = "<!-- peft_heads: begin -->", "<!-- peft_heads: end -->"
+_SECTION = re.compile(f"{SECTION_BEGIN}.*?{SECTION_END}", re.DOTALL)
+TAGS = ("head-masked-lora", "peft_heads")
 _SETTINGS = ("ne", "ratio", "granularity", "joint", "criterion", "mask_scope", "r", "lora_alpha", "lora_dropout")
 
 
@@ -37,8 +39,8 @@ class AdapterFiles:
         model_class: Class name of the base model.
         id2label: Label names of the base model as it is used.
         image_processor: `preprocessor_config.json` of the image processor as it is used.
-        selection_pending: Set while a [`TaylorHeadScorer`] is going to select heads later, so that checkpoints of
-            the warm-up are saved without a warning.
+        selection_pending: Set while a [`TaylorHeadScorer`] is going to select heads later, so that Trainer saves
+            its checkpoints of the warm-up without a warning.
     """
 
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -54,11 +56,15 @@ class AdapterFiles:
     def write(self, folder: str | os.PathLike, config: HeadMaskedLoraConfig) -> None:
         """Write the files into `folder`; an image processor or labels that are not known leave what is there."""
         folder = Path(folder)
+        if not self.model_class:
+            return  # the configuration alone is saved, without an adapter
         if self.id2label:
             write_labels(folder, self.id2label)
         if self.image_processor is not None:
             write_atomically(folder / "preprocessor_config.json", self.image_processor)
-        if config.masks_heads and self.masks and not self.selected and not self.selection_pending:
+        # a run that broke off leaves selection_pending behind, but then it is not Trainer that saves
+        is_warm_up = self.selection_pending and folder.name.startswith("checkpoint-")
+        if config.masks_heads and self.masks and not self.selected and not is_warm_up:
             warnings.warn(
                 f"the adapter saved to {folder} is to deactivate heads ({_heads_asked_for(config)}), but none has "
                 "been selected: it is plain LoRA so far. Train with TaylorHeadScorer among the callbacks, or use "
@@ -100,11 +106,21 @@ def read_labels(folder: str | os.PathLike) -> dict[int, str] | None:
 
 
 def update_card(peft_model: Any, folder: str | os.PathLike) -> None:
-    """Put our section into the card in `folder` that describes the model's active adapter, if it is one of ours."""
+    """Let the card in `folder` describe the model's active adapter: with our section if it is one of ours, else without.
+
+    The latter where an adapter of another type is saved over one of ours.
+    """
+    path = Path(folder) / "README.md"
     config = peft_model.active_peft_config
     files = getattr(config, "adapter_files", None)
-    if files is not None and files.model_class:  # the weights have been collected at least once
-        write_card(Path(folder) / "README.md", config, files)
+    if files is None:
+        card = ModelCard.load(path)
+        if SECTION_BEGIN in card.text:
+            card.text = _SECTION.sub("", card.text).lstrip()
+            card.data.tags = [tag for tag in card.data.tags or [] if tag not in TAGS]
+            write_atomically(path, str(card))
+    elif files.model_class:  # the weights have been collected at least once
+        write_card(path, config, files)
 
 
 def write_card(path: Path, config: HeadMaskedLoraConfig, files: AdapterFiles) -> None:
@@ -114,15 +130,18 @@ def write_card(path: Path, config: HeadMaskedLoraConfig, files: AdapterFiles) ->
     that a person has written keeps its text.
     """
     card = ModelCard.load(path) if path.exists() else ModelCard.from_template(ModelCardData())
-    card.data.tags = sorted({*(card.data.tags or []), "peft_heads", "head-masked-lora"})
+    card.data.tags = sorted({*(card.data.tags or []), *TAGS})
+    if not _is_repository(config.base_model_name_or_path):
+        # PEFT has put a folder of this machine there, which the Hub refuses
+        card.data.base_model = None
+        card.data.tags = [tag for tag in card.data.tags if not tag.startswith("base_model:")]
     card.data.library_name = "peft"
     if "ForImageClassification" in files.model_class:
         card.data.pipeline_tag = "image-classification"
 
     section = f"{SECTION_BEGIN}\n{card_section(config, files)}\n{SECTION_END}"
     if SECTION_BEGIN in card.text:
-        pattern = re.compile(f"{SECTION_BEGIN}.*?{SECTION_END}", re.DOTALL)
-        card.text = pattern.sub(lambda _: section, card.text)
+        card.text = _SECTION.sub(lambda _: section, card.text)
     elif card.text.count("[More Information Needed]") > 20:
         versions = card.text.partition("### Framework versions")[2].strip()
         card.text = f"{section}\n\n### Framework versions\n\n{versions}\n"
@@ -134,10 +153,11 @@ def write_card(path: Path, config: HeadMaskedLoraConfig, files: AdapterFiles) ->
 def card_section(config: HeadMaskedLoraConfig, files: AdapterFiles) -> str:
     """The part of the model card about the method: settings, deactivated heads, how to install and load."""
     base = config.base_model_name_or_path or ""
-    # a folder of this machine is no use to the card's readers
-    is_repository = bool(base) and base.count("/") <= 1 and not Path(base).exists()
-    base_link = f"[{base}](https://huggingface.co/{base})" if is_repository else "the base model"
-    title = f"Head-masked LoRA adapter for {base}" if is_repository else "Head-masked LoRA adapter"
+    if _is_repository(base):
+        base_link = f"[{base}](https://huggingface.co/{base})"
+    else:
+        base = Path(base).name or "a model without a name"
+        base_link = f"`{base}` (a local checkpoint)"
     settings = "\n".join(f"| `{name}` | {getattr(config, name)} |" for name in _SETTINGS)
     if not config.masks_heads:
         heads = "None: with `ne=0` this is plain LoRA."
@@ -149,7 +169,7 @@ def card_section(config: HeadMaskedLoraConfig, files: AdapterFiles) -> str:
         heads = describe_masks(files.masks).replace("; ", "\n- ")
         heads = f"- {heads}"
     version = importlib.metadata.version("peft-heads")
-    return f"""# {title}
+    return f"""# Head-masked LoRA adapter for {base}
 
 LoRA on {base_link}, switched off for the attention heads that the task does not need (HEAT, Heart-LoRA).
 Trained with [peft_heads](https://pypi.org/project/peft-heads/) {version}.
@@ -178,6 +198,11 @@ model, image_processor = load_image_classifier("FOLDER_OR_REPOSITORY")
 
 or, on a base model of your own, `import peft_heads` and then `PeftModel.from_pretrained(base_model, …)`: importing
 `peft_heads` is what makes the adapter type known to PEFT."""
+
+
+def _is_repository(base: str | None) -> bool:
+    """Whether the base model's name is one of the Hub: a folder of this machine is no use to the card's readers."""
+    return bool(base) and base.count("/") <= 1 and not Path(base).exists()
 
 
 def _heads_asked_for(config: HeadMaskedLoraConfig) -> str:

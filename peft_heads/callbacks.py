@@ -65,11 +65,12 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
             raise ValueError(
                 f"give select_at or warmup_epochs, not both; got select_at={select_at}, warmup_epochs={warmup_epochs}"
             )
-        if select_at is not None and (select_at <= 0 or (select_at >= 1 and select_at != int(select_at))):
+        # written so that nan is refused as well
+        if select_at is not None and not (0 < select_at < 1 or (select_at >= 1 and float(select_at).is_integer())):
             raise ValueError(
                 f"select_at is a share of the steps, in (0, 1), or a whole number of steps; got {select_at}"
             )
-        if warmup_epochs is not None and warmup_epochs <= 0:
+        if warmup_epochs is not None and not 0 < warmup_epochs < math.inf:
             raise ValueError(f"warmup_epochs must be positive; got {warmup_epochs}")
         if window not in WINDOWS:
             raise ValueError(f"window must be one of {', '.join(WINDOWS)}; got {window!r}")
@@ -88,18 +89,24 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
         self._trainer = trainer
         return self
 
+    def close(self) -> None:
+        """Let another scorer have the adapter; needed only after a run that broke off."""
+        if self._scorer is not None:
+            self._scorer.close()
+
     # Trainer events
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         model = kwargs["model"]
-        if self._scorer is not None:  # auto_find_batch_size begins again; or an earlier run broke off
-            self._scorer.close()
+        self.close()  # auto_find_batch_size begins again; or an earlier run broke off
         self.masks = None
         self._scorer = self._new_scorer(model, state)
         first, last = self._plan(args, state, kwargs.get("train_dataloader"))
 
         saved = _saved_progress(state) if state.global_step else {}
+        self._check_settings(saved)
         self.progress = {"first_step": first, "select_step": last, "selected_at": saved.get("selected_at")}
+        self.progress["settings"] = self._settings()
         set_image_processor(model, kwargs.get("processing_class"), self._scorer.adapter_name)
         # a checkpoint of a run without this callback lacks the entry that Trainer updates at the next checkpoint
         state.stateful_callbacks.setdefault(type(self).__name__, {})
@@ -210,6 +217,24 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
         length = {"last_epoch": steps_per_epoch, "all": last, "last_step": 1}[self.window]
         return max(1, last - length + 1), last
 
+    def _settings(self) -> dict[str, Any]:
+        names = ("ne", "ratio", "granularity", "joint", "criterion", "mask_seed", "mask_scope")
+        return {name: getattr(self._scorer.config, name) for name in names}
+
+    def _check_settings(self, saved: dict[str, Any]) -> None:
+        """Masks that were selected by other settings would be described wrongly, or mean something else."""
+        if saved.get("selected_at") is None:
+            return  # until the selection the settings may change: the scores of all criteria are gathered
+        now = self._settings()
+        changed = [
+            f"{name}={now[name]!r} (was {old!r})" for name, old in saved["settings"].items() if now[name] != old
+        ]
+        if changed:
+            raise ValueError(
+                f"the checkpoint's heads were selected at step {saved['selected_at']} by other settings: this run has "
+                f"{', '.join(changed)}; resume with the same, or from a checkpoint before the selection"
+            )
+
     def _restore_scores(self, saved: dict[str, Any]) -> None:
         scores = saved.get("scores")
         if not scores or not (scores["num_steps"] or scores["num_skipped"]):
@@ -267,8 +292,7 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
                 "steps_counted": self._scorer.num_steps,
                 "steps_skipped": self._scorer.num_skipped,
             },
-            **{name: getattr(config, name) for name in ("ne", "ratio", "granularity", "joint", "mask_scope")},
-            **{name: getattr(config, name) for name in ("criterion", "mask_seed")},
+            **self._settings(),
             "deactivated_heads": deactivated_heads(self.masks),
             "masks": {name: mask.tolist() for name, mask in self.masks.items()},
             "scores": {c: {name: s.tolist() for name, s in by_name.items()} for c, by_name in scores.items()},

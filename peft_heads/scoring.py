@@ -28,7 +28,9 @@ class HeadScorer:
 
     Gradients are taken by hooks on the adapter's parameters, micro-batch by micro-batch: before gradient clipping and,
     on several processes, before the reduction, which `update` does itself. The scores are therefore those of the
-    global batch however it was split.
+    global batch however it was split. Every backward pass between two updates counts as part of the step.
+
+    Under DoRA the score is still p·g of `lora_B`, but no longer the derivative with respect to a gate on the delta.
 
     Args:
         model: A model with a head-masked adapter, possibly wrapped for distributed training.
@@ -64,7 +66,7 @@ class HeadScorer:
         self.num_skipped = 0
         self._sums: dict[str, torch.Tensor] = {}
         self._grads: dict[nn.Parameter, torch.Tensor] = {}
-        self._num_backward = 0
+        self._num_gradients = 0
         self._handles: list[Any] = []
         self._attach()
         if recording:
@@ -177,6 +179,9 @@ class HeadScorer:
 
         Returns:
             `{module name in the base model: bool (num_heads,)}`, True = active.
+
+        Raises:
+            ValueError: As `scores` does, or `ne`, `ratio`, `granularity`, `joint` do not fit the model.
         """
         if ne is None and ratio is None:
             ne, ratio = self.config.ne, self.config.ratio
@@ -207,6 +212,10 @@ class HeadScorer:
 
         Returns:
             The masks that are now in force. An adapter that has masks already keeps them, with a warning.
+
+        Raises:
+            ValueError: As `select` does, or `masks` name an unknown projection or have a wrong shape or dtype; nothing
+                is changed then.
         """
         present = {name: layer.get_head_mask(self.adapter_name).cpu().clone() for name, layer in self.layers.items()}
         if any(not mask.all() for mask in present.values()):
@@ -232,7 +241,7 @@ class HeadScorer:
                     if isinstance(value, torch.Tensor) and value.shape == param.shape:
                         self._zero_rows(name, value, mask)
         self.close()
-        return masks
+        return {name: layer.get_head_mask(self.adapter_name).cpu().clone() for name, layer in self.layers.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """What was gathered, as JSON takes it; floats come back exactly."""
@@ -269,13 +278,13 @@ class HeadScorer:
             _ATTACHED[layer][self.adapter_name] = weakref.ref(self)
 
     def _accumulate(self, param: nn.Parameter, grad: torch.Tensor) -> None:
-        self._num_backward += 1
+        self._num_gradients += 1
         grad = grad.detach().float()
         self._grads[param] = self._grads[param] + grad if param in self._grads else grad.clone()
 
     def _clear(self) -> None:
         self._grads = {}
-        self._num_backward = 0
+        self._num_gradients = 0
 
     def _params(self, name: str) -> torch.Tensor:
         """(out_features, n): the head-wise parameters of a projection side by side."""
@@ -291,14 +300,14 @@ class HeadScorer:
             )
             for name, layer in self.layers.items()
         }
-        num_backward = torch.tensor([float(self._num_backward)], device=next(iter(grads.values())).device)
+        num_gradients = torch.tensor([float(self._num_gradients)], device=next(iter(grads.values())).device)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            flat = torch.cat([num_backward, *(grad.flatten().to(num_backward.device) for grad in grads.values())])
+            flat = torch.cat([num_gradients, *(grad.flatten().to(num_gradients.device) for grad in grads.values())])
             torch.distributed.all_reduce(flat)
             flat /= torch.distributed.get_world_size()
-            num_backward, *parts = flat.split([1, *(grad.numel() for grad in grads.values())])
+            num_gradients, *parts = flat.split([1, *(grad.numel() for grad in grads.values())])
             grads = {name: part.view_as(grad) for (name, grad), part in zip(grads.items(), parts, strict=True)}
-        if not num_backward.any():
+        if not num_gradients.any():
             raise RuntimeError(
                 f"no gradient has reached adapter {self.adapter_name!r} since the last update: is it the active "
                 "adapter, was backward() called, and was update() called only once for the step?"
@@ -314,7 +323,8 @@ class TwoScorersError(ValueError):
 
     def __init__(self, other: HeadScorer) -> None:
         super().__init__(
-            f"another scorer is attached to adapter {other.adapter_name!r}; use one, or call close() on the other first"
+            f"another scorer is attached to adapter {other.adapter_name!r}; use one, or call close() on the other "
+            "(a HeadScorer, or the TaylorHeadScorer of a run that broke off) first"
         )
         self.other = other
 

@@ -45,11 +45,24 @@ def test_card(model, tmp_path):
 
 
 @no_base_config
-def test_card_does_not_name_a_local_folder(model, tmp_path):
-    model.peft_config["default"].base_model_name_or_path = str(tmp_path)
+def test_card_names_a_local_base_model_without_its_folder(model, tmp_path):
+    base = tmp_path / "my-vit"
+    model.get_base_model().save_pretrained(base)
+    model.get_base_model().config._name_or_path = str(base)  # where PEFT takes the card's base_model from
+    model.peft_config["default"].base_model_name_or_path = str(base)
     set_head_masks(model, tiny.masks_off(model, 4))
     model.save_pretrained(tmp_path / "adapter")
-    assert str(tmp_path) not in card_of(tmp_path / "adapter").text
+    assert str(tmp_path) not in (tmp_path / "adapter" / "README.md").read_text()  # the Hub would refuse it
+    assert "`my-vit` (a local checkpoint)" in card_of(tmp_path / "adapter").text
+
+
+def test_another_method_in_the_same_folder_takes_our_section_out(model, tmp_path):
+    set_head_masks(model, tiny.masks_off(model, 4))
+    model.save_pretrained(tmp_path)
+    get_peft_model(tiny.make("vit"), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    card = card_of(tmp_path)
+    assert "Deactivated heads" not in card.text and "head-masked-lora" not in card.data.tags
+    assert "PEFT 0." in card.text
 
 
 def test_card_is_updated_and_keeps_what_a_person_wrote(model, tmp_path):

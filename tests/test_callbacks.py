@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.utils.data import IterableDataset
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from peft_heads import HeadMaskedLoraConfig, HeadScorer, TaylorHeadScorer, get_head_masks, set_head_masks
 from peft_heads.demo.model import load_demo_processor
@@ -253,6 +253,29 @@ def test_resuming_with_another_window(tmp_path):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ne": 2}, r"ne=2 \(was 1\)"),
+        ({"ne": 0}, "carries no mask there: it was created with ne=0"),
+        (
+            {"mask_scope": "head", "criterion": "front"},
+            r"criterion='front' \(was 'absolute'\), mask_scope='head' \(was",
+        ),
+    ],
+)
+def test_resuming_after_the_selection_with_other_settings(tmp_path, change, message):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    make_trainer(tmp_path, [TaylorHeadScorer(warmup_epochs=2)], **settings).train()
+    model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(**{"ne": 1, **change}))
+    trainer = make_trainer(tmp_path, [TaylorHeadScorer(warmup_epochs=2)], model=model, **settings)
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    # before the selection they may change
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert all(len(heads) == model.peft_config["default"].ne for heads in off(model))
+
+
 def train_without_scorer(folder, settings):
     with pytest.warns(UserWarning, match="none has been selected"):
         make_trainer(folder, [], **settings).train()
@@ -296,6 +319,9 @@ def test_checkpoints_of_the_warm_up_are_saved_without_a_warning(tmp_path):
         ({"select_at": 0.1, "warmup_epochs": 1}, "not both; got select_at=0.1, warmup_epochs=1"),
         ({"select_at": 0}, "got 0"),
         ({"select_at": 2.5}, "whole number of steps; got 2.5"),
+        ({"select_at": float("nan")}, "got nan"),
+        ({"select_at": float("inf")}, "got inf"),
+        ({"warmup_epochs": float("inf")}, "positive; got inf"),
         ({"warmup_epochs": 0}, "positive; got 0"),
         ({"window": "epoch"}, "window must be one of last_epoch, all, last_step; got 'epoch'"),
     ],
@@ -374,9 +400,22 @@ def test_a_run_that_broke_off_is_not_in_the_way(tmp_path):
     broken = make_trainer(tmp_path, [TaylorHeadScorer(warmup_epochs=2), Interrupt()])
     with pytest.raises(KeyboardInterrupt):
         broken.train()
+    with pytest.warns(UserWarning, match="none has been selected"):  # nothing is pending any more
+        broken.model.save_pretrained(tmp_path / "adapter")
     again = make_trainer(tmp_path, [TaylorHeadScorer(warmup_epochs=2)], model=broken.model)
     again.train()
     assert off(again.model) != {()}
+
+
+def test_a_run_that_broke_off_can_be_closed(tmp_path):
+    trainer = make_trainer(tmp_path, [])
+    scorer = TaylorHeadScorer().attach(trainer)
+    scorer.on_train_begin(trainer.args, TrainerState(max_steps=16), trainer.control, model=trainer.model,
+                          train_dataloader=trainer.get_train_dataloader())  # fmt: skip
+    with pytest.raises(ValueError, match="or the TaylorHeadScorer of a run that broke off"):
+        HeadScorer(trainer.model)
+    scorer.close()
+    HeadScorer(trainer.model)
 
 
 def test_masked_adapter_keeps_its_masks_and_says_so(tmp_path):

@@ -4,11 +4,13 @@ import contextlib
 import copy
 import subprocess
 import sys
+import warnings
 
 import pytest
 import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 
 from peft_heads import HeadMaskedLoraConfig, HeadScorer, get_head_masks, set_head_masks
@@ -213,6 +215,21 @@ def test_2_merge_and_unmerge(backbone, variant, safe_merge, scope):
     torch.testing.assert_close(ours(tiny.images()).logits, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("scope", ["adapter", "head"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_2_unmerge_after_a_cast(scope, dtype):
+    """The rows that a merge has overwritten come back although the model was cast in between."""
+    ours, _ = masked("vit", 1, head_masked={"ne": 1, "mask_scope": scope})
+    base = {name: layer.base_layer.weight.clone() for name, layer in lora_layers(ours)}
+    ours.merge_adapter()
+    ours.to(dtype)
+    ours.unmerge_adapter()
+    for name, layer in lora_layers(ours):
+        off = ~layer.active_rows("default")
+        assert torch.equal(layer.base_layer.weight[off], base[name][off].to(dtype))
+        assert not layer._overwritten_rows
+
+
 def test_2_two_adapters_with_different_masks_merge_and_unmerge():
     ours, _ = masked("vit", 1)
     ours.add_adapter("other", HeadMaskedLoraConfig(ne=1, mask_scope="head", modules_to_save=[]))
@@ -336,6 +353,29 @@ def test_3_mask_is_a_persistent_buffer_and_in_the_file(backbone, tmp_path):
     set_head_masks(whole, {n: torch.ones_like(m) for n, m in get_head_masks(ours).items()})
     whole.load_state_dict(ours.state_dict())
     assert str(get_head_masks(whole)) == str(get_head_masks(ours))
+
+
+def test_3_hotswap(backbone, tmp_path):
+    # without a classifier: PEFT's hot-swap knows LoRA's own keys alone, and fails on stock adapters with one as well
+    first, second = (get_peft_model(tiny.make(backbone), HeadMaskedLoraConfig(modules_to_save=[])) for _ in range(2))
+    for seed, model in enumerate((first, second)):
+        tiny.randomize_lora(model.eval(), seed)
+        set_head_masks(model, tiny.masks_off(model, seed))
+    second.save_pretrained(tmp_path)
+    hotswap_adapter(first, tmp_path, adapter_name="default")
+    assert str(get_head_masks(first)) == str(get_head_masks(second))
+    assert torch.equal(first(tiny.images()).logits, second(tiny.images()).logits)
+
+
+@pytest.mark.parametrize("other", [{"ne": 0}, {"ne": 1, "mask_scope": "head"}])
+def test_3_hotswap_of_another_kind_is_refused(other, tmp_path):
+    first, _ = masked("vit", 1)
+    second, _ = pair("vit", other)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        second.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Configs are incompatible: for (ne|mask_scope)"):
+        hotswap_adapter(first, tmp_path, adapter_name="default")
 
 
 # 4. What we save under mask_scope="adapter" is a valid plain LoRA

@@ -138,8 +138,9 @@ def test_one_warm_up_serves_every_variant():
     for scorer.config.mask_seed in range(5):
         seeds[scorer.config.mask_seed] = str(scorer.select(criterion="random"))
     assert len(set(seeds.values())) > 1
-    masks = scorer.apply(masks=scorer.select(ne=2))
-    assert {len(off(m)) for m in masks.values()} == {2}
+    name, mask = scorer.select(ne=2).popitem()
+    masks = scorer.apply(masks={name: mask})  # the others stay as they are, and are named as well
+    assert {n: len(off(m)) for n, m in masks.items()} == {n: 2 * (n == name) for n in scorer.layouts}
     assert str(get_head_masks(model)) == str(masks)
 
 

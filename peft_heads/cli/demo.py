@@ -22,7 +22,12 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of every run")
     args = parser.parse_args(argv)
 
+    import torch
+
     from ..demo.run import run_demo
 
+    # The model is tiny: a second thread gains little, and on a busy machine threads that wait for each other cost
+    # many times the work.
+    torch.set_num_threads(1)
     same = run_demo(args.output_dir, ne=args.ne, epochs=args.epochs, seed=args.seed, progress=sys.stderr.isatty())
     return 0 if same else 1

@@ -85,13 +85,7 @@ def load_image_processor(name_or_path: str, do_normalize: bool | None = None, **
     from transformers import AutoImageProcessor
 
     try:
-        from transformers.image_processing_backends import PilBackend  # noqa: F401
-
-        backend = {"backend": "pil"}
-    except ImportError:  # transformers 4: delete when the lower bound is 5
-        backend = {"use_fast": False}
-    try:
-        processor = AutoImageProcessor.from_pretrained(name_or_path, **backend, **kwargs)
+        processor = AutoImageProcessor.from_pretrained(name_or_path, backend="pil", **kwargs)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"no image processor in {name_or_path!r} ({error}); name another checkpoint's with --image_processor_name"

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoImageProcessor, ViTForImageClassification
+from transformers import AutoConfig, ViTForImageClassification
 
+from ..data.images import load_image_processor
 from ..image_classifier import quiet_loading
 
 
@@ -29,4 +30,4 @@ def load_demo_model(num_labels=10, random_weights=False, seed=0, path=DEMO_MODEL
 def load_demo_processor(path=DEMO_MODEL_PATH):
     """Load the image processor: resizes to 32x32 pixels and normalises to [-1, 1], giving (batch, 3, 32, 32)."""
     with quiet_loading():
-        return AutoImageProcessor.from_pretrained(path, local_files_only=True)
+        return load_image_processor(path, local_files_only=True)

@@ -39,7 +39,7 @@ def check_head_count(ne: int | None, ratio: float | None) -> None:
         raise ValueError("give ne (heads per group) or ratio (share of a group's heads)")
     if ne is not None and (isinstance(ne, bool) or not isinstance(ne, int) or ne < 0):
         raise ValueError(f"ne is the number of heads to deactivate, an integer of at least 0; got {ne!r}")
-    if ratio is not None and not 0 <= ratio < 1:
+    if ratio is not None and not (_is_number(ratio) and 0 <= ratio < 1):
         raise ValueError(f"ratio is the share of heads to deactivate, in [0, 1); got {ratio!r}")
 
 
@@ -127,6 +127,10 @@ def select_heads(
         mask[torch.argsort(total, stable=True)[: group.num_deactivated]] = False
         masks.update({name: mask.clone() for name in group.modules})
     return masks
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def floor_ratio(ratio: float, num_heads: int) -> int:

@@ -1,6 +1,6 @@
 """Head-masked LoRA (HEAT, Heart-LoRA)."""
 
-from ..._compat import extend_model_card, register_tuner
+from ..._compat import allow_hotswap, extend_model_card, register_tuner
 from ...adapter_files import update_card
 from .config import HeadMaskedLoraConfig
 from .layer import HeadMaskedLinear
@@ -10,4 +10,6 @@ from .model import HeadMaskedLoraModel
 __all__ = ["HeadMaskedLinear", "HeadMaskedLoraConfig", "HeadMaskedLoraModel"]
 
 register_tuner(name="head_masked_lora", config_cls=HeadMaskedLoraConfig, model_cls=HeadMaskedLoraModel)
+# ne and ratio as well: an adapter with ne=0 has no masks to swap in
+allow_hotswap("head_masked_lora", "mask_scope", "num_heads", "ne", "ratio")
 extend_model_card(update_card)

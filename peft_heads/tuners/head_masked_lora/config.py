@@ -156,6 +156,8 @@ class HeadMaskedLoraConfig(LoraConfig):
         if lora.peft_type != PeftType.LORA:
             raise ValueError(f"{model_id} holds an adapter of type {lora.peft_type.value}, not a LORA adapter")
         names = {f.name for f in fields(LoraConfig)} - {"peft_type"}
+        # None would be read as "find the classification head", which a stock adapter then does not hold
+        lora.modules_to_save = lora.modules_to_save or []
         return cls(ne=0, **{name: getattr(lora, name) for name in names})
 
     def _check_compatible(self) -> None:

@@ -173,9 +173,10 @@ class HeadMaskedLinear(Linear):
                 super().unmerge()
             finally:
                 self.merged_adapters = rest
-            rows = self._overwritten_rows.pop(adapter_name, None)
+            rows = self._overwritten_rows.get(adapter_name)
             if rows:
                 self._write_deactivated_base_rows(adapter_name, rows)
+                del self._overwritten_rows[adapter_name]
 
     def _base_tensors(self) -> list[torch.Tensor]:
         base_layer = self.get_base_layer()
@@ -191,7 +192,7 @@ class HeadMaskedLinear(Linear):
     def _write_deactivated_base_rows(self, adapter_name: str, rows: list[torch.Tensor]) -> None:
         off = ~self.active_rows(adapter_name)
         for tensor, values in zip(self._base_tensors(), rows, strict=True):
-            tensor[off] = values
+            tensor[off] = values.to(tensor)  # the model may have been cast or moved since
 
     def __repr__(self) -> str:
         return super().__repr__().replace("lora.", "head_masked_lora.", 1)

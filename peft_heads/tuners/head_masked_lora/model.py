@@ -14,7 +14,7 @@ from torch import nn
 
 from ..._compat import expand_all_linear
 from ...heads.maskable import check_mask
-from ...heads.resolve import classifier_names, default_targets, named_targets, resolve_heads
+from ...heads.resolve import classifier_names, default_targets, matches_pattern, named_targets, resolve_heads
 from ...heads.selection import groups_kept_whole, plan_groups
 from .config import HeadMaskedLoraConfig
 from .layer import HeadMaskedLinear
@@ -85,6 +85,10 @@ class HeadMaskedLoraModel(LoraModel):
         kept = groups_kept_whole(groups, peft_config.ne)
         if kept:
             warnings.warn(kept)
+        patterns = peft_config.num_heads if isinstance(peft_config.num_heads, dict) else {}
+        unmatched = [pattern for pattern in patterns if not any(matches_pattern(pattern, name) for name in targets)]
+        if unmatched:
+            warnings.warn(f"these num_heads keys did not match any target and were ignored: {', '.join(unmatched)}")
 
     def _create_and_replace(
         self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs: Any
@@ -116,7 +120,9 @@ class HeadMaskedLoraModel(LoraModel):
             )
         return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
 
-    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
         # The parent reads lora_B as it stands. Rows of deactivated heads do nothing whatever their value, so writing
         # zeros there changes no adapter and makes the sum right.
         scopes = {getattr(self.peft_config.get(name), "mask_scope", "adapter") for name in adapters}
@@ -127,14 +133,18 @@ class HeadMaskedLoraModel(LoraModel):
                 for name in set(adapters) & set(layer.lora_head_mask):
                     for param in layer.head_parameters(name):
                         param.data = layer.mask_rows(name, param.data)
-        super().add_weighted_adapter(adapters, *args, **kwargs)
+        super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
+        for layer in self.modules():  # a head is active in the sum where it is in any of the summands
+            if isinstance(layer, HeadMaskedLinear) and adapter_name in layer.lora_head_mask:
+                summands = [layer.get_head_mask(name) for name in adapters if name in layer.head_layout]
+                layer.set_head_mask(adapter_name, torch.stack(summands).any(dim=0))
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         to_return = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         masks = {}
         for name, layer in _head_masked_layers(model, adapter_name):
-            masks[name.removeprefix("base_model.model.")] = mask = layer.get_head_mask(adapter_name).detach().cpu()
+            masks[name.removeprefix("base_model.model.")] = mask = layer.get_head_mask(adapter_name).cpu().clone()
             if mask.all():
                 continue
             for suffix in ("weight", "bias"):
@@ -152,6 +162,13 @@ class HeadMaskedLoraModel(LoraModel):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        lost = [k for k, v in remapped.items() if k.endswith("lora_head_mask.mask") and not v.all()]
+        if lost:
+            raise ValueError(
+                f"the adapter file deactivates heads ({lost[0]}, …), but adapter {adapter_name!r} carries no mask "
+                f"there: it was created with ne={config.ne}, ratio={config.ratio}; create it with the settings it was "
+                "saved with"
+            )
         for name, layer in _head_masked_layers(model, adapter_name):
             mask = remapped.get(f"{name}.lora_head_mask.{adapter_name}.mask")
             if mask is None:
@@ -180,7 +197,7 @@ class HeadMaskedLoraModel(LoraModel):
 def _head_masked_layers(model: nn.Module, adapter_name: str) -> list[tuple[str, HeadMaskedLinear]]:
     """`(name in the model's state dict, layer)` of the layers that carry a mask for the adapter."""
     return [
-        (name.removeprefix("_fsdp_wrapped_module."), module)
+        (name, module)
         for name, module in model.named_modules()
         if isinstance(module, HeadMaskedLinear) and adapter_name in module.lora_head_mask
     ]

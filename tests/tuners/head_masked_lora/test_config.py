@@ -46,6 +46,8 @@ def test_copies_and_pickles():
         ({"ne": -1}, "at least 0; got -1"),
         ({"ne": 1, "ratio": 0.5}, "not both; got ne=1 and ratio=0.5"),
         ({"ratio": 1}, r"in \[0, 1\); got 1"),
+        ({"ratio": "0.5"}, r"in \[0, 1\); got '0.5'"),
+        ({"ratio": float("nan")}, r"in \[0, 1\); got nan"),
         ({"criterion": "taylor"}, "criterion must be one of absolute, positive.*got 'taylor'"),
         ({"mask_scope": "q"}, "mask_scope must be one of adapter, head; got 'q'"),
         ({"granularity": "stage"}, "granularity must be one of global, layer; got 'stage'"),
@@ -77,6 +79,19 @@ def test_init_weights_is_an_alias():
     assert config.init_weights == "gaussian"
     config.init_weights = True
     assert config.init_lora_weights is True
+
+
+def test_from_lora_without_a_classifier(tmp_path):
+    stock = get_peft_model(tiny.make("vit"), LoraConfig(target_modules=["q_proj"]))
+    tiny.randomize_lora(stock)
+    stock.save_pretrained(tmp_path)
+    ours = PeftModel.from_pretrained(tiny.make("vit"), tmp_path, config=HeadMaskedLoraConfig.from_lora(tmp_path))
+    assert torch.equal(ours(tiny.images()).logits, stock.eval()(tiny.images()).logits)
+
+
+def test_saving_a_configuration_alone_writes_nothing_else(tmp_path):
+    HeadMaskedLoraConfig().save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]
 
 
 def test_from_lora(backbone, tmp_path):

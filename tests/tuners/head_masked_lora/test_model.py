@@ -91,6 +91,11 @@ def test_explicit_num_heads_that_does_not_divide():
     assert all(name.endswith("v_proj") for name in layers(model, Linear))
 
 
+def test_num_heads_pattern_that_matches_nothing():
+    with pytest.warns(UserWarning, match="num_heads keys did not match any target and were ignored: nope"):
+        get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=1, num_heads={"nope": 3}))
+
+
 def test_ne_0_names_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -213,6 +218,15 @@ def test_weighted_adapters_do_not_see_deactivated_rows(combination_type):
         assert layer.get_delta_weight("sum")[~off].abs().max() > 1e-2
 
 
+def test_a_weighted_adapter_is_active_where_a_summand_is():
+    model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=2, modules_to_save=[]))
+    model.add_adapter("other", HeadMaskedLoraConfig(ne=2, modules_to_save=[]))
+    set_head_masks(model, tiny.masks_off(model, 1, 2))
+    set_head_masks(model, tiny.masks_off(model, 2, 3), "other")
+    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum", combination_type="linear")
+    assert str(get_head_masks(model, "sum")) == str(tiny.masks_off(model, 2))
+
+
 def test_head_scope_is_not_combined():
     model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=1, mask_scope="head", modules_to_save=[]))
     with pytest.raises(ValueError, match="mask_scope='head' cannot be combined"):
@@ -254,6 +268,12 @@ def test_mask_of_the_wrong_shape(saved):
     edit(saved, lambda tensors: tensors.update({KEY + "lora_head_mask.mask": torch.ones(5, dtype=torch.bool)}))
     with pytest.raises(ValueError, match=r"v_proj must be a bool tensor of shape \(6,\)"):
         PeftModel.from_pretrained(tiny.make("vit"), saved)
+
+
+def test_masks_are_not_dropped_by_an_adapter_without(saved):
+    model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=0))
+    with pytest.raises(ValueError, match=r"deactivates heads .*carries no mask there: it was created with ne=0"):
+        model.load_adapter(saved, "default")
 
 
 def test_mask_missing(saved):
