@@ -11,7 +11,7 @@ def run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="peft-heads demo",
         description="Fine-tune a small ViT on handwritten digits: LoRA, and head-masked LoRA with heads chosen by "
-        "Taylor score, at random, and the first. Needs no network, and half a minute on two cores.",
+        "Taylor score, at random, and the first. Needs no network, and less than a minute on a CPU.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--output_dir", type=Path, default=Path("peft-heads-demo"), help="where adapters and plots go")

@@ -354,9 +354,16 @@ def test_user_s_eval_strategy_is_respected(train, tmp_path):
     assert [entry["epoch"] for entry in state["log_history"] if "eval_loss" in entry] == [1.0, 2.0]
 
 
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node=2"],
+    "accelerate launch": ["accelerate.commands.launch", "--cpu", "--num_processes=1"],
+}
+
+
 @pytest.mark.slow
-def test_two_processes(checkpoint, folders, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launchers(checkpoint, folders, tmp_path, launcher):
+    command = [sys.executable, "-m", *LAUNCHERS[launcher]]
     command += ["-m", "peft_heads", "train", "--use_cpu", "--model_name_or_path", checkpoint, "--max_steps=4"]
     command += ["--train_dir", str(folders / "train"), "--cache_dir", str(tmp_path / "cache")]
     command += ["--output_dir", str(tmp_path / "out"), "--head_select_at=2", "--per_device_train_batch_size=2"]
