@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForImageClassification, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -72,6 +73,9 @@ def run(argv: list[str]) -> int:
         _report(trainer, "eval", trainer.evaluate())
     if training_args.do_train and trainer.is_world_process_zero():
         print(summary(trainer, method_args.method))
+    # together: torchrun ends every process as soon as one has failed, be it only while Python cleans up
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()
     return 0
 
 
