@@ -109,7 +109,7 @@ def extend_model_card(extend: Callable[[PeftModel, str], None]) -> None:
     methods from outside.
     """
     write_card = PeftModel.create_or_update_model_card
-    upload = PeftModel._upload_modified_files
+    upload = getattr(PeftModel, "_upload_modified_files", None)
     if hasattr(write_card, "extended_by_peft_heads"):
         return
 
@@ -118,11 +118,14 @@ def extend_model_card(extend: Callable[[PeftModel, str], None]) -> None:
         write_card(self, output_dir)
         extend(self, output_dir)
 
+    create_or_update_model_card.extended_by_peft_heads = True
+    PeftModel.create_or_update_model_card = create_or_update_model_card
+    if upload is None:  # private to transformers: pushing works without, with the template for a card
+        return
+
     @functools.wraps(upload)
     def _upload_modified_files(self, working_dir, *args, **kwargs):
         self.create_or_update_model_card(str(working_dir))
         return upload(self, working_dir, *args, **kwargs)
 
-    create_or_update_model_card.extended_by_peft_heads = True
-    PeftModel.create_or_update_model_card = create_or_update_model_card
     PeftModel._upload_modified_files = _upload_modified_files

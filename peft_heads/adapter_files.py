@@ -114,8 +114,8 @@ def update_card(peft_model: Any, folder: str | os.PathLike) -> None:
     config = peft_model.active_peft_config
     files = getattr(config, "adapter_files", None)
     if files is None:
-        card = ModelCard.load(path)
-        if SECTION_BEGIN in card.text:
+        if SECTION_BEGIN in path.read_text("utf-8"):
+            card = ModelCard.load(path)
             card.text = _SECTION.sub("", card.text).lstrip()
             card.data.tags = [tag for tag in card.data.tags or [] if tag not in TAGS]
             write_atomically(path, str(card))
@@ -135,7 +135,6 @@ def write_card(path: Path, config: HeadMaskedLoraConfig, files: AdapterFiles) ->
         # PEFT has put a folder of this machine there, which the Hub refuses
         card.data.base_model = None
         card.data.tags = [tag for tag in card.data.tags if not tag.startswith("base_model:")]
-    card.data.library_name = "peft"
     if "ForImageClassification" in files.model_class:
         card.data.pipeline_tag = "image-classification"
 

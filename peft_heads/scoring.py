@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
-from .heads.maskable import HeadMaskable, check_mask, describe_masks, head_layers
+from .heads.maskable import HeadMaskable, check_masks, describe_masks, head_layers, read_masks
 from .heads.scores import CRITERIA, GRADIENT_CRITERIA, STATISTICS, head_scores, head_statistics
 from .heads.selection import groups_kept_whole, plan_groups, select_heads
 
@@ -217,7 +217,7 @@ class HeadScorer:
             ValueError: As `select` does, or `masks` name an unknown projection or have a wrong shape or dtype; nothing
                 is changed then.
         """
-        present = {name: layer.get_head_mask(self.adapter_name).cpu().clone() for name, layer in self.layers.items()}
+        present = read_masks(self.layers, self.adapter_name)
         if any(not mask.all() for mask in present.values()):
             warnings.warn(
                 f"adapter {self.adapter_name!r} has deactivated heads already and keeps them "
@@ -227,10 +227,7 @@ class HeadScorer:
             return present
 
         masks = self.select() if masks is None else masks
-        for name, mask in masks.items():
-            if name not in self.layouts:
-                raise ValueError(f"no projection {name!r} with heads is scored; there are: {', '.join(self.layouts)}")
-            check_mask(name, mask, self.layouts[name])
+        check_masks(self.layers, masks, self.adapter_name)
         for name, mask in masks.items():
             if mask.all():
                 continue
@@ -241,7 +238,7 @@ class HeadScorer:
                     if isinstance(value, torch.Tensor) and value.shape == param.shape:
                         self._zero_rows(name, value, mask)
         self.close()
-        return {name: layer.get_head_mask(self.adapter_name).cpu().clone() for name, layer in self.layers.items()}
+        return read_masks(self.layers, self.adapter_name)
 
     def state_dict(self) -> dict[str, Any]:
         """What was gathered, as JSON takes it; floats come back exactly."""

@@ -35,7 +35,7 @@ def test_card(model, tmp_path):
     model.save_pretrained(tmp_path)
     card = card_of(tmp_path)
     assert {"peft_heads", "head-masked-lora"} <= set(card.data.tags)
-    assert card.data.library_name == "peft" and card.data.pipeline_tag == "image-classification"
+    assert card.data["library_name"] == "peft" and card.data.pipeline_tag == "image-classification"
     assert "Head-masked LoRA adapter for google/vit-base-patch16-224-in21k" in card.text
     assert "head 4 of 6 in all 4 projections" in card.text
     for row in ("| `ne` | 1 |", "| `criterion` | absolute |", "| `mask_scope` | adapter |", "| `r` | 4 |"):
@@ -156,7 +156,7 @@ def test_push_to_hub_uploads_everything(model, hub):
     }  # fmt: skip
     card = ModelCard(hub.files["README.md"].decode())  # push_to_hub itself would have replaced it by blanks
     assert "head 1 of 6 in all 4 projections" in card.text and "[More Information Needed]" not in card.text
-    assert card.data.library_name == "peft" and "head-masked-lora" in card.data.tags
+    assert card.data["library_name"] == "peft" and "head-masked-lora" in card.data.tags
 
 
 def test_stock_adapters_keep_their_card(hub):

@@ -504,11 +504,8 @@ def test_training_that_ends_before_the_selection(tmp_path):
         trainer.train()
 
 
-def test_best_checkpoint_older_than_the_selection(tmp_path):
-    def fewer_each_time():
-        values = iter([1.0, 0.5, 0.2, 0.1])
-        return lambda prediction: {"score": next(values)}
-
+def train_with_best(tmp_path, *values):
+    """Evaluates, saves and scores after each of four epochs, as told; the heads are selected after the second."""
     trainer = make_trainer(
         tmp_path,
         [TaylorHeadScorer(warmup_epochs=2), EarlyStoppingCallback(5)],
@@ -519,26 +516,20 @@ def test_best_checkpoint_older_than_the_selection(tmp_path):
         metric_for_best_model="score",
         greater_is_better=True,
     )
-    trainer.compute_metrics = fewer_each_time()
+    values = iter(values)
+    trainer.compute_metrics = lambda prediction: {"score": next(values)}
+    trainer.train()
+    return trainer
+
+
+def test_best_checkpoint_older_than_the_selection(tmp_path):
     with pytest.warns(UserWarning, match="checkpoint of step 4, which is older than the selection of heads at step 8"):
-        trainer.train()
+        trainer = train_with_best(tmp_path, 1.0, 0.5, 0.2, 0.1)
     assert off(trainer.model) == {()}
 
 
 def test_best_checkpoint_after_the_selection(tmp_path):
-    values = iter([0.1, 0.2, 0.5, 0.4])
-    trainer = make_trainer(
-        tmp_path,
-        [TaylorHeadScorer(warmup_epochs=2)],
-        eval_dataset=tiny.examples(8),
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        load_best_model_at_end=True,
-        metric_for_best_model="score",
-        greater_is_better=True,
-    )
-    trainer.compute_metrics = lambda prediction: {"score": next(values)}
-    trainer.train()
+    trainer = train_with_best(tmp_path, 0.1, 0.2, 0.5, 0.4)
     assert trainer.state.best_global_step == 12
     assert off(trainer.model) != {()}
     saved = PeftModel.from_pretrained(tiny.make("vit"), tmp_path / "checkpoint-12")

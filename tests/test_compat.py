@@ -5,9 +5,10 @@ import subprocess
 import sys
 
 import pytest
-from peft import PeftConfig, PeftMixedModel
+from peft import PeftConfig, PeftMixedModel, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType
+from transformers.utils import PushToHubMixin
 
 import peft_heads
 from peft_heads import HeadMaskedLoraConfig, HeadMaskedLoraModel, _compat
@@ -53,6 +54,16 @@ def test_shared_prefix_refused_one_day(monkeypatch):
         monkeypatch.delitem(table, "HEAD_MASKED_LORA")
     _compat.register_tuner(name="head_masked_lora", config_cls=HeadMaskedLoraConfig, model_cls=HeadMaskedLoraModel)
     test_registered()
+
+
+def test_importing_survives_the_loss_of_a_private_method(monkeypatch):
+    written = []
+    monkeypatch.setattr(PeftModel, "create_or_update_model_card", lambda self, folder: written.append(folder))
+    monkeypatch.delattr(PeftModel, "_upload_modified_files")
+    monkeypatch.delattr(PushToHubMixin, "_upload_modified_files")
+    _compat.extend_model_card(lambda model, folder: written.append(f"section in {folder}"))
+    PeftModel.create_or_update_model_card(None, "here")
+    assert written == ["here", "section in here"]
 
 
 def test_import_adds_nothing_heavy():

@@ -148,7 +148,7 @@ def test_apply_refuses_wrong_masks():
     model = make()
     scorer = HeadScorer(model)
     name = "vit.layers.0.attention.q_proj"
-    with pytest.raises(ValueError, match="no projection 'nope'"):
+    with pytest.raises(ValueError, match="has no heads in a module 'nope'; it has: vit"):
         scorer.apply(masks={name: torch.zeros(6, dtype=torch.bool), "nope": torch.zeros(6, dtype=torch.bool)})
     with pytest.raises(ValueError, match=r"shape \(6,\)"):
         scorer.apply(masks={name: torch.zeros(5, dtype=torch.bool)})

@@ -8,7 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from peft import LoraConfig, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
+
+from ..callbacks import TaylorHeadScorer
+from ..heads.resolve import classifier_names, default_targets
+from ..tuners import HeadMaskedLoraConfig
 
 
 @dataclass
@@ -89,10 +95,6 @@ def apply_method(model: nn.Module, args: MethodArguments) -> tuple[nn.Module, li
     if args.method == "linear":
         return _freeze_all_but_the_head(model), []
 
-    from peft import get_peft_model
-
-    from peft_heads import HeadMaskedLoraConfig, TaylorHeadScorer
-
     config = _adapter_config(model, args)
     if config.is_prompt_learning:
         raise ValueError(f"{config.peft_type.value} adds text tokens: it does not work on image classifiers")
@@ -109,10 +111,6 @@ def apply_method(model: nn.Module, args: MethodArguments) -> tuple[nn.Module, li
 
 def read_peft_config(text: str | None) -> dict:
     """`--peft_config` as a dict with a known `peft_type`; raises ValueError or FileNotFoundError."""
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    import peft_heads  # noqa: F401  (registers its tuners)
-
     if text is None:
         raise ValueError("--method peft needs --peft_config")
     if not text.lstrip().startswith("{"):
@@ -133,11 +131,6 @@ def read_peft_config(text: str | None) -> dict:
 
 
 def _adapter_config(model: nn.Module, args: MethodArguments):
-    from peft import LoraConfig
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    from peft_heads import HeadMaskedLoraConfig
-
     settings = {name: getattr(args, name) for name in _given(args) if name in HEADS + LORA}
     config_class = HeadMaskedLoraConfig if args.method == "head-masked-lora" else LoraConfig
     if args.method == "peft":
@@ -155,9 +148,6 @@ def _adapter_config(model: nn.Module, args: MethodArguments):
 
 def _default_modules(model: nn.Module, config_class: type) -> dict[str, list[str]]:
     """Query and value projections and the classification head, where the config has such fields."""
-    from peft_heads import HeadMaskedLoraConfig
-    from peft_heads.heads.resolve import classifier_names, default_targets
-
     if issubclass(config_class, HeadMaskedLoraConfig):
         return {}  # finds them by itself
     fields = {f.name for f in dataclasses.fields(config_class)}
@@ -168,8 +158,6 @@ def _default_modules(model: nn.Module, config_class: type) -> dict[str, list[str
 
 
 def _freeze_all_but_the_head(model: nn.Module) -> nn.Module:
-    from peft_heads.heads.resolve import classifier_names
-
     heads = classifier_names(model)
     if not heads:
         raise ValueError(f"--method linear: {type(model).__name__} has no classification head")

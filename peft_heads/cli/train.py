@@ -17,6 +17,7 @@ from ..data.images import ImageTransform, collate, label_names, load_image_datas
 from ..heads.maskable import describe_masks, get_head_masks
 from ..heads.resolve import classifier_names
 from ..metrics.accuracy import compute_metrics
+from ..tuners import HeadMaskedLoraConfig
 from .arguments import DataArguments, ModelArguments, parse_arguments
 from .methods import apply_method, check_method_arguments
 
@@ -192,8 +193,6 @@ def summary(trainer: Trainer, method: str) -> str:
 
 
 def _is_head_masked(model) -> bool:
-    from peft_heads import HeadMaskedLoraConfig
-
     return any(isinstance(config, HeadMaskedLoraConfig) for config in getattr(model, "peft_config", {}).values())
 
 

@@ -13,10 +13,10 @@ MAX_INK = 16  # the scans' grey levels run from 0 (paper) to 16 (ink)
 
 
 def load_digits_dataset(seed=0):
-    """Return a ``DatasetDict`` with splits ``train`` (1,000 images) and ``test`` (797), stratified by digit.
+    """Return a `DatasetDict` with splits `train` (1,000 images) and `test` (797), stratified by digit.
 
-    Columns: ``image``, a PIL image in RGB mode of 8x8 pixels with bright strokes on black (enlarging is left to the
-    model's image processor), and ``label``, a ``ClassLabel`` named "0" to "9". ``seed`` fixes which images fall into
+    Columns: `image`, a PIL image in RGB mode of 8x8 pixels with bright strokes on black (enlarging is left to the
+    model's image processor), and `label`, a `ClassLabel` named "0" to "9". `seed` fixes which images fall into
     which split, and their order.
     """
     digits = load_digits()

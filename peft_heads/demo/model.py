@@ -13,9 +13,9 @@ DEMO_MODEL_PATH = Path(__file__).parent / "vit_strokes"
 
 
 def load_demo_model(num_labels=10, random_weights=False, seed=0, path=DEMO_MODEL_PATH):
-    """Load the shipped ViT as a ``ViTForImageClassification`` in evaluation mode, with a new classifier.
+    """Load the shipped ViT as a `ViTForImageClassification` in evaluation mode, with a new classifier.
 
-    ``seed`` fixes the classifier's initial weights, and all weights with ``random_weights=True`` (the same
+    `seed` fixes the classifier's initial weights, and all weights with `random_weights=True` (the same
     architecture in its default initialisation, for comparison). The global random state is left as it was.
     """
     labels = {"id2label": {i: str(i) for i in range(num_labels)}, "label2id": {str(i): i for i in range(num_labels)}}

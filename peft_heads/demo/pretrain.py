@@ -1,4 +1,4 @@
-"""Pre-train the demo model: a small ViT that tells synthetic stroke characters apart (see ``strokes.py``).
+"""Pre-train the demo model: a small ViT that tells synthetic stroke characters apart (see `strokes.py`).
 
     python -m peft_heads.demo.pretrain --output DIR
 

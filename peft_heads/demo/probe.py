@@ -1,7 +1,7 @@
 """Linear probe of the demo model on the digits: does the pre-training matter?
 
 The probe is a logistic regression (scikit-learn's default L2 penalty, C=1) on the frozen model's CLS feature after the
-final layer norm, which is what the classifier of ``ViTForImageClassification`` sees. Features are standardised with the
+final layer norm, which is what the classifier of `ViTForImageClassification` sees. Features are standardised with the
 training split's mean and standard deviation. The same probe is run on the shipped weights and on the same architecture
 with random weights (its default initialisation).
 
@@ -39,7 +39,7 @@ def cls_features(model, pixels, batch_size=256):
 
 
 def logistic_probe(train, test):
-    """Test accuracy of a logistic regression; ``train`` and ``test`` are pairs (standardised features, labels)."""
+    """Test accuracy of a logistic regression; `train` and `test` are pairs (standardised features, labels)."""
     return LogisticRegression(max_iter=2000).fit(*train).score(*test)
 
 
@@ -62,7 +62,7 @@ def linear_layer_probe(train, test, epochs=100, batch_size=64, learning_rate=1e-
 
 
 def probe_accuracy(model, pixels, probe=logistic_probe):
-    """Test accuracy of ``probe`` on the frozen ``model``; ``pixels`` as ``load_pixels`` returns them."""
+    """Test accuracy of `probe` on the frozen `model`; `pixels` as `load_pixels` returns them."""
     scaler = StandardScaler()
     train = scaler.fit_transform(cls_features(model, pixels["train"][0])), pixels["train"][1]
     test = scaler.transform(cls_features(model, pixels["test"][0])), pixels["test"][1]

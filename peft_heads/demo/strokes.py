@@ -6,7 +6,7 @@ points, pen width, softness, contrast and noise. Most images are reduced to 8x8 
 the images of the demo's target task are that coarse.
 
 Coordinates are in a square [-1, 1] x [-1, 1] (x to the right, y down). Every stroke is a Bezier curve with
-``CONTROL_POINTS`` control points, so that a batch of characters is one matrix product.
+`CONTROL_POINTS` control points, so that a batch of characters is one matrix product.
 """
 
 import math
@@ -23,7 +23,7 @@ POINTS_PER_STROKE = 32
 
 
 def bezier_basis(points=POINTS_PER_STROKE, control_points=CONTROL_POINTS):
-    """Bernstein basis, shape (points, control_points): ``basis @ control`` samples the curve at equal steps of t."""
+    """Bernstein basis, shape (points, control_points): `basis @ control` samples the curve at equal steps of t."""
     t = torch.linspace(0, 1, points, dtype=torch.float64)[:, None]
     i = torch.arange(control_points, dtype=torch.float64)[None]
     n = control_points - 1
@@ -36,7 +36,7 @@ def _uniform(generator, shape, low, high):
 
 
 def _random_stroke(generator, start):
-    """Control points (CONTROL_POINTS, 2) of one line, elliptic arc or free curve; it begins at ``start`` if given."""
+    """Control points (CONTROL_POINTS, 2) of one line, elliptic arc or free curve; it begins at `start` if given."""
     kind = torch.rand((), generator=generator).item()
     if kind < 0.3:  # line
         ends = _uniform(generator, (2, 2), -1, 1)
@@ -129,7 +129,7 @@ def render(control, mask, generator, jitter=0.12, coarse_fraction=0.75):
 class StrokeBatches:
     """Endless stream of training batches: pixels (batch, 3, 32, 32) normalised to [-1, 1] and class indices (batch,).
 
-    ``class_seed`` fixes the characters; ``seed`` fixes the order and the way they are written.
+    `class_seed` fixes the characters; `seed` fixes the order and the way they are written.
     """
 
     def __init__(self, num_classes, batch_size, seed=0, class_seed=0):

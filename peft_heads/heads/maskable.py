@@ -63,8 +63,7 @@ def get_head_masks(model: nn.Module, adapter_name: str = "default") -> dict[str,
     Raises:
         ValueError: The model has no head-masked adapter of that name.
     """
-    layers = head_layers(model, adapter_name)
-    return {name: layer.get_head_mask(adapter_name).detach().cpu().clone() for name, layer in layers.items()}
+    return read_masks(head_layers(model, adapter_name), adapter_name)
 
 
 def set_head_masks(model: nn.Module, masks: dict[str, torch.Tensor], adapter_name: str = "default") -> None:
@@ -79,14 +78,24 @@ def set_head_masks(model: nn.Module, masks: dict[str, torch.Tensor], adapter_nam
         ValueError: Unknown module, wrong shape or dtype, or an adapter created with `ne=0`. Nothing is changed then.
     """
     layers = head_layers(model, adapter_name)
+    check_masks(layers, masks, adapter_name)
+    for name, mask in masks.items():
+        layers[name].set_head_mask(adapter_name, mask)
+
+
+def read_masks(layers: dict[str, HeadMaskable], adapter_name: str) -> dict[str, torch.Tensor]:
+    """Copies of the layers' masks: `{module name: bool tensor (num_heads,) on the CPU}`."""
+    return {name: layer.get_head_mask(adapter_name).detach().cpu().clone() for name, layer in layers.items()}
+
+
+def check_masks(layers: dict[str, HeadMaskable], masks: dict[str, torch.Tensor], adapter_name: str) -> None:
+    """Raise ValueError unless every mask belongs to one of the layers and fits it."""
     for name, mask in masks.items():
         if name not in layers:
             raise ValueError(
                 f"adapter {adapter_name!r} has no heads in a module {name!r}; it has: {', '.join(layers)}"
             )
         check_mask(name, mask, layers[name].head_layout[adapter_name])
-    for name, mask in masks.items():
-        layers[name].set_head_mask(adapter_name, mask)
 
 
 def check_mask(name: str, mask: torch.Tensor, layout: HeadLayout) -> None:
