@@ -11,7 +11,14 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
-from .heads.maskable import HeadMaskable, check_masks, describe_masks, head_layers, read_masks
+from .heads.maskable import (
+    HeadMaskable,
+    describe_masks,
+    head_layers,
+    named_layouts,
+    read_masks,
+    write_masks,
+)
 from .heads.scores import CRITERIA, GRADIENT_CRITERIA, STATISTICS, head_scores, head_statistics
 from .heads.selection import groups_kept_whole, plan_groups, select_heads
 
@@ -58,7 +65,13 @@ class HeadScorer:
         model = extract_model_from_parallel(model, keep_torch_compile=False)
         self.adapter_name = adapter_name
         self.layers: dict[str, HeadMaskable] = head_layers(model, adapter_name)
-        self.layouts = {name: layer.head_layout[adapter_name] for name, layer in self.layers.items()}
+        # a fused projection is one layer, and one entry here per adapted part
+        self.layouts = named_layouts(self.layers, adapter_name)
+        self._module_of = {
+            key: name
+            for name, layer in self.layers.items()
+            for key in layer.head_layout[adapter_name].named_parts(name)
+        }
         self.config = model.peft_config[adapter_name]
         # The run (a TrainerState) on whose behalf a callback scores; None in a plain loop.
         self.run: Any = None
@@ -126,7 +139,7 @@ class HeadScorer:
         finite = all(bool(torch.isfinite(grad).all()) for grad in grads.values())
         if finite:
             for name, layout in self.layouts.items():
-                grad = grads[name] / loss_scale
+                grad = layout.rows(grads[self._module_of[name]]) / loss_scale
                 step = head_statistics(self._params(name).to(grad.device), grad, layout)  # (3, num_heads)
                 self._sums[name] = self._sums[name] + step if name in self._sums else step
             self.num_steps += 1
@@ -142,7 +155,7 @@ class HeadScorer:
             criterion: One of `peft_heads.heads.CRITERIA`; the adapter's own if None.
 
         Returns:
-            `{module name in the base model: float64 (num_heads,) on the CPU}`.
+            `{projection: float64 (num_heads,) on the CPU}`, named as `get_head_masks` names them.
 
         Raises:
             ValueError: The criterion needs gradients and no step with finite gradients was counted.
@@ -178,7 +191,7 @@ class HeadScorer:
         """The masks that the scores ask for; nothing is changed. Arguments left out are the adapter's own.
 
         Returns:
-            `{module name in the base model: bool (num_heads,)}`, True = active.
+            `{projection: bool (num_heads,)}`, True = active.
 
         Raises:
             ValueError: As `scores` does, or `ne`, `ratio`, `granularity`, `joint` do not fit the model.
@@ -227,16 +240,16 @@ class HeadScorer:
             return present
 
         masks = self.select() if masks is None else masks
-        check_masks(self.layers, masks, self.adapter_name)
-        for name, mask in masks.items():
+        write_masks(self.layers, masks, self.adapter_name)
+        for layer in self.layers.values():
+            layout, mask = layer.head_layout[self.adapter_name], layer.get_head_mask(self.adapter_name)
             if mask.all():
                 continue
-            self.layers[name].set_head_mask(self.adapter_name, mask)
-            for param in self.layers[name].head_parameters(self.adapter_name):
-                self._zero_rows(name, param.data, mask)
-                for value in (optimizer.state.get(param, {}) if optimizer is not None else {}).values():
-                    if isinstance(value, torch.Tensor) and value.shape == param.shape:
-                        self._zero_rows(name, value, mask)
+            for param in layer.head_parameters(self.adapter_name):
+                states = (optimizer.state.get(param, {}) if optimizer is not None else {}).values()
+                for rows in (param.data, *states):
+                    if isinstance(rows, torch.Tensor) and rows.shape == param.shape:
+                        rows.copy_(layout.mask_rows(rows, mask.to(rows.device)))
         self.close()
         return read_masks(self.layers, self.adapter_name)
 
@@ -259,11 +272,7 @@ class HeadScorer:
         expected = {name: (len(STATISTICS), layout.num_heads) for name, layout in self.layouts.items()}
         if sums and shapes != expected:
             raise ValueError(f"the saved head scores are those of another model: they have {shapes}, not {expected}")
-        devices = {
-            name: _statistics_device(layer.head_parameters(self.adapter_name)[0])
-            for name, layer in self.layers.items()
-        }
-        self._sums = {name: values.to(devices[name]) for name, values in sums.items()}
+        self._sums = {name: values.to(_statistics_device(self._params(name))) for name, values in sums.items()}
         self.num_steps, self.num_skipped = state["num_steps"], state["num_skipped"]
 
     def _attach(self) -> None:
@@ -284,8 +293,10 @@ class HeadScorer:
         self._num_gradients = 0
 
     def _params(self, name: str) -> torch.Tensor:
-        """(out_features, n): the head-wise parameters of a projection side by side."""
-        return _side_by_side(param.detach() for param in self.layers[name].head_parameters(self.adapter_name))
+        """(num_rows, n): the head-wise parameters of a projection side by side."""
+        layer = self.layers[self._module_of[name]]
+        params = _side_by_side(param.detach() for param in layer.head_parameters(self.adapter_name))
+        return self.layouts[name].rows(params)
 
     def _global_gradients(self) -> dict[str, torch.Tensor]:
         """`{module name: float32 (out_features, n)}`, the mean over processes; one reduction for all projections."""
@@ -310,9 +321,6 @@ class HeadScorer:
                 "adapter, was backward() called, and was update() called only once for the step?"
             )
         return {name: grad.to(_statistics_device(grad)) for name, grad in grads.items()}
-
-    def _zero_rows(self, name: str, rows: torch.Tensor, mask: torch.Tensor) -> None:
-        rows.copy_(self.layouts[name].mask_rows(rows, mask.to(rows.device)))
 
 
 class TwoScorersError(ValueError):

@@ -65,7 +65,7 @@ def test_signed_score_is_the_derivative_with_respect_to_a_gate(backbone, lora):
         gates[name] = torch.ones(layer.head_layout["default"].num_heads, dtype=torch.float64, requires_grad=True)
 
         def gated(adapter_name, rows, layer=layer, gate=gates[name]):
-            gate = layer.head_layout[adapter_name].expand(gate)  # (out,)
+            gate = layer.head_layout[adapter_name].parts[0].expand(gate)  # (out,)
             return rows * (gate[:, None] if rows.ndim == 2 else gate)
 
         layer.mask_rows = gated

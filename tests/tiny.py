@@ -58,10 +58,11 @@ def masks_off(model, *heads):
     """Masks for `set_head_masks` with the given head indices deactivated in every projection that LoRA adapts."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     masks = {}
-    for name, layout in resolve_heads(base).items():
-        if layout.role != "key":
-            masks[name] = torch.ones(layout.num_heads, dtype=torch.bool)
-            masks[name][list(heads)] = False
+    for name, layout in resolve_heads(base, fused_parts="qv").items():
+        for key, part in layout.named_parts(name).items():
+            if part.role != "key":
+                masks[key] = torch.ones(part.num_heads, dtype=torch.bool)
+                masks[key][list(heads)] = False
     return masks
 
 

@@ -13,7 +13,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
 from ..callbacks import TaylorHeadScorer
-from ..heads.resolve import classifier_names, default_targets
+from ..heads.resolve import default_targets, task_head_names
 from ..tuners import HeadMaskedLoraConfig
 
 
@@ -151,14 +151,14 @@ def _default_modules(model: nn.Module, config_class: type) -> dict[str, list[str
     if issubclass(config_class, HeadMaskedLoraConfig):
         return {}  # finds them by itself
     fields = {f.name for f in dataclasses.fields(config_class)}
-    defaults = {"target_modules": default_targets(model), "modules_to_save": classifier_names(model)}
+    defaults = {"target_modules": default_targets(model), "modules_to_save": task_head_names(model)}
     if "feedforward_modules" in fields:  # IA3 wants to be told that none of its targets is an MLP layer
         defaults["feedforward_modules"] = []
     return {name: modules for name, modules in defaults.items() if name in fields}
 
 
 def _freeze_all_but_the_head(model: nn.Module) -> nn.Module:
-    heads = classifier_names(model)
+    heads = task_head_names(model)
     if not heads:
         raise ValueError(f"--method linear: {type(model).__name__} has no classification head")
     model.requires_grad_(False)

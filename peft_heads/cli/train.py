@@ -15,7 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..adapter_files import write_labels
 from ..data.images import ImageTransform, collate, label_names, load_image_dataset, load_image_processor
 from ..heads.maskable import describe_masks, get_head_masks
-from ..heads.resolve import classifier_names
+from ..heads.resolve import task_head_names
 from ..metrics.accuracy import compute_metrics
 from ..tuners import HeadMaskedLoraConfig
 from .arguments import DataArguments, ModelArguments, parse_arguments
@@ -156,7 +156,7 @@ def load_model(args: ModelArguments, names: list[str]):
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"no image classifier in {path!r}: {error}") from error
-    heads = tuple(f"{name}." for name in classifier_names(model))
+    heads = tuple(f"{name}." for name in task_head_names(model))
     mismatched = sorted(key for key, *_ in info["mismatched_keys"] if not key.startswith(heads))
     if mismatched and not args.ignore_mismatched_sizes:
         raise ValueError(

@@ -12,7 +12,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from ..callbacks import HEAT_MAP_FILE, TaylorHeadScorer
 from ..heads.maskable import describe_masks
-from ..heads.resolve import classifier_names, default_targets
+from ..heads.resolve import default_targets, task_head_names
 from ..image_classifier import load_image_classifier
 from ..metrics.accuracy import compute_metrics
 from ..tuners import HeadMaskedLoraConfig
@@ -40,7 +40,7 @@ class Result:
 def demo_configs(ne: int) -> dict[str, tuple[str, PeftConfig]]:
     """`{folder name: (name in the table, configuration)}` of the runs that are compared."""
     model = load_demo_model()
-    lora = LoraConfig(r=RANK, target_modules=default_targets(model), modules_to_save=classifier_names(model))
+    lora = LoraConfig(r=RANK, target_modules=default_targets(model), modules_to_save=task_head_names(model))
     criteria = {"taylor": ("Taylor", "absolute"), "random": ("random", "random"), "front": ("front", "front")}
     return {"lora": ("LoRA", lora)} | {
         folder: (f"head-masked LoRA, {name}", HeadMaskedLoraConfig(r=RANK, ne=ne, criterion=criterion))

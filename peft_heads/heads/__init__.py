@@ -1,6 +1,6 @@
 """Attention heads: where they are, how responsive they are, which are deactivated. Depends on torch alone."""
 
-from .layout import HeadLayout
+from .layout import HeadLayout, ProjectionLayout
 from .maskable import HeadMaskable, get_head_masks, set_head_masks
 from .resolve import resolve_heads
 from .scores import CRITERIA, head_scores, head_statistics
@@ -11,6 +11,7 @@ __all__ = [
     "CRITERIA",
     "HeadLayout",
     "HeadMaskable",
+    "ProjectionLayout",
     "get_head_masks",
     "head_scores",
     "head_statistics",

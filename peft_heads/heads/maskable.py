@@ -8,21 +8,21 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from .layout import HeadLayout
+from .layout import HeadLayout, ProjectionLayout
 
 
 @runtime_checkable
 class HeadMaskable(Protocol):
     """The protocol of a head-maskable adapter layer; LoRA's is the first, any other method can follow."""
 
-    head_layout: dict[str, HeadLayout]
+    head_layout: dict[str, ProjectionLayout]
     """Heads of the wrapped projection, per adapter."""
 
     def head_parameters(self, adapter_name: str) -> list[nn.Parameter]:
         """The adapter's parameters that belong to heads; the leading dimension of each is the projection's rows."""
 
     def get_head_mask(self, adapter_name: str) -> torch.Tensor:
-        """bool (num_heads,), True = active."""
+        """bool (num_heads,), the heads of all parts of a fused projection one after the other, True = active."""
 
     def set_head_mask(self, adapter_name: str, mask: torch.Tensor) -> None:
         """Set the mask from a bool tensor (num_heads,)."""
@@ -58,7 +58,8 @@ def get_head_masks(model: nn.Module, adapter_name: str = "default") -> dict[str,
     """The masks of an adapter.
 
     Returns:
-        `{module name in the base model: bool tensor (num_heads,) on the CPU}`, True = active.
+        `{projection: bool tensor (num_heads,) on the CPU}`, True = active. A projection is named by its module in the
+        base model; a fused one appears once per adapted part: `…qkv.q`, `…qkv.v`.
 
     Raises:
         ValueError: The model has no head-masked adapter of that name.
@@ -71,39 +72,64 @@ def set_head_masks(model: nn.Module, masks: dict[str, torch.Tensor], adapter_nam
 
     Args:
         model: A model with a head-masked adapter.
-        masks: `{module name in the base model: bool tensor (num_heads,)}`, True = active.
+        masks: `{projection: bool tensor (num_heads,)}`, True = active, named as `get_head_masks` names them.
         adapter_name: The adapter.
 
     Raises:
-        ValueError: Unknown module, wrong shape or dtype, or an adapter created with `ne=0`. Nothing is changed then.
+        ValueError: Unknown projection, wrong shape or dtype, or an adapter created with `ne=0`. Nothing is changed then.
     """
-    layers = head_layers(model, adapter_name)
-    check_masks(layers, masks, adapter_name)
-    for name, mask in masks.items():
-        layers[name].set_head_mask(adapter_name, mask)
+    write_masks(head_layers(model, adapter_name), masks, adapter_name)
+
+
+def named_layouts(layers: dict[str, HeadMaskable], adapter_name: str) -> dict[str, HeadLayout]:
+    """`{projection: HeadLayout}` of the layers, a fused one once per adapted part, in the layers' order."""
+    return {
+        key: part
+        for name, layer in layers.items()
+        for key, part in layer.head_layout[adapter_name].named_parts(name).items()
+    }
 
 
 def read_masks(layers: dict[str, HeadMaskable], adapter_name: str) -> dict[str, torch.Tensor]:
-    """Copies of the layers' masks: `{module name: bool tensor (num_heads,) on the CPU}`."""
-    return {name: layer.get_head_mask(adapter_name).detach().cpu().clone() for name, layer in layers.items()}
+    """Copies of the layers' masks: `{projection: bool tensor (num_heads,) on the CPU}`."""
+    masks = {}
+    for name, layer in layers.items():
+        layout = layer.head_layout[adapter_name]
+        mask = layer.get_head_mask(adapter_name).detach().cpu().clone()
+        masks.update(zip(layout.named_parts(name), layout.split(mask), strict=True))
+    return masks
+
+
+def write_masks(layers: dict[str, HeadMaskable], masks: dict[str, torch.Tensor], adapter_name: str) -> None:
+    """Set the masks of the projections that `masks` names; raises ValueError before anything is changed."""
+    check_masks(layers, masks, adapter_name)
+    masks = read_masks(layers, adapter_name) | masks
+    changes = {}
+    for name, layer in layers.items():
+        mask = torch.cat([masks[key].cpu() for key in layer.head_layout[adapter_name].named_parts(name)])
+        if not torch.equal(mask, layer.get_head_mask(adapter_name).cpu()):
+            changes[layer] = mask
+    for layer, mask in changes.items():
+        layer.set_head_mask(adapter_name, mask)
 
 
 def check_masks(layers: dict[str, HeadMaskable], masks: dict[str, torch.Tensor], adapter_name: str) -> None:
-    """Raise ValueError unless every mask belongs to one of the layers and fits it."""
+    """Raise ValueError unless every mask belongs to one of the layers' projections and fits it."""
+    layouts = named_layouts(layers, adapter_name)
     for name, mask in masks.items():
-        if name not in layers:
+        if name not in layouts:
             raise ValueError(
-                f"adapter {adapter_name!r} has no heads in a module {name!r}; it has: {', '.join(layers)}"
+                f"adapter {adapter_name!r} has no heads in a module {name!r}; it has: {', '.join(layouts)}"
             )
-        check_mask(name, mask, layers[name].head_layout[adapter_name])
+        check_mask(name, mask, layouts[name].num_heads)
 
 
-def check_mask(name: str, mask: torch.Tensor, layout: HeadLayout) -> None:
+def check_mask(name: str, mask: torch.Tensor, num_heads: int) -> None:
     """Raise ValueError unless `mask` is a bool tensor with one entry per head of the projection `name`."""
-    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != (layout.num_heads,):
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != (num_heads,):
         actual = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise ValueError(
-            f"the head mask of {name} must be a bool tensor of shape ({layout.num_heads},), one entry per head "
+            f"the head mask of {name} must be a bool tensor of shape ({num_heads},), one entry per head "
             f"(True = active); got {actual}"
         )
 

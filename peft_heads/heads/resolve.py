@@ -1,22 +1,23 @@
-"""Find the attention projections of a model, their heads, and its classification head, by role.
+"""Find the attention projections of a model, their heads, its image backbone and its trained head, by role.
 
-An attention layer is recognised by its structure: a module that owns a query, a key and a value projection and says
-how many heads it has. `num_heads * head_dim == out_features` alone would hold for the output projection as well, so
-the role decides.
+An attention layer is recognised by its structure: a module that owns a query, a key and a value projection, or a fused
+one, and says how many heads it has. `num_heads * head_dim == out_features` alone would hold for the output projection
+as well, so the role decides.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 
 from torch import nn
 
-from .layout import HeadLayout
+from .layout import HeadLayout, ProjectionLayout
 
 
 # Attribute names of the projections inside an attention layer, by role: transformers >= 5.9 and CLIP, transformers
-# before that (and SwinV2), plain names.
+# before that (and SwinV2, PVT-v2), plain names.
 PROJECTION_ROLES = {
     "q_proj": "query",
     "query": "query",
@@ -28,23 +29,34 @@ PROJECTION_ROLES = {
     "value": "value",
     "v": "value",
 }
+# One projection for all three, in this order of rows: timm, Hiera, SAM, BLIP.
+FUSED_PROJECTIONS = {"qkv": ("query", "key", "value")}
 NUM_HEADS_ATTRIBUTES = ("num_attention_heads", "num_heads")
-CLASSIFIER_NAMES = ("classifier",)
+# Configurations of transformers name the part that sees the image where there are other parts.
+BACKBONE_CONFIGS = ("vision_config", "backbone_config")
+# Of models that are not transformers' (timm: `head`, and `head_dist` of a distilled one).
+HEAD_NAMES = ("classifier", "head", "head_dist", "decode_head", "auxiliary_head")
+# Modules that are never called themselves, hence cannot be wrapped in `modules_to_save`.
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
-def resolve_heads(model: nn.Module, num_heads: int | dict[str, int] | None = None) -> dict[str, HeadLayout]:
-    """Find every query, key and value projection of a model.
+def resolve_heads(
+    model: nn.Module, num_heads: int | dict[str, int] | None = None, fused_parts: str = "qkv"
+) -> dict[str, ProjectionLayout]:
+    """Find every query, key, value and fused projection of a model.
 
     Modules that PEFT has wrapped already are looked through.
 
     Args:
         model: The model, plain or with adapters in it.
-        num_heads: Overrides what the attention layers say. An int applies to every projection with a query, key or
-            value name; a dict maps name patterns (read as `rank_pattern` reads them) to a number of heads and
-            applies to any linear module it matches. A projection that the given number does not divide has no heads.
+        num_heads: Overrides what the attention layers say. An int applies to every projection with a query, key,
+            value or fused name; a dict maps name patterns (read as `rank_pattern` reads them) to a number of heads
+            and applies to any linear module it matches. A projection that the given number does not divide has no
+            heads.
+        fused_parts: Initials of the parts of fused projections that are wanted.
 
     Returns:
-        `{module name: HeadLayout}` in the order of the model's modules.
+        `{module name: ProjectionLayout}` in the order of the model's modules.
     """
     layouts = {}
     for attention_name, attention in model.named_modules():
@@ -54,40 +66,81 @@ def resolve_heads(model: nn.Module, num_heads: int | dict[str, int] | None = Non
             out_features = _linear_out_features(child)
             if out_features is None:
                 continue
-            role = PROJECTION_ROLES.get(child_name)
-            explicit = _explicit_num_heads(num_heads, name, role)
-            if explicit is None:
-                layout = detected.get(child_name)
-            elif out_features % explicit == 0:
-                layout = HeadLayout(role or "projection", explicit, out_features // explicit)
-            else:
-                layout = None
+            heads = _explicit_num_heads(num_heads, name, child_name)
+            layout = detected.get(child_name) if heads is None else _layout(child_name, out_features, heads)
             if layout is not None:
-                layouts[name] = layout
+                layouts[name] = layout.restricted_to(fused_parts)
     return layouts
 
 
 def default_targets(model: nn.Module) -> list[str]:
-    """The query and value projections as PEFT `target_modules` (the papers adapt q and v, not k).
+    """The query, value and fused projections of the image backbone as PEFT `target_modules`.
 
-    The last components of the names where they are enough (`["q_proj", "v_proj"]`), full names where a module of
-    the same last component is something else.
+    The papers adapt q and v, not k. The last components of the names where they are enough (`["q_proj", "v_proj"]`),
+    full names where a module of the same last component is something else (the text tower of CLIP).
     """
-    wanted = [name for name, layout in resolve_heads(model).items() if layout.role in ("query", "value")]
+    wanted = [
+        name
+        for name, layout in resolve_heads(model).items()
+        if layout.is_fused or layout.parts[0].role in ("query", "value")
+    ]
+    backbone = backbone_name(model)
+    inside = [name for name in wanted if name.startswith(backbone + ".")] if backbone else []
+    wanted = inside or wanted
     suffixes = sorted({name.rpartition(".")[2] for name in wanted})
     matched = [name for name, _ in named_targets(model) if name.rpartition(".")[2] in suffixes]
     return suffixes if matched == wanted else wanted
 
 
-def classifier_names(model: nn.Module) -> list[str]:
-    """Names of the model's classification head, for PEFT's `modules_to_save`; empty for a bare backbone."""
-    heads = []
-    for name in CLASSIFIER_NAMES:
-        module = getattr(model, name, None)
-        # `nn.Identity` is what transformers puts there for num_labels=0
-        if isinstance(module, nn.Module) and any(True for _ in module.parameters()):
-            heads.append(name)
-    return heads
+def backbone_name(model: nn.Module) -> str:
+    """Name of the image backbone in a model that has more than that (a task's head, a text tower); else `""`."""
+    for key in BACKBONE_CONFIGS:
+        config = getattr(getattr(model, "config", None), key, None)
+        if config is not None:
+            for name, module in model.named_modules():
+                if name and type(getattr(module, "config", None)) is type(config):
+                    return name
+    prefix = getattr(model, "base_model_prefix", "")  # transformers: the attribute that holds the headless model
+    return prefix if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
+
+
+def task_head_names(model: nn.Module) -> list[str]:
+    """Names of the modules that a task trains from scratch, for PEFT's `modules_to_save`; empty for a bare backbone.
+
+    In a model of transformers that takes `labels`, everything beside the backbone: `classifier`, DeiT's two
+    classifiers, `decode_head` of a segmentation model. Elsewhere, and inside transformers' wrapper of timm, what bears
+    a head's name (`HEAD_NAMES`).
+    """
+    backbone = backbone_name(model)
+    names: list[str] = []
+    if hasattr(model, "base_model_prefix"):
+        names = [name for name, _ in model.named_children() if backbone and name != backbone.partition(".")[0]]
+        if "labels" not in inspect.signature(model.forward).parameters:  # beside the backbone may be a text tower
+            return [name for name in names if name.endswith("classifier")]  # DeiT with teacher takes no labels
+    prefix = ""
+    if not names:
+        owner = model.get_submodule(backbone)
+        prefix = f"{backbone}." if backbone else ""
+        if prefix and hasattr(owner, "base_model_prefix"):  # a headless model of transformers
+            return []
+        names = [prefix + name for name in HEAD_NAMES if isinstance(getattr(owner, name, None), nn.Module)]
+    # `nn.Identity` is what stands there for num_labels=0
+    return _unambiguous(model, [name for name in names if _has_parameters(model.get_submodule(name))])
+
+
+def bypassed_projections(model: nn.Module) -> list[str]:
+    """Fused projections whose attention layer reads their weight instead of calling them: no adapter can work there.
+
+    timm's BEiT, EVA and Swin V2 do, because they keep the bias of q and v apart.
+    """
+    return [
+        f"{name}.{child_name}"
+        for name, attention in model.named_modules()
+        for child_name in FUSED_PROJECTIONS
+        if isinstance(getattr(attention, child_name, None), nn.Module)
+        and getattr(attention, "q_bias", None) is not None
+        and not getattr(attention, "qkv_bias_separate", False)
+    ]
 
 
 def named_targets(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -106,26 +159,37 @@ def matches_pattern(pattern: str, name: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
-def _attention_layouts(attention: nn.Module) -> dict[str, HeadLayout]:
-    """`{child name: HeadLayout}` of an attention layer's projections; empty if the module is no attention layer."""
+def _attention_layouts(attention: nn.Module) -> dict[str, ProjectionLayout]:
+    """`{child name: layout}` of an attention layer's projections; empty if the module is no attention layer."""
     heads = next((getattr(attention, a) for a in NUM_HEADS_ATTRIBUTES if hasattr(attention, a)), None)
     if not isinstance(heads, int) or heads < 1:
         return {}
-    rows = {}
-    for child_name, child in attention.named_children():
-        out_features = _linear_out_features(child)
-        if child_name in PROJECTION_ROLES and out_features is not None:
-            rows[child_name] = out_features
-    by_role = {PROJECTION_ROLES[child_name]: out_features for child_name, out_features in rows.items()}
+    rows = {name: _linear_out_features(child) for name, child in attention.named_children()}
+    fused = {name: _layout(name, rows[name], heads) for name in FUSED_PROJECTIONS if rows.get(name)}
+    if any(fused.values()):
+        return {name: layout for name, layout in fused.items() if layout is not None}
+
+    rows = {name: rows[name] for name in rows if name in PROJECTION_ROLES and rows[name]}
+    by_role = {PROJECTION_ROLES[name]: out_features for name, out_features in rows.items()}
     if set(by_role) != {"query", "key", "value"} or by_role["query"] % heads:
         return {}
     head_dim = by_role["query"] // heads
     # keys and values may have fewer heads of the same width (grouped-query attention)
     return {
-        child_name: HeadLayout(PROJECTION_ROLES[child_name], out_features // head_dim, head_dim)
-        for child_name, out_features in rows.items()
+        name: _layout(name, out_features, out_features // head_dim)
+        for name, out_features in rows.items()
         if out_features % head_dim == 0
     }
+
+
+def _layout(child_name: str, out_features: int, heads: int) -> ProjectionLayout | None:
+    """The layout of a projection of that name whose parts have `heads` heads each; None if its rows do not divide."""
+    roles = FUSED_PROJECTIONS.get(child_name) or (PROJECTION_ROLES.get(child_name, "projection"),)
+    head_dim, rest = divmod(out_features, heads * len(roles))
+    if rest or not head_dim:
+        return None
+    parts = (HeadLayout(role, heads, head_dim, first_row=i * heads * head_dim) for i, role in enumerate(roles))
+    return ProjectionLayout(out_features, tuple(parts))
 
 
 def _linear_out_features(module: nn.Module) -> int | None:
@@ -134,7 +198,38 @@ def _linear_out_features(module: nn.Module) -> int | None:
     return base_layer.out_features if isinstance(base_layer, nn.Linear) else None
 
 
-def _explicit_num_heads(num_heads: int | dict[str, int] | None, name: str, role: str | None) -> int | None:
+def _explicit_num_heads(num_heads: int | dict[str, int] | None, name: str, child_name: str) -> int | None:
     if isinstance(num_heads, dict):
         return next((heads for pattern, heads in num_heads.items() if matches_pattern(pattern, name)), None)
-    return num_heads if role is not None else None
+    return num_heads if child_name in PROJECTION_ROLES or child_name in FUSED_PROJECTIONS else None
+
+
+def _unambiguous(model: nn.Module, heads: list[str]) -> list[str]:
+    """Names for `modules_to_save` that stand for the heads and nothing else.
+
+    PEFT reads a name as the end of module names ("head" is "decode_head.head" as well) and wraps what it finds, which
+    must not be a mere container, nor contain something else that is wrapped. A name that leads there is replaced by
+    those of the modules inside.
+    """
+    names = list(heads)
+    while True:
+        matched = [key for key, _ in model.named_modules() if key.endswith(tuple(names))]
+        for name in names:
+            inner = [f"{name}.{c}" for c, m in model.get_submodule(name).named_children() if _has_parameters(m)]
+            if inner and not all(_stands_alone(model, key, heads, matched) for key in matched if key.endswith(name)):
+                names = [other for other in names if other != name] + inner
+                break
+        else:
+            return names
+
+
+def _stands_alone(model: nn.Module, key: str, heads: list[str], matched: list[str]) -> bool:
+    return (
+        any(key == head or key.startswith(head + ".") for head in heads)
+        and not isinstance(model.get_submodule(key), _CONTAINERS)
+        and not any(other.startswith(key + ".") for other in matched)
+    )
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())

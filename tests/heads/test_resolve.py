@@ -3,14 +3,19 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import ViTModel
 
-from peft_heads.heads.layout import HeadLayout
-from peft_heads.heads.resolve import classifier_names, default_targets, matches_pattern, resolve_heads
+from peft_heads.heads.layout import HeadLayout, ProjectionLayout
+from peft_heads.heads.resolve import default_targets, matches_pattern, resolve_heads, task_head_names
+
+
+def whole(role, num_heads, head_dim):
+    """The layout of a projection that is nothing but a query, key or value."""
+    return ProjectionLayout(num_heads * head_dim, (HeadLayout(role, num_heads, head_dim),))
 
 
 def test_vit():
     layouts = resolve_heads(tiny.make("vit"))
     assert len(layouts) == 6  # q, k, v of two layers; neither the output projection nor the MLP
-    assert layouts["vit.layers.1.attention.v_proj"] == HeadLayout("value", 6, 4)
+    assert layouts["vit.layers.1.attention.v_proj"] == whole("value", 6, 4)
     assert not any("o_proj" in name or "mlp" in name for name in layouts)
 
 
@@ -34,19 +39,19 @@ class Attention(nn.Module):
 def test_old_names_and_fewer_key_value_heads():
     model = nn.Sequential(Attention())
     assert resolve_heads(model) == {
-        "0.query": HeadLayout("query", 4, 2),
-        "0.key": HeadLayout("key", 2, 2),
-        "0.value": HeadLayout("value", 2, 2),
+        "0.query": whole("query", 4, 2),
+        "0.key": whole("key", 2, 2),
+        "0.value": whole("value", 2, 2),
     }
     assert default_targets(model) == ["query", "value"]
 
 
 def test_explicit_num_heads():
     model = nn.Sequential(Attention())
-    assert resolve_heads(model, 2)["0.query"] == HeadLayout("query", 2, 4)
+    assert resolve_heads(model, 2)["0.query"] == whole("query", 2, 4)
     assert "0.dense" not in resolve_heads(model, 2)  # an int counts heads where there are heads
-    assert resolve_heads(model, {"dense": 8})["0.dense"] == HeadLayout("projection", 8, 1)
-    assert resolve_heads(model, {"dense": 8})["0.query"] == HeadLayout("query", 4, 2)  # the rest is detected
+    assert resolve_heads(model, {"dense": 8})["0.dense"] == whole("projection", 8, 1)
+    assert resolve_heads(model, {"dense": 8})["0.query"] == whole("query", 4, 2)  # the rest is detected
     assert "0.query" not in resolve_heads(model, {"query": 3})  # 3 does not divide 8
 
 
@@ -69,13 +74,13 @@ def test_wrapped_modules_are_looked_through():
     wrapped = get_peft_model(tiny.make("vit"), LoraConfig(target_modules=["q_proj"], modules_to_save=["classifier"]))
     assert resolve_heads(wrapped.get_base_model()) == expected
     assert default_targets(wrapped.get_base_model()) == ["q_proj", "v_proj"]
-    assert classifier_names(wrapped.get_base_model()) == ["classifier"]
+    assert task_head_names(wrapped.get_base_model()) == ["classifier"]
 
 
 def test_classifier():
-    assert classifier_names(tiny.make("vit")) == ["classifier"]
-    assert classifier_names(ViTModel(tiny.make("vit").config, add_pooling_layer=False)) == []
-    assert classifier_names(tiny.make("vit", num_labels=0)) == []  # nn.Identity
+    assert task_head_names(tiny.make("vit")) == ["classifier"]
+    assert task_head_names(ViTModel(tiny.make("vit").config, add_pooling_layer=False)) == []
+    assert task_head_names(tiny.make("vit", num_labels=0)) == []  # nn.Identity
 
 
 def test_matches_pattern():

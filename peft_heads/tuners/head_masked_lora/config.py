@@ -11,12 +11,13 @@ from peft.utils import PeftType
 
 from ..._compat import add_peft_type
 from ...adapter_files import AdapterFiles
-from ...heads.layout import HeadLayout
+from ...heads.layout import ProjectionLayout
 from ...heads.scores import CRITERIA
 from ...heads.selection import GRANULARITIES, check_head_count
 
 
 MASK_SCOPES = ("adapter", "head")
+FUSED_PARTS = ("qkv", "qk", "qv", "kv", "q", "k", "v")
 # Options of LoRA that a head mask would make wrong, with the reason. An initialisation that moves part of the base
 # weight into the adapter would lose that part of the *pre-trained* weight with the head.
 _CHANGES_BASE_WEIGHT = "it moves part of the pre-trained weight into the adapter, which a deactivated head would lose"
@@ -71,6 +72,10 @@ class HeadMaskedLoraConfig(LoraConfig):
             Number of heads where the model does not say it, or says it wrongly: one number, or one per module name
             pattern (read like `rank_pattern`).
 
+        fused_parts (`str`):
+            Which parts of a fused `qkv` projection are adapted (and scored and masked): the initials of the parts.
+            The others never change. `"qkv"` adapts the whole, as stock LoRA does.
+
     Raises:
         ValueError: An argument is out of its range, or an option of LoRA is asked for that head masks would make
             wrong.
@@ -92,14 +97,17 @@ class HeadMaskedLoraConfig(LoraConfig):
     num_heads: int | dict[str, int] | None = field(
         default=None, metadata={"help": "Number of heads, or one per module name pattern, where detection fails."}
     )
+    fused_parts: str = field(
+        default="qv", metadata={"help": "The parts of a fused qkv projection to adapt, by their initials."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = add_peft_type("HEAD_MASKED_LORA")
         # Not fields, hence not saved: what `save_pretrained` writes beside the configuration (filled when the weights
-        # are collected), and the heads of the model's projections `{module name: HeadLayout}` (filled when the model is known).
+        # are collected), and `{module name: heads}` of the model's projections (filled when the model is known).
         self.adapter_files = AdapterFiles()
-        self.head_layouts: dict[str, HeadLayout] = {}
+        self.head_layouts: dict[str, ProjectionLayout] = {}
 
         if self.ne is None and self.ratio is None:
             self.ne = 1
@@ -107,6 +115,8 @@ class HeadMaskedLoraConfig(LoraConfig):
         for name, allowed in (("granularity", GRANULARITIES), ("criterion", CRITERIA), ("mask_scope", MASK_SCOPES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        if not isinstance(self.fused_parts, str) or self.fused_parts not in FUSED_PARTS:
+            raise ValueError(f"fused_parts must be one of {', '.join(FUSED_PARTS)}; got {self.fused_parts!r}")
         numbers = self.num_heads.values() if isinstance(self.num_heads, dict) else [self.num_heads]
         if self.num_heads is not None and not all(type(n) is int and n > 0 for n in numbers):
             raise ValueError(
@@ -119,6 +129,11 @@ class HeadMaskedLoraConfig(LoraConfig):
     def masks_heads(self) -> bool:
         """Whether heads are going to be deactivated: False for `ne=0` and `ratio=0`, which are plain LoRA."""
         return bool(self.ne or self.ratio)
+
+    @property
+    def freezes_rows(self) -> bool:
+        """Whether rows of a projection of this model are left out of the adapter: parts of a fused one."""
+        return not all(layout.covers_all_rows for layout in self.head_layouts.values())
 
     @property
     def init_weights(self):
@@ -158,7 +173,7 @@ class HeadMaskedLoraConfig(LoraConfig):
         names = {f.name for f in fields(LoraConfig)} - {"peft_type"}
         # None would be read as "find the classification head", which a stock adapter then does not hold
         lora.modules_to_save = lora.modules_to_save or []
-        return cls(ne=0, **{name: getattr(lora, name) for name in names})
+        return cls(ne=0, fused_parts="qkv", **{name: getattr(lora, name) for name in names})
 
     def _check_compatible(self) -> None:
         init = self.init_lora_weights

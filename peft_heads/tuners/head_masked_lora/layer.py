@@ -11,13 +11,16 @@ from peft.tuners.lora.layer import Linear, LoraVariant
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
-from ...heads.layout import HeadLayout
+from ...heads.layout import ProjectionLayout
 from ...heads.maskable import check_mask
 from .config import HeadMaskedLoraConfig
 
 
 class HeadMask(nn.Module):
-    """The one home of a mask: a persistent buffer, bool (num_heads,), True = active."""
+    """The one home of a mask: a persistent buffer, bool (num_heads,), True = active.
+
+    On a fused projection it holds the heads of all adapted parts, one part after the other.
+    """
 
     def __init__(self, num_heads: int) -> None:
         super().__init__()
@@ -52,14 +55,13 @@ class HeadMaskVariant(LoraVariant):
             weight = module.mask_rows(active_adapter, lora_B.weight)
             bias = None if lora_B.bias is None else module.mask_rows(active_adapter, lora_B.bias)
             output = result + F.linear(hidden, weight, bias) * module.scaling[active_adapter]
-            if self.mask_scope == "adapter":
-                return output
         else:
             output = self.inner.forward(module, active_adapter=active_adapter, x=x, result=result, **kwargs)
-        if active_adapter not in module.lora_head_mask:
-            return output
-        off = result if self.mask_scope == "adapter" else 0
-        return torch.where(module.active_rows(active_adapter), output, off)
+            if active_adapter in module.lora_head_mask:
+                output = torch.where(module.active_rows(active_adapter), output, result)
+        if self.mask_scope == "head" and active_adapter in module.lora_head_mask:
+            output = torch.where(module.deactivated_rows(active_adapter), 0, output)
+        return output
 
     def merge_safe(self, module: HeadMaskedLinear, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
         if self.inner is not None:
@@ -97,19 +99,19 @@ class HeadMaskedLinear(Linear):
         """Add an adapter. Its heads are `config.head_layouts[target_name]`; without an entry it has none here."""
         if not hasattr(self, "lora_head_mask"):  # the parent's __init__ comes here to create the first adapter
             self.lora_head_mask = nn.ModuleDict({})
-            self.head_layout: dict[str, HeadLayout] = {}
+            self.head_layout: dict[str, ProjectionLayout] = {}
             # rows of the base weight and bias that a merge has overwritten, per merged adapter
             self._overwritten_rows: dict[str, list[torch.Tensor]] = {}
         layout = config.head_layouts.get(kwargs.get("target_name"))
         if layout is not None:
             self.head_layout[adapter_name] = layout
-            if config.masks_heads:
+            if config.masks_heads or not layout.covers_all_rows:
                 self.lora_head_mask[adapter_name] = HeadMask(layout.num_heads)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def resolve_lora_variant(self, *, config: HeadMaskedLoraConfig, **kwargs) -> LoraVariant | None:
         inner = super().resolve_lora_variant(config=config, **kwargs)
-        return HeadMaskVariant(inner, config.mask_scope) if config.masks_heads else inner
+        return HeadMaskVariant(inner, config.mask_scope) if config.masks_heads or config.freezes_rows else inner
 
     # The protocol of heads/maskable.py
 
@@ -124,7 +126,7 @@ class HeadMaskedLinear(Linear):
         return self.lora_head_mask[adapter_name].mask
 
     def set_head_mask(self, adapter_name: str, mask: torch.Tensor) -> None:
-        check_mask(type(self).__name__, mask, self.head_layout[adapter_name])
+        check_mask(type(self).__name__, mask, self.head_layout[adapter_name].num_heads)
         if adapter_name not in self.lora_head_mask:
             raise ValueError(
                 f"adapter {adapter_name!r} was created with ne=0 and carries no head masks; create it with ne ≥ 1"
@@ -134,34 +136,39 @@ class HeadMaskedLinear(Linear):
         self.lora_head_mask[adapter_name].mask.copy_(mask)
 
     def mask_rows(self, adapter_name: str, rows: torch.Tensor) -> torch.Tensor:
-        """`rows` (out, ...) with the rows of the adapter's deactivated heads replaced by zero."""
+        """`rows` (out, ...) with the rows that the adapter must not change replaced by zero."""
         if adapter_name not in self.lora_head_mask:
             return rows  # ne=0
         return self.head_layout[adapter_name].mask_rows(rows, self.lora_head_mask[adapter_name].mask)
 
     def active_rows(self, adapter_name: str) -> torch.Tensor:
-        """bool (out,), True = the row's head is active."""
-        return self.head_layout[adapter_name].expand(self.get_head_mask(adapter_name))
+        """bool (out,), True = the adapter may change the row."""
+        return self.head_layout[adapter_name].active_rows(self.get_head_mask(adapter_name))
+
+    def deactivated_rows(self, adapter_name: str) -> torch.Tensor:
+        """bool (out,), True = the row belongs to a deactivated head."""
+        return self.head_layout[adapter_name].deactivated_rows(self.get_head_mask(adapter_name))
 
     # Everything that merges rests on the delta weight and, for what PEFT adds outside of it (DoRA's magnitude,
     # lora_B's bias), on restoring the rows of deactivated heads.
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """The adapter's update of the weight, (out, in), with zero rows for deactivated heads."""
+        """The adapter's update of the weight, (out, in), with zero rows where it must not change the base."""
         return self.mask_rows(adapter, super().get_delta_weight(adapter))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         for adapter_name in check_adapters_to_merge(self, adapter_names):
-            rows = self._deactivated_base_rows(adapter_name)
+            rows = self._frozen_base_rows(adapter_name)
             with warnings.catch_warnings():
                 # one by one, so that each knows the rows it found; the adapters before it are no news
                 warnings.filterwarnings("ignore", message="Already following adapters were merged")
                 super().merge(safe_merge=safe_merge, adapter_names=[adapter_name])
             if rows and adapter_name in self.merged_adapters:
                 self._overwritten_rows[adapter_name] = rows
-                scope = self.lora_variant[adapter_name].mask_scope
-                merged = rows if scope == "adapter" else [torch.zeros_like(row) for row in rows]
-                self._write_deactivated_base_rows(adapter_name, merged)
+                self._write_frozen_base_rows(adapter_name, rows)
+                if self.lora_variant[adapter_name].mask_scope == "head":
+                    for tensor in self._base_tensors():
+                        tensor[self.deactivated_rows(adapter_name)] = 0
 
     def unmerge(self) -> None:
         if not self.merged:
@@ -175,21 +182,21 @@ class HeadMaskedLinear(Linear):
                 self.merged_adapters = rest
             rows = self._overwritten_rows.get(adapter_name)
             if rows:
-                self._write_deactivated_base_rows(adapter_name, rows)
+                self._write_frozen_base_rows(adapter_name, rows)
                 del self._overwritten_rows[adapter_name]
 
     def _base_tensors(self) -> list[torch.Tensor]:
         base_layer = self.get_base_layer()
         return [tensor.data for tensor in (base_layer.weight, base_layer.bias) if tensor is not None]
 
-    def _deactivated_base_rows(self, adapter_name: str) -> list[torch.Tensor]:
-        """Copies of the base weight's and bias's rows of deactivated heads; empty if every head is active."""
+    def _frozen_base_rows(self, adapter_name: str) -> list[torch.Tensor]:
+        """Copies of the base weight's and bias's rows that the adapter must not change; empty if there are none."""
         if adapter_name not in self.lora_head_mask:
             return []
         off = ~self.active_rows(adapter_name)
         return [tensor[off].clone() for tensor in self._base_tensors()] if off.any() else []
 
-    def _write_deactivated_base_rows(self, adapter_name: str, rows: list[torch.Tensor]) -> None:
+    def _write_frozen_base_rows(self, adapter_name: str, rows: list[torch.Tensor]) -> None:
         off = ~self.active_rows(adapter_name)
         for tensor, values in zip(self._base_tensors(), rows, strict=True):
             tensor[off] = values.to(tensor)  # the model may have been cast or moved since

@@ -13,8 +13,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..._compat import expand_all_linear
-from ...heads.maskable import check_mask
-from ...heads.resolve import classifier_names, default_targets, matches_pattern, named_targets, resolve_heads
+from ...heads.maskable import check_mask, deactivated_heads, read_masks
+from ...heads.resolve import (
+    FUSED_PROJECTIONS,
+    NUM_HEADS_ATTRIBUTES,
+    PROJECTION_ROLES,
+    bypassed_projections,
+    default_targets,
+    matches_pattern,
+    named_targets,
+    resolve_heads,
+    task_head_names,
+)
 from ...heads.selection import groups_kept_whole, plan_groups
 from .config import HeadMaskedLoraConfig
 from .layer import HeadMaskedLinear
@@ -48,27 +58,49 @@ class HeadMaskedLoraModel(LoraModel):
         if peft_config.target_modules is None and not peft_config.target_parameters:
             # PEFT's own table of defaults is asked for architectures without a recognisable attention layer
             peft_config.target_modules = set(default_targets(self.model)) or None
+            self._check_default_targets(peft_config)
         if peft_config.modules_to_save is None:
-            peft_config.modules_to_save = classifier_names(self.model) or None
+            peft_config.modules_to_save = task_head_names(self.model) or None
         peft_config = super()._prepare_adapter_config(peft_config, model_config)
         expand_all_linear(peft_config, self.model)
         self._resolve_head_layouts(peft_config)
         return peft_config
 
+    def _check_default_targets(self, peft_config: HeadMaskedLoraConfig) -> None:
+        """Say what was found where no attention layer is recognised and PEFT knows no defaults for the model."""
+        model_type = self.get_model_config(self.model).get("model_type")
+        if peft_config.target_modules or model_type in self.target_module_mapping:
+            return
+        linear = _patterns(name for name, module in self.model.named_modules() if isinstance(module, nn.Linear))
+        raise ValueError(
+            f"no attention layer was recognised in {type(self.model).__name__}: no module owns a query, a key and a "
+            f"value projection ({', '.join(PROJECTION_ROLES)}) or a fused one ({', '.join(FUSED_PROJECTIONS)}) and "
+            f"says its number of heads ({', '.join(NUM_HEADS_ATTRIBUTES)}). Its linear layers: {linear or 'none'}. "
+            "Name the query and value projections and their heads yourself, e.g. "
+            'HeadMaskedLoraConfig(target_modules=["to_q", "to_v"], num_heads={"to_q": 12, "to_v": 12})'
+        )
+
     def _resolve_head_layouts(self, peft_config: HeadMaskedLoraConfig) -> None:
         """Find the heads of the targets before anything is replaced, so that an error leaves the model untouched."""
-        layouts = resolve_heads(self.model, peft_config.num_heads)
+        layouts = resolve_heads(self.model, peft_config.num_heads, peft_config.fused_parts)
         targets = [n for n, _ in named_targets(self.model) if self._check_target_module_exists(peft_config, n)]
         # of every projection, targeted or not: what is injected after a state dict follows its keys, not the config
         peft_config.head_layouts = layouts
+        bypassed = [name for name in bypassed_projections(self.model) if name in targets]
+        if bypassed:
+            raise ValueError(
+                f"{_patterns(bypassed)}: the attention layer reads the weight of this projection instead of calling "
+                "it, because it keeps a bias of its own, so that no adapter can work there. With timm, create the "
+                "model with qkv_bias_separate=True where it has that option (BEiT, EVA)"
+            )
         if not peft_config.masks_heads:
             return
         if not any(name in layouts for name in targets):
             raise ValueError(
                 "no target has attention heads, so there is nothing to deactivate. "
                 f"Targets: {_patterns(targets) or 'none'}. Projections with heads in this model: "
-                f"{_patterns(layouts) or 'none found'}. Target those, pass num_heads= where heads are not found, or "
-                "pass ne=0 for plain LoRA"
+                f"{_patterns(layouts) or 'none found'}. Target those; where heads are not found, say how many there are, e.g. "
+                'num_heads=12 or num_heads={"to_q": 12}; or pass ne=0 for plain LoRA'
             )
         headless = [name for name in targets if name not in layouts]
         if headless:
@@ -76,7 +108,12 @@ class HeadMaskedLoraModel(LoraModel):
                 f"these targets have no attention heads and get a plain LoRA layer, never masked: {_patterns(headless)}"
             )
         groups = plan_groups(
-            {name: layout for name, layout in layouts.items() if name in targets},
+            {
+                key: part
+                for name, layout in layouts.items()
+                if name in targets
+                for key, part in layout.named_parts(name).items()
+            },
             ne=peft_config.ne,
             ratio=peft_config.ratio,
             granularity=peft_config.granularity,
@@ -142,19 +179,18 @@ class HeadMaskedLoraModel(LoraModel):
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         to_return = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        masks = {}
+        layers = {}
         for name, layer in _head_masked_layers(model, adapter_name):
-            masks[name.removeprefix("base_model.model.")] = mask = layer.get_head_mask(adapter_name).cpu().clone()
-            if mask.all():
-                continue
+            layers[name.removeprefix("base_model.model.")] = layer
+            mask = layer.get_head_mask(adapter_name)
             for suffix in ("weight", "bias"):
                 key = f"{name}.lora_B.{adapter_name}.{suffix}"
-                if key in to_return:
+                if key in to_return and not layer.active_rows(adapter_name).all():
                     rows = to_return[key]
                     to_return[key] = layer.head_layout[adapter_name].mask_rows(rows, mask.to(rows.device))
 
         base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        config.adapter_files.masks = masks
+        config.adapter_files.masks = read_masks(layers, adapter_name)
         config.adapter_files.model_class = type(base_model).__name__
         config.adapter_files.id2label = getattr(getattr(base_model, "config", None), "id2label", None)
         return to_return
@@ -178,16 +214,18 @@ class HeadMaskedLoraModel(LoraModel):
                     "is loaded with config=HeadMaskedLoraConfig.from_lora(path)"
                 )
             layout = layer.head_layout[adapter_name]
-            check_mask(name, mask, layout)
+            check_mask(name, mask, layout.num_heads)
             for suffix in ("weight", "bias"):
                 rows = remapped.get(f"{name}.lora_B.{adapter_name}.{suffix}")
                 if rows is None or rows.shape[0] != layout.out_features:
                     continue  # PEFT reports missing keys and mismatched shapes
-                off = ~layout.expand(mask).to(rows.device)
+                off = ~layout.active_rows(mask).to(rows.device)
                 if rows[off].count_nonzero():
-                    heads = (~mask).nonzero().flatten().tolist()
+                    masks = dict(zip(layout.named_parts(name), layout.split(mask), strict=True))
+                    off_heads = [f"heads {heads} of {key}" for key, heads in deactivated_heads(masks).items()]
                     raise ValueError(
-                        f"the adapter file contradicts itself: in {name} the mask deactivates heads {heads}, whose "
+                        f"the adapter file contradicts itself: in {name} the mask deactivates "
+                        f"{', '.join(off_heads) or 'nothing'} and fused_parts is {config.fused_parts!r}; the deactivated "
                         f"rows of lora_B.{suffix} must be zero, but {int(rows[off].count_nonzero())} of "
                         f"{int(rows[off].numel())} entries are not; the mask or the weights were edited"
                     )
