@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from .atomic import write_atomically
 from .heads.maskable import describe_masks
@@ -37,7 +38,7 @@ class AdapterFiles:
     Attributes:
         masks: The adapter's head masks, as of the last time its weights were collected.
         model_class: Class name of the base model.
-        id2label: Label names of the base model as it is used.
+        id2label: Label names of the adapter; those of the model's configuration while it is the active one.
         image_processor: `preprocessor_config.json` of the image processor as it is used.
         selection_pending: Set while a [`TaylorHeadScorer`] is going to select heads later, so that Trainer saves
             its checkpoints of the warm-up without a warning.
@@ -103,6 +104,19 @@ def read_labels(folder: str | os.PathLike) -> dict[int, str] | None:
         raise ValueError(
             f'{path} is not a label file, expected {{"id2label": {{"0": "name", …}}}}: {error}'
         ) from error
+
+
+def find_labels(path_or_repo: str, subfolder: str | None = None, **download_kwargs: Any) -> dict[int, str] | None:
+    """The label names of an adapter in a folder or on the Hub; None if it has none, or only numbered ones."""
+    folder = Path(path_or_repo, subfolder or "")
+    if not folder.is_dir():
+        try:
+            folder = Path(hf_hub_download(path_or_repo, LABELS_FILE, subfolder=subfolder, **download_kwargs)).parent
+        except (EntryNotFoundError, LocalEntryNotFoundError):
+            return None
+    labels = read_labels(folder)
+    numbered = labels and all(label == f"LABEL_{index}" for index, label in labels.items())
+    return None if numbered else labels
 
 
 def update_card(peft_model: Any, folder: str | os.PathLike) -> None:

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import PeftType
 
 from ..._compat import add_peft_type
-from ...adapter_files import AdapterFiles
+from ...adapter_files import AdapterFiles, find_labels
 from ...heads.layout import ProjectionLayout
 from ...heads.scores import CRITERIA
 from ...heads.selection import GRANULARITIES, check_head_count
@@ -152,6 +152,15 @@ class HeadMaskedLoraConfig(LoraConfig):
         """
         super().save_pretrained(save_directory, **kwargs)
         self.adapter_files.write(save_directory, self)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
+        """As PEFT's; the labels beside the adapter come along, so that they can follow the active adapter."""
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if isinstance(config, HeadMaskedLoraConfig):
+            download_kwargs, _, _ = cls._split_kwargs(kwargs)
+            config.adapter_files.id2label = find_labels(pretrained_model_name_or_path, subfolder, **download_kwargs)
+        return config
 
     @classmethod
     def from_lora(cls, model_id: str | os.PathLike, **kwargs) -> HeadMaskedLoraConfig:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from ...heads.resolve import (
     task_head_names,
 )
 from ...heads.selection import groups_kept_whole, plan_groups
+from ..task_heads import check_mixed_batch, default_labels, fit_task_heads, get_labels, set_labels
 from .config import HeadMaskedLoraConfig
 from .layer import HeadMaskedLinear
 
@@ -55,6 +58,9 @@ class HeadMaskedLoraModel(LoraModel):
     """
 
     def _prepare_adapter_config(self, peft_config: HeadMaskedLoraConfig, model_config: dict) -> HeadMaskedLoraConfig:
+        if not hasattr(self, "base_labels"):
+            self.base_labels = get_labels(self.model)
+            self._labels_of: str | None = None  # the adapter whose labels the model's configuration shows
         if peft_config.target_modules is None and not peft_config.target_parameters:
             # PEFT's own table of defaults is asked for architectures without a recognisable attention layer
             peft_config.target_modules = set(default_targets(self.model)) or None
@@ -157,6 +163,30 @@ class HeadMaskedLoraModel(LoraModel):
             )
         return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapter(s); the model's labels become those of the adapter, or of the first of them."""
+        shown = self.peft_config.get(self._labels_of)
+        if shown is not None:  # they may have been renamed in the meantime
+            shown.adapter_files.id2label = get_labels(self.model)
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self._show_labels()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._show_labels()
+
+    def _show_labels(self) -> None:
+        self._labels_of = next(iter(self.active_adapters), None)
+        if self._labels_of in self.peft_config:
+            set_labels(self.model, self.peft_config[self._labels_of].adapter_files.id2label or self.base_labels)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names"):
+            check_mixed_batch(self.model, kwargs["adapter_names"])
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            yield
+
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
@@ -192,12 +222,20 @@ class HeadMaskedLoraModel(LoraModel):
         base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
         config.adapter_files.masks = read_masks(layers, adapter_name)
         config.adapter_files.model_class = type(base_model).__name__
-        config.adapter_files.id2label = getattr(getattr(base_model, "config", None), "id2label", None)
+        shown = getattr(getattr(model, "base_model", None), "_labels_of", adapter_name)
+        if shown == adapter_name:
+            config.adapter_files.id2label = get_labels(base_model)
         return to_return
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        num_labels = fit_task_heads(model, adapter_name, remapped)
+        if num_labels is not None and len(config.adapter_files.id2label or {}) != num_labels:
+            config.adapter_files.id2label = default_labels(num_labels)
+        tuner = getattr(model, "base_model", None)
+        if isinstance(tuner, HeadMaskedLoraModel) and tuner._labels_of == adapter_name:
+            tuner._show_labels()
         lost = [k for k, v in remapped.items() if k.endswith("lora_head_mask.mask") and not v.all()]
         if lost:
             raise ValueError(

@@ -1,0 +1,198 @@
+import copy
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+from peft_heads import HeadMaskedLoraConfig, set_head_masks
+
+
+ANIMALS = {0: "cat", 1: "dog", 2: "eel"}
+PLANTS = {0: "oak", 1: "pea", 2: "rye", 3: "fig", 4: "yew"}
+
+
+def saved(folder, labels, head, seed):
+    """An adapter on a classifier with these labels, whose logits are returned with its folder."""
+    vit = tiny.make("vit", num_labels=len(labels))
+    vit.config.id2label, vit.config.label2id = dict(labels), {label: i for i, label in labels.items()}
+    model = get_peft_model(vit, HeadMaskedLoraConfig(ne=1)).eval()
+    tiny.randomize_lora(model, seed)
+    set_head_masks(model, tiny.masks_off(model, head))
+    generator = torch.Generator().manual_seed(seed)
+    model.get_base_model().classifier.modules_to_save["default"].weight.data.normal_(generator=generator)
+    model.save_pretrained(folder)
+    return folder, logits(model)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(pixel_values=tiny.images()).logits
+
+
+@pytest.fixture
+def adapters(tmp_path):
+    return saved(tmp_path / "animals", ANIMALS, 1, 1), saved(tmp_path / "plants", PLANTS, 4, 2)
+
+
+def labels_of(model):
+    config = model.get_base_model().config
+    assert config.label2id == {label: index for index, label in config.id2label.items()}
+    assert config.num_labels == model.get_base_model().num_labels == len(config.id2label)
+    return config.id2label
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_side_by_side(adapters, low_cpu_mem_usage):
+    (animals, animal_logits), (plants, plant_logits) = adapters
+    options = {"low_cpu_mem_usage": low_cpu_mem_usage}
+    model = PeftModel.from_pretrained(tiny.make("vit"), animals, adapter_name="animals", **options)
+    model.load_adapter(plants, "plants", **options)
+    assert labels_of(model) == ANIMALS
+    for _ in range(2):
+        assert torch.equal(logits(model), animal_logits)
+        model.set_adapter("plants")
+        assert torch.equal(logits(model), plant_logits)
+        assert labels_of(model) == PLANTS
+        model.set_adapter("animals")
+        assert labels_of(model) == ANIMALS
+    with pytest.warns(UserWarning, match="Setting active adapter to plants"):
+        model.delete_adapter("animals")
+    assert torch.equal(logits(model), plant_logits)
+    assert labels_of(model) == PLANTS
+    with model.disable_adapter():
+        assert logits(model).shape == (4, 3)  # the base model's own classifier
+    merged = model.merge_and_unload()
+    assert torch.allclose(logits(merged), plant_logits, atol=1e-5)
+    assert merged.config.num_labels == 5
+
+
+def test_the_first_adapter_may_differ_from_the_base_model(adapters):
+    _, (plants, plant_logits) = adapters
+    model = PeftModel.from_pretrained(tiny.make("vit"), plants)
+    assert torch.equal(logits(model), plant_logits)
+    assert labels_of(model) == PLANTS
+
+
+def test_stock_peft_raises(adapters, tmp_path):
+    """The control: delete all of this when it no longer does."""
+    stock = get_peft_model(
+        tiny.make("vit", num_labels=5), LoraConfig(target_modules=["q_proj"], modules_to_save=["classifier"])
+    )
+    stock.save_pretrained(tmp_path / "stock")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        PeftModel.from_pretrained(tiny.make("vit"), tmp_path / "stock")
+
+
+def test_training_and_loss_follow_the_active_adapter(adapters):
+    (animals, _), (plants, _) = adapters
+    model = PeftModel.from_pretrained(tiny.make("vit"), animals, adapter_name="animals")
+    model.load_adapter(plants, "plants", is_trainable=True)
+    model.set_adapter("plants")
+    loss = model(pixel_values=tiny.images(), labels=torch.tensor([4, 3, 0, 1])).loss
+    expected = torch.nn.functional.cross_entropy(logits(model), torch.tensor([4, 3, 0, 1]))
+    assert torch.allclose(loss, expected)
+    loss.backward()
+    assert model.get_base_model().classifier.modules_to_save["plants"].weight.grad.shape == (5, 24)
+
+
+def test_each_saves_its_own_labels(adapters, tmp_path):
+    (animals, animal_logits), (plants, plant_logits) = adapters
+    model = PeftModel.from_pretrained(tiny.make("vit"), animals, adapter_name="animals")
+    model.load_adapter(plants, "plants")
+    model.save_pretrained(tmp_path / "both")
+    base = tiny.make("vit")
+    for name, expected, labels in (("animals", animal_logits, ANIMALS), ("plants", plant_logits, PLANTS)):
+        again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "both" / name)
+        assert torch.equal(logits(again), expected)
+        assert labels_of(again) == labels
+
+
+def test_labels_without_names(tmp_path):
+    folder, expected = saved(tmp_path / "numbered", {i: f"LABEL_{i}" for i in range(5)}, 0, 3)
+    model = PeftModel.from_pretrained(tiny.make("vit"), folder)
+    assert torch.equal(logits(model), expected)
+    assert labels_of(model) == {i: f"LABEL_{i}" for i in range(5)}
+    # of the right size, the model's own names are better than none
+    named = tiny.make("vit", num_labels=5)
+    named.config.id2label, named.config.label2id = PLANTS, {label: i for i, label in PLANTS.items()}
+    assert labels_of(PeftModel.from_pretrained(named, folder)) == PLANTS
+
+
+def test_a_new_adapter_begins_with_the_base_models_labels(adapters):
+    _, (plants, _) = adapters
+    vit = tiny.make("vit")
+    vit.config.id2label, vit.config.label2id = ANIMALS, {label: i for i, label in ANIMALS.items()}
+    model = PeftModel.from_pretrained(vit, plants, adapter_name="plants")
+    model.add_adapter("new", HeadMaskedLoraConfig(ne=1))
+    assert labels_of(model) == PLANTS
+    model.set_adapter("new")
+    assert labels_of(model) == ANIMALS
+    assert logits(model).shape == (4, 3)
+
+
+def test_mixed_batches(adapters, tmp_path):
+    (animals, animal_logits), (plants, _) = adapters
+    model = PeftModel.from_pretrained(tiny.make("vit"), animals, adapter_name="animals")
+    model.load_adapter(plants, "plants")
+    model.load_adapter(saved(tmp_path / "more", {0: "a", 1: "b", 2: "c"}, 2, 5)[0], "more")
+    model.eval()
+    with pytest.raises(ValueError, match=r"outputs of classifier are: animals 3, plants 5; predict with one adapter"):
+        model(pixel_values=tiny.images(), adapter_names=["animals", "plants", "animals", "plants"])
+    with pytest.raises(ValueError, match=r"plants 5, __base__ 3"):
+        model(pixel_values=tiny.images(), adapter_names=["plants", "__base__", "plants", "plants"])
+    with torch.no_grad():
+        mixed = model(pixel_values=tiny.images(), adapter_names=["animals", "more", "__base__", "animals"]).logits
+    assert torch.allclose(mixed[[0, 3]], animal_logits[[0, 3]], atol=1e-6)
+    model.set_adapter("more")
+    assert torch.allclose(mixed[1], logits(model)[1], atol=1e-6)
+
+
+def test_a_stock_adapter_of_another_size_joins(adapters, tmp_path):
+    (animals, animal_logits), _ = adapters
+    torch.manual_seed(4)
+    stock = get_peft_model(
+        tiny.make("vit", num_labels=5), LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
+    )
+    tiny.randomize_lora(stock)
+    stock.eval().save_pretrained(tmp_path / "stock")
+    model = PeftModel.from_pretrained(tiny.make("vit"), animals, adapter_name="animals")
+    config = HeadMaskedLoraConfig.from_lora(tmp_path / "stock")
+    model.add_adapter("stock", config)
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    set_peft_model_state_dict(model, load_peft_weights(str(tmp_path / "stock")), adapter_name="stock")
+    model.eval()
+    assert torch.equal(logits(model), animal_logits)
+    model.set_adapter("stock")
+    assert torch.equal(logits(model), logits(stock))
+    assert labels_of(model) == {i: f"LABEL_{i}" for i in range(5)}
+
+
+def test_segmentation_heads(tmp_path):
+    def make(num_labels):
+        torch.manual_seed(0)
+        sizes = {"depths": [1] * 4, "hidden_sizes": [4, 8, 8, 8], "num_attention_heads": [2, 2, 2, 2]}
+        config = SegformerConfig(**sizes, mlp_ratios=[1] * 4, decoder_hidden_size=8, num_labels=num_labels)
+        return SegformerForSemanticSegmentation(config)
+
+    model = get_peft_model(make(7), HeadMaskedLoraConfig(ne=1)).eval()
+    tiny.randomize_lora(model)
+    set_head_masks(model, tiny.masks_off(model, 0))
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(pixel_values=images).logits
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(make(3), tmp_path, is_trainable=True).eval()
+    with torch.no_grad():
+        assert torch.equal(again(pixel_values=images).logits, expected)
+    assert again.get_base_model().decode_head.modules_to_save["default"].classifier.out_channels == 7
+
+
+def test_other_mismatches_are_peft_s_to_report(adapters):
+    (animals, _), _ = adapters
+    wider = tiny.make("vit")
+    wider.classifier = torch.nn.Linear(25, 3)
+    with pytest.raises(RuntimeError, match="size mismatch.*classifier"):
+        PeftModel.from_pretrained(wider, animals)
