@@ -68,6 +68,24 @@ def allow_hotswap(name: str, *keys: str) -> None:
     hotswap.CONFIG_KEYS_TO_CHECK[PeftType[name.upper()]] = [*hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LORA], *keys]
 
 
+def extend_hotswap_check(check: Callable[[PeftConfig, PeftConfig], None]) -> None:
+    """Call `check(old config, new config)` whenever PEFT has found two adapters fit for hot-swapping.
+
+    Delete when PEFT asks the tuner instead of a table.
+    """
+    compare = hotswap.check_hotswap_configs_compatible
+    if hasattr(compare, "extended_by_peft_heads"):
+        return
+
+    @functools.wraps(compare)
+    def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
+        compare(config0, config1)
+        check(config0, config1)
+
+    check_hotswap_configs_compatible.extended_by_peft_heads = True
+    hotswap.check_hotswap_configs_compatible = check_hotswap_configs_compatible
+
+
 def expand_all_linear(config: PeftConfig, model: nn.Module) -> None:
     """Replace `target_modules="all-linear"` by the names it stands for, as PEFT does a little later.
 

@@ -337,6 +337,44 @@ def test_q_and_v_of_a_fused_projection_may_differ():
         set_head_masks(model, {name: torch.ones(12, dtype=torch.bool)})
 
 
+@pytest.mark.parametrize("combination_type", ["linear", "svd", "cat"])
+def test_weighted_adapters_of_a_fused_projection(combination_type):
+    _, model = adapted("fused vit", modules_to_save=[])
+    model.add_adapter("other", HeadMaskedLoraConfig(ne=1, modules_to_save=[]))
+    randomize(model)
+    name = "blocks.0.attn.qkv"
+    set_head_masks(model, {f"{name}.v": torch.arange(6) != 3})
+    set_head_masks(model, {f"{name}.v": torch.arange(6) > 3}, "other")
+    layer = lora_layers(model)[name]
+    expected = layer.get_delta_weight("default") + layer.get_delta_weight("other")
+    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum", combination_type=combination_type)
+    if combination_type == "cat":  # "linear" adds the factors, "svd" keeps the rank of one
+        assert torch.allclose(layer.get_delta_weight("sum"), expected, atol=1e-4)
+    assert not layer.get_delta_weight("sum")[[*range(24, 48), *range(60, 64)]].any()
+    assert get_head_masks(model, "sum")[f"{name}.v"].tolist() == [True, True, True, False, True, True]
+
+
+def test_weighted_adapters_of_different_parts_are_refused():
+    _, model = adapted("fused vit")
+    model.add_adapter("other", HeadMaskedLoraConfig(ne=1, fused_parts="qkv"))
+    with pytest.raises(ValueError, match="fused_parts is 'qkv' in one, 'qv' in another"):
+        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
+
+
+@pytest.mark.slow
+def test_masks_of_a_fused_projection_do_not_recompile():
+    from torch._dynamo.utils import counters
+
+    _, model = adapted("fused vit")
+    layer = lora_layers(model)["blocks.0.attn.qkv"]
+    compiled = torch.compile(layer, backend="eager")
+    values = torch.randn(2, 5, 24)
+    for head in range(3):
+        deactivate(model, head)
+        assert torch.allclose(compiled(values), layer(values), atol=1e-6)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 def test_edited_keys_of_a_fused_file_are_refused(tmp_path):
     from safetensors.torch import load_file, save_file
 

@@ -76,7 +76,8 @@ def set_head_masks(model: nn.Module, masks: dict[str, torch.Tensor], adapter_nam
         adapter_name: The adapter.
 
     Raises:
-        ValueError: Unknown projection, wrong shape or dtype, or an adapter created with `ne=0`. Nothing is changed then.
+        ValueError: Unknown projection, wrong shape or dtype, or a deactivated head for an adapter created with `ne=0`.
+            Nothing is changed then.
     """
     write_masks(head_layers(model, adapter_name), masks, adapter_name)
 

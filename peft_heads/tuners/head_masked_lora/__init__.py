@@ -1,8 +1,8 @@
 """Head-masked LoRA (HEAT, Heart-LoRA)."""
 
-from ..._compat import allow_hotswap, extend_model_card, register_tuner
+from ..._compat import allow_hotswap, extend_hotswap_check, extend_model_card, register_tuner
 from ...adapter_files import update_card
-from .config import HeadMaskedLoraConfig
+from .config import HeadMaskedLoraConfig, check_hotswap
 from .layer import HeadMaskedLinear
 from .model import HeadMaskedLoraModel
 
@@ -11,5 +11,6 @@ __all__ = ["HeadMaskedLinear", "HeadMaskedLoraConfig", "HeadMaskedLoraModel"]
 
 register_tuner(name="head_masked_lora", config_cls=HeadMaskedLoraConfig, model_cls=HeadMaskedLoraModel)
 # ne and ratio as well: an adapter with ne=0 has no masks to swap in
-allow_hotswap("head_masked_lora", "mask_scope", "num_heads", "ne", "ratio")
+allow_hotswap("head_masked_lora", "mask_scope", "num_heads", "ne", "ratio", "fused_parts")
+extend_hotswap_check(check_hotswap)
 extend_model_card(update_card)

@@ -32,6 +32,7 @@ _INCOMPATIBLE_INITS = {
 _INCOMPATIBLE_FIELDS = {
     "kasa_config": _CHANGES_BASE_WEIGHT,
     "use_bdlora": "it adds to the layer's output in place, so that a deactivated head cannot be taken out again",
+    "alora_invocation_tokens": "it adds to the layer's output in place, so that a deactivated head cannot be taken out again",
     "layer_replication": "the copies of a layer would carry no masks",
     "arrow_config": "it routes between several adapters, each with heads of its own",
 }
@@ -123,7 +124,7 @@ class HeadMaskedLoraConfig(LoraConfig):
                 f"num_heads must be a positive integer, or one per module pattern; got {self.num_heads!r}"
             )
         if self.masks_heads:
-            self._check_compatible()
+            self.check_compatible()
 
     @property
     def masks_heads(self) -> bool:
@@ -184,7 +185,8 @@ class HeadMaskedLoraConfig(LoraConfig):
         lora.modules_to_save = lora.modules_to_save or []
         return cls(ne=0, fused_parts="qkv", **{name: getattr(lora, name) for name in names})
 
-    def _check_compatible(self) -> None:
+    def check_compatible(self) -> None:
+        """Raise ValueError if an option of LoRA is set that head masks would make wrong."""
         init = self.init_lora_weights
         problems = [
             (f"init_lora_weights={init!r}", reason)
@@ -192,5 +194,22 @@ class HeadMaskedLoraConfig(LoraConfig):
             if isinstance(init, str) and init.lower().startswith(name)
         ]
         problems += [(name, why) for name, why in _INCOMPATIBLE_FIELDS.items() if getattr(self, name, None)]
+        if self.bias != "none":
+            problems.append(
+                (f"bias={self.bias!r}", "it trains the frozen projection's bias, also of deactivated heads")
+            )
         for option, reason in problems:
             raise ValueError(f"{option} cannot be combined with head masks: {reason}; drop it, or pass ne=0")
+
+
+def check_hotswap(old: PeftConfig, new: PeftConfig) -> None:
+    """Raise ValueError for adapters that must not be swapped although their options agree.
+
+    PEFT fills what the new adapter does not target with zeros. Zeros for a mask deactivate every head, which changes
+    nothing where the update is zero as well, but silences the projection under `mask_scope="head"`.
+    """
+    if getattr(new, "mask_scope", None) == "head" and old.target_modules != new.target_modules:
+        raise ValueError(
+            "hot-swapping adapters with mask_scope='head' needs the same target_modules, got "
+            f"{sorted(old.target_modules)} and {sorted(new.target_modules)}; use load_adapter and set_adapter"
+        )

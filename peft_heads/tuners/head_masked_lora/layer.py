@@ -201,5 +201,10 @@ class HeadMaskedLinear(Linear):
         for tensor, values in zip(self._base_tensors(), rows, strict=True):
             tensor[off] = values.to(tensor)  # the model may have been cast or moved since
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        # PEFT converts the delta weight alone, neither DoRA's magnitude nor the bias of lora_B
+        beside = self.use_dora.get(adapter_name) or self.lora_bias.get(adapter_name)
+        return not beside and super().supports_lora_conversion(adapter_name)
+
     def __repr__(self) -> str:
         return super().__repr__().replace("lora.", "head_masked_lora.", 1)

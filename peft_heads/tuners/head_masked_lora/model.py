@@ -101,6 +101,17 @@ class HeadMaskedLoraModel(LoraModel):
             )
         if not peft_config.masks_heads:
             return
+        peft_config.check_compatible()  # again: options may have been set since the configuration was made
+        unmasked = [
+            parameter
+            for parameter in peft_config.target_parameters or []
+            if any(f".{name}".endswith(f".{parameter.rpartition('.')[0]}") for name in layouts)
+        ]
+        if unmasked:
+            raise ValueError(
+                f"target_parameters={unmasked} cannot be combined with head masks: PEFT's wrapper of a single "
+                "parameter carries none; name the modules in target_modules, or pass ne=0"
+            )
         if not any(name in layouts for name in targets):
             raise ValueError(
                 "no target has attention heads, so there is nothing to deactivate. "
@@ -154,6 +165,12 @@ class HeadMaskedLoraModel(LoraModel):
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if _is_plain_linear(base_layer):
             kwargs.pop("device_map", None)
+            if lora_config.fan_in_fan_out:  # as PEFT's own dispatcher does
+                warnings.warn(
+                    "fan_in_fan_out is set to True but the target module is `torch.nn.Linear`. "
+                    "Setting fan_in_fan_out to False."
+                )
+                lora_config.fan_in_fan_out = False
             return HeadMaskedLinear(target, adapter_name, config=lora_config, **kwargs)
         if lora_config.masks_heads:
             raise ValueError(
@@ -195,6 +212,12 @@ class HeadMaskedLoraModel(LoraModel):
         scopes = {getattr(self.peft_config.get(name), "mask_scope", "adapter") for name in adapters}
         if "head" in scopes:
             raise ValueError("adapters with mask_scope='head' cannot be combined: their update is not a sum of deltas")
+        parts = {getattr(self.peft_config.get(name), "fused_parts", "") for name in adapters}
+        if len(parts) > 1 and any(layout.is_fused for layout in self.peft_config[adapters[0]].head_layouts.values()):
+            raise ValueError(
+                f"adapters that adapt different parts of a fused projection cannot be combined: fused_parts is "
+                f"{' in one, '.join(repr(part) for part in sorted(parts))} in another"
+            )
         for layer in self.modules():
             if isinstance(layer, HeadMaskedLinear):
                 for name in set(adapters) & set(layer.lora_head_mask):
@@ -205,6 +228,15 @@ class HeadMaskedLoraModel(LoraModel):
             if isinstance(layer, HeadMaskedLinear) and adapter_name in layer.lora_head_mask:
                 summands = [layer.get_head_mask(name) for name in adapters if name in layer.head_layout]
                 layer.set_head_mask(adapter_name, torch.stack(summands).any(dim=0))
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(cls, peft_model, peft_config, *args, **kwargs):
+        if peft_config.masks_heads:
+            raise ValueError(
+                "path_initial_model_for_weight_conversion undoes an initialisation that changed the base weights; "
+                "with head masks there is none, and the file would carry no masks: save without it"
+            )
+        return super()._convert_state_dict_for_initial_model(peft_model, peft_config, *args, **kwargs)
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
@@ -218,6 +250,11 @@ class HeadMaskedLoraModel(LoraModel):
                 if key in to_return and not layer.active_rows(adapter_name).all():
                     rows = to_return[key]
                     to_return[key] = layer.head_layout[adapter_name].mask_rows(rows, mask.to(rows.device))
+            key = f"{name}.lora_magnitude_vector.{adapter_name}"  # of DoRA: what leaves the frozen row as it is
+            if key in to_return:
+                magnitude = to_return[key]
+                norm = torch.linalg.norm(layer.get_base_layer().weight.detach(), dim=1).to(magnitude)
+                to_return[key] = torch.where(layer.active_rows(adapter_name).to(magnitude.device), magnitude, norm)
 
         base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
         config.adapter_files.masks = read_masks(layers, adapter_name)

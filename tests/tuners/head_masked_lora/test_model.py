@@ -174,65 +174,6 @@ def lora_tensors(model, adapter_name):
     return [(n, p) for n, p in model.named_parameters() if "lora_" in n and f".{adapter_name}." in n]
 
 
-def test_injected_without_a_peft_model():
-    model = inject_adapter_in_model(HeadMaskedLoraConfig(ne=1), tiny.make("vit"))
-    set_head_masks(model, tiny.masks_off(model, 1))
-    assert not get_head_masks(model)["vit.layers.0.attention.q_proj"][1]
-
-
-def test_low_cpu_mem_usage(backbone, tmp_path):
-    model = get_peft_model(tiny.make(backbone), HeadMaskedLoraConfig(ne=1))
-    tiny.randomize_lora(model)
-    set_head_masks(model, tiny.masks_off(model, 1))
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(tiny.make(backbone), tmp_path, low_cpu_mem_usage=True)
-    assert torch.equal(loaded(tiny.images()).logits, model.eval()(tiny.images()).logits)
-
-
-def test_load_adapter_under_another_name(tmp_path):
-    model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=1))
-    tiny.randomize_lora(model)
-    set_head_masks(model, tiny.masks_off(model, 1))
-    model.save_pretrained(tmp_path)
-    other = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=2))
-    result = other.load_adapter(tmp_path, "loaded")
-    assert not result.missing_keys
-    other.set_adapter("loaded")
-    assert torch.equal(other(tiny.images()).logits, model.eval()(tiny.images()).logits)
-    assert str(get_head_masks(other, "loaded")) == str(get_head_masks(model))
-    assert all(m.all() for m in get_head_masks(other).values())
-
-
-@pytest.mark.parametrize("combination_type", ["linear", "svd", "cat"])
-def test_weighted_adapters_do_not_see_deactivated_rows(combination_type):
-    model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=1, modules_to_save=[]))
-    model.add_adapter("other", HeadMaskedLoraConfig(ne=1, modules_to_save=[]))
-    tiny.randomize_lora(model)
-    for name in ("default", "other"):
-        set_head_masks(model, tiny.masks_off(model, 1), name)
-    model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "sum", combination_type=combination_type)
-    for name in layers(model, HeadMaskedLinear):
-        layer = model.get_base_model().get_submodule(name)
-        off = ~layer.active_rows("default")
-        assert layer.get_delta_weight("sum")[off].abs().max() < 1e-5
-        assert layer.get_delta_weight("sum")[~off].abs().max() > 1e-2
-
-
-def test_a_weighted_adapter_is_active_where_a_summand_is():
-    model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=2, modules_to_save=[]))
-    model.add_adapter("other", HeadMaskedLoraConfig(ne=2, modules_to_save=[]))
-    set_head_masks(model, tiny.masks_off(model, 1, 2))
-    set_head_masks(model, tiny.masks_off(model, 2, 3), "other")
-    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum", combination_type="linear")
-    assert str(get_head_masks(model, "sum")) == str(tiny.masks_off(model, 2))
-
-
-def test_head_scope_is_not_combined():
-    model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=1, mask_scope="head", modules_to_save=[]))
-    with pytest.raises(ValueError, match="mask_scope='head' cannot be combined"):
-        model.add_weighted_adapter(["default"], [1.0], "sum")
-
-
 # Files that contradict themselves
 
 
