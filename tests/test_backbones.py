@@ -1,6 +1,7 @@
 """Every family of backbones: what is adapted without `target_modules`, and that the rows are those of the heads."""
 
 import copy
+import json
 
 import backbones
 import pytest
@@ -8,8 +9,9 @@ import torch
 from backbones import FAMILIES, FusedAttention, FusedViT
 from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
-from peft_heads import HeadMaskedLoraConfig, HeadScorer, get_head_masks, set_head_masks
+from peft_heads import HeadMaskedLoraConfig, HeadScorer, TaylorHeadScorer, get_head_masks, set_head_masks
 from peft_heads.heads.resolve import default_targets, resolve_heads, task_head_names
 
 
@@ -324,6 +326,21 @@ def test_scores_of_a_fused_projection():
     for layer in lora_layers(model).values():
         head = int(total.argmin())
         assert layer.lora_B["default"].weight[48 + 4 * head : 52 + 4 * head].count_nonzero() == 0
+
+
+def test_trainer_on_a_fused_projection(tmp_path):
+    base, model = adapted("hiera")
+    images = backbones.inputs(base)["pixel_values"]
+    examples = [{"pixel_values": images[i % 2], "labels": i % 2} for i in range(8)]
+    args = TrainingArguments(
+        tmp_path, max_steps=4, per_device_train_batch_size=4, report_to="none", save_strategy="no", use_cpu=True
+    )
+    Trainer(model, args, train_dataset=examples, callbacks=[TaylorHeadScorer(select_at=2)]).train()
+    masks = get_head_masks(model)
+    assert [int((~mask).sum()) for mask in masks.values()] == [0, 0, 1, 1, 1, 1]  # stages of 1, 2 and 4 heads
+    report = json.loads((tmp_path / "head_scores.json").read_text())
+    assert set(report["scores"]["absolute"]) == set(masks)
+    assert (tmp_path / "head_scores.png").exists()
 
 
 def test_q_and_v_of_a_fused_projection_may_differ():

@@ -158,12 +158,8 @@ def test_a_stock_adapter_of_another_size_joins(adapters, tmp_path):
     tiny.randomize_lora(stock)
     stock.eval().save_pretrained(tmp_path / "stock")
     model = PeftModel.from_pretrained(tiny.make("vit"), animals, adapter_name="animals")
-    config = HeadMaskedLoraConfig.from_lora(tmp_path / "stock")
-    model.add_adapter("stock", config)
-    from peft import load_peft_weights, set_peft_model_state_dict
-
-    set_peft_model_state_dict(model, load_peft_weights(str(tmp_path / "stock")), adapter_name="stock")
-    model.eval()
+    model.add_adapter("stock", HeadMaskedLoraConfig.from_lora(tmp_path / "stock"))
+    model.load_adapter(tmp_path / "stock", "stock")
     assert torch.equal(logits(model), animal_logits)
     model.set_adapter("stock")
     assert torch.equal(logits(model), logits(stock))
