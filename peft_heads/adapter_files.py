@@ -1,4 +1,7 @@
-"""What an adapter folder holds beside weights and adapter configuration: model card, labels, image processor."""
+"""What an adapter folder holds beside weights and adapter configuration.
+
+Model card, labels, image processor, and the head scores with their heat map.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from .atomic import write_atomically
-from .heads.maskable import describe_masks
+from .heads.maskable import deactivated_heads, describe_masks
 
 
 if TYPE_CHECKING:
@@ -25,10 +28,12 @@ if TYPE_CHECKING:
 
 # Not config.json: transformers takes a folder that has one for a full checkpoint and no longer for an adapter.
 LABELS_FILE = "labels.json"
+SCORES_FILE, HEAT_MAP_FILE = "head_scores.json", "head_scores.png"
 SECTION_BEGIN, SECTION_END = "<!-- peft_heads: begin -->", "<!-- peft_heads: end -->"
 _SECTION = re.compile(f"{SECTION_BEGIN}.*?{SECTION_END}", re.DOTALL)
 TAGS = ("head-masked-lora", "peft_heads")
-_SETTINGS = ("ne", "ratio", "granularity", "joint", "criterion", "mask_scope", "r", "lora_alpha", "lora_dropout")
+_SELECTION_SETTINGS = ("ne", "ratio", "granularity", "joint", "criterion", "mask_scope")
+_SETTINGS = (*_SELECTION_SETTINGS, "r", "lora_alpha", "lora_dropout")
 
 
 @dataclass
@@ -40,6 +45,8 @@ class AdapterFiles:
         model_class: Class name of the base model.
         id2label: Label names of the adapter; those of the model's configuration while it is the active one.
         image_processor: `preprocessor_config.json` of the image processor as it is used.
+        head_scores: Contents of `head_scores.json` and `head_scores.png`, by file name, once heads were selected by
+            scores. They are written as long as the masks are those that the scores have led to.
         selection_pending: Set while a [`TaylorHeadScorer`] is going to select heads later, so that Trainer saves
             its checkpoints of the warm-up without a warning.
     """
@@ -48,6 +55,7 @@ class AdapterFiles:
     model_class: str = ""
     id2label: dict[int, str] | None = None
     image_processor: str | None = None
+    head_scores: dict[str, bytes] = field(default_factory=dict)
     selection_pending: bool = False
 
     @property
@@ -55,14 +63,11 @@ class AdapterFiles:
         return any(not mask.all() for mask in self.masks.values())
 
     def write(self, folder: str | os.PathLike, config: HeadMaskedLoraConfig) -> None:
-        """Write the files into `folder`; an image processor or labels that are not known leave what is there."""
+        """Write the files into `folder`, and warn if heads were to be selected and none is.
+
+        An image processor, labels or scores that are not known leave what is there.
+        """
         folder = Path(folder)
-        if not self.model_class:
-            return  # the configuration alone is saved, without an adapter
-        if self.id2label:
-            write_labels(folder, self.id2label)
-        if self.image_processor is not None:
-            write_atomically(folder / "preprocessor_config.json", self.image_processor)
         # a run that broke off leaves selection_pending behind, but then it is not Trainer that saves
         is_warm_up = self.selection_pending and folder.name.startswith("checkpoint-")
         if config.masks_heads and self.masks and not self.selected and not is_warm_up:
@@ -71,7 +76,30 @@ class AdapterFiles:
                 "been selected: it is plain LoRA so far. Train with TaylorHeadScorer among the callbacks, or use "
                 "HeadScorer or set_head_masks"
             )
+        self.write_quietly(folder, config)
+
+    def write_quietly(self, folder: str | os.PathLike, config: HeadMaskedLoraConfig) -> None:
+        """`write` without the warning."""
+        folder = Path(folder)
+        if not self.model_class:
+            return  # the configuration alone is saved, without an adapter
+        if self.id2label:
+            write_labels(folder, self.id2label)
+        if self.image_processor is not None:
+            write_atomically(folder / "preprocessor_config.json", self.image_processor)
+        if _led_to(self.head_scores.get(SCORES_FILE), config, self.masks):
+            self.write_head_scores(folder)
         write_card(folder / "README.md", config, self)
+
+    def write_head_scores(self, folder: str | os.PathLike) -> None:
+        for name, content in self.head_scores.items():
+            write_atomically(Path(folder) / name, content)
+
+    def read_head_scores(self, folder: str | os.PathLike) -> None:
+        """Take over the head scores that an earlier run has written into `folder`, unless there are some already."""
+        paths = [Path(folder) / name for name in (SCORES_FILE, HEAT_MAP_FILE)]
+        if not self.head_scores and all(path.exists() for path in paths):
+            self.head_scores = {path.name: path.read_bytes() for path in paths}
 
 
 def set_image_processor(model: Any, image_processor: Any, adapter_name: str = "default") -> None:
@@ -152,7 +180,11 @@ def write_card(path: Path, config: HeadMaskedLoraConfig, files: AdapterFiles) ->
     if "ForImageClassification" in files.model_class:
         card.data.pipeline_tag = "image-classification"
 
-    section = f"{SECTION_BEGIN}\n{card_section(config, files)}\n{SECTION_END}"
+    # what another adapter's scores say, in a folder used twice, is no part of this one's card
+    scores = path.parent / SCORES_FILE
+    explained = scores.exists() and _led_to(scores.read_bytes(), config, files.masks)
+    heat_map = HEAT_MAP_FILE if explained and (path.parent / HEAT_MAP_FILE).exists() else None
+    section = f"{SECTION_BEGIN}\n{card_section(config, files, heat_map)}\n{SECTION_END}"
     if SECTION_BEGIN in card.text:
         card.text = _SECTION.sub(lambda _: section, card.text)
     elif card.text.count("[More Information Needed]") > 20:
@@ -163,8 +195,8 @@ def write_card(path: Path, config: HeadMaskedLoraConfig, files: AdapterFiles) ->
     write_atomically(path, str(card))
 
 
-def card_section(config: HeadMaskedLoraConfig, files: AdapterFiles) -> str:
-    """The part of the model card about the method: settings, deactivated heads, how to install and load."""
+def card_section(config: HeadMaskedLoraConfig, files: AdapterFiles, heat_map: str | None = None) -> str:
+    """The part of the model card about the method: deactivated heads, heat map, settings, how to install and load."""
     base = config.base_model_name_or_path or ""
     if _is_repository(base):
         base_link = f"[{base}](https://huggingface.co/{base})"
@@ -181,6 +213,8 @@ def card_section(config: HeadMaskedLoraConfig, files: AdapterFiles) -> str:
     else:
         heads = describe_masks(files.masks).replace("; ", "\n- ")
         heads = f"- {heads}"
+    if heat_map is not None:
+        heads += f"\n\n![Responsiveness of the heads]({heat_map})\n\nAll scores: [{SCORES_FILE}]({SCORES_FILE})"
     version = importlib.metadata.version("peft-heads")
     return f"""# Head-masked LoRA adapter for {base}
 
@@ -216,6 +250,16 @@ or, on a base model of your own, `import peft_heads` and then `PeftModel.from_pr
 def _is_repository(base: str | None) -> bool:
     """Whether the base model's name is one of the Hub: a folder of this machine is no use to the card's readers."""
     return bool(base) and base.count("/") <= 1 and not Path(base).exists()
+
+
+def _led_to(report: bytes | None, config: HeadMaskedLoraConfig, masks: dict[str, torch.Tensor]) -> bool:
+    """Whether the scores of `head_scores.json` are those by which `masks` were selected, with these settings."""
+    try:
+        report = json.loads(report or "{}")
+        same_settings = all(report[name] == getattr(config, name) for name in _SELECTION_SETTINGS)
+        return same_settings and report["deactivated_heads"] == deactivated_heads(masks)
+    except (ValueError, KeyError, TypeError):
+        return False  # not a file of ours
 
 
 def _heads_asked_for(config: HeadMaskedLoraConfig) -> str:

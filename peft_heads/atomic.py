@@ -12,7 +12,8 @@ def write_atomically(path: str | os.PathLike, content: str | bytes) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode("utf-8") if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    # Trainer leaves names with an underscore out when it uploads the folder meanwhile
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"_{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)

@@ -6,15 +6,13 @@ import importlib.metadata
 import json
 import logging
 import math
-import os
 import warnings
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from .adapter_files import set_image_processor
-from .atomic import write_atomically
+from .adapter_files import HEAT_MAP_FILE, SCORES_FILE, set_image_processor
 from .heads.maskable import deactivated_heads, describe_masks, get_head_masks
 from .heads.scores import GRADIENT_CRITERIA
 from .plotting import figure_bytes, plot_head_scores
@@ -24,7 +22,6 @@ from .scoring import HeadScorer, TwoScorersError
 logger = logging.getLogger(__name__)
 
 WINDOWS = ("last_epoch", "all", "last_step")
-SCORES_FILE, HEAT_MAP_FILE = "head_scores.json", "head_scores.png"
 
 
 class TaylorHeadScorer(TrainerCallback, ExportableState):
@@ -33,6 +30,7 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
     Says *when*; *what* is deactivated is said by [`HeadMaskedLoraConfig`]. At the selection the masks are set, the
     deactivated heads are recorded in `state.log_history` and logged at INFO, and the main process writes
     `head_scores.json` (all criteria's scores and the masks) and `head_scores.png` (a heat map) into `output_dir`.
+    From then on both are saved and pushed with the adapter, whose card shows the heat map.
     Checkpoints hold masks and scores: a resumed run selects the same heads.
 
     This is the heads' warm-up; the learning rate's is `TrainingArguments`'.
@@ -119,6 +117,7 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
                     f"{describe_masks(masks)}. Nothing is scored"
                 )
             self.masks = masks
+            self._scorer.config.adapter_files.read_head_scores(args.output_dir)
             self._scorer.close()
             return
 
@@ -163,6 +162,12 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
                 f"of heads at step {selected_at}: the model has no deactivated heads. Evaluate only after the "
                 "selection, or select earlier"
             )
+
+    def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        # At a checkpoint Trainer uploads output_dir with the checkpoint's weights, but without card and labels.
+        if self._scorer is not None and state.is_world_process_zero:
+            kwargs["model"].create_or_update_model_card(args.output_dir)
+            self._scorer.config.adapter_files.write_quietly(args.output_dir, self._scorer.config)
 
     # ExportableState: what checkpoints hold
 
@@ -297,7 +302,6 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
             "masks": {name: mask.tolist() for name, mask in self.masks.items()},
             "scores": {c: {name: s.tolist() for name, s in by_name.items()} for c, by_name in scores.items()},
         }
-        write_atomically(os.path.join(output_dir, SCORES_FILE), json.dumps(report, indent=1))
         shown = config.criterion if config.criterion in scores else next(iter(scores))
         figure = plot_head_scores(
             scores[shown],
@@ -305,7 +309,11 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
             joint=config.joint,
             title=f"Head responsiveness ({shown}), step {state.global_step}",
         )
-        write_atomically(os.path.join(output_dir, HEAT_MAP_FILE), figure_bytes(figure))
+        config.adapter_files.head_scores = {
+            SCORES_FILE: json.dumps(report, indent=1).encode(),
+            HEAT_MAP_FILE: figure_bytes(figure),
+        }
+        config.adapter_files.write_head_scores(output_dir)
 
 
 def _saved_progress(state: TrainerState) -> dict[str, Any]:

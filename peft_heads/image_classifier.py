@@ -30,7 +30,8 @@ def load_image_classifier(path_or_repo: str | os.PathLike, **kwargs: Any) -> tup
         `pipeline("image-classification", model=model, image_processor=image_processor)`.
 
     Raises:
-        ValueError: The folder holds no adapter, or one that does not name its base model.
+        FileNotFoundError: There is neither a folder nor a repository of that name and revision, or it cannot be read.
+        ValueError: It holds no adapter, or one that does not name its base model.
     """
     from huggingface_hub import snapshot_download
     from peft import PeftConfig, PeftModel
@@ -42,9 +43,24 @@ def load_image_classifier(path_or_repo: str | os.PathLike, **kwargs: Any) -> tup
     subfolder = kwargs.pop("subfolder", None)
     if not os.path.isdir(folder):
         # the small files of an adapter, once; afterwards everything is local
-        folder = snapshot_download(folder, allow_patterns=["*.json", "*.safetensors", "README.md"], **kwargs)
+        names = ("*.json", "*.safetensors", "README.md")
+        patterns = [f"{subfolder}/{name}" for name in names] if subfolder else names
+        others = None if subfolder else "*/*"  # checkpoints that Trainer has pushed as well
+        try:
+            folder = snapshot_download(folder, allow_patterns=list(patterns), ignore_patterns=others, **kwargs)
+        except (OSError, ValueError) as error:
+            revision = f" at revision {kwargs['revision']!r}" if kwargs.get("revision") else ""
+            raise FileNotFoundError(
+                f"no adapter {path_or_repo!r}{revision}: neither a local folder nor a repository that can be read "
+                f"({type(error).__name__}: {error})"
+            ) from error
     folder = os.path.join(folder, subfolder) if subfolder else folder
 
+    if not os.path.exists(os.path.join(folder, "adapter_config.json")):
+        raise ValueError(
+            f"Can't find 'adapter_config.json' in {path_or_repo}{f'/{subfolder}' if subfolder else ''}: it holds no "
+            "adapter"
+        )
     adapter_config = PeftConfig.from_pretrained(folder)
     base = adapter_config.base_model_name_or_path
     if not base:

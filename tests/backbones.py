@@ -286,6 +286,22 @@ FAMILIES = {
         head=("decode_head", "auxiliary_head"),
         heads=(1, 2, 4),
     ),
+    "depth anything": Family(
+        lambda: hf.DepthAnythingForDepthEstimation(
+            hf.DepthAnythingConfig(
+                backbone_config=hf.Dinov2Config(
+                    **VIT, out_indices=[1, 2, 3, 4], apply_layernorm=True, reshape_hidden_states=False
+                ),
+                patch_size=8,
+                reassemble_hidden_size=24,
+                neck_hidden_sizes=[8, 8, 8, 8],
+                fusion_hidden_size=8,
+                head_hidden_size=8,
+            )
+        ),
+        "backbone.",
+        head=("neck", "head"),
+    ),
     "hiera": Family(
         _hf("HieraForImageClassification", "HieraConfig", **_HIERA, **LABELS),
         "hiera.",
@@ -363,7 +379,15 @@ def output(model: nn.Module, **given: torch.Tensor) -> torch.Tensor:
     result = model(**given)
     if isinstance(result, torch.Tensor):
         return result
-    for name in ("logits", "logits_per_image", "reconstruction", "pred_masks", "image_embeds", "last_hidden_state"):
+    for name in (
+        "logits",
+        "logits_per_image",
+        "reconstruction",
+        "pred_masks",
+        "predicted_depth",
+        "image_embeds",
+        "last_hidden_state",
+    ):
         if result.get(name) is not None:
             return result[name]
     raise AssertionError(f"no output of {type(model).__name__} among {list(result)}")

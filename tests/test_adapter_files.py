@@ -1,15 +1,13 @@
 import json
-from pathlib import Path
 
 import pytest
 import tiny
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, get_peft_model
 from transformers import AutoImageProcessor, Trainer, TrainingArguments
 
 from peft_heads import HeadMaskedLoraConfig, set_head_masks, set_image_processor
-from peft_heads.adapter_files import read_labels
+from peft_heads.adapter_files import HEAT_MAP_FILE, SCORES_FILE, read_labels
 from peft_heads.demo.model import load_demo_processor
 
 
@@ -115,55 +113,6 @@ def test_image_processor(model, tmp_path):
     assert json.loads(model.peft_config["default"].adapter_files.image_processor)["image_mean"] == [0.1, 0.2, 0.3]
 
 
-class FakeHub:
-    """Takes uploads in the place of the Hub."""
-
-    def __init__(self):
-        self.files = {}
-
-    def create_repo(self, repo_id, **kwargs):
-        return type("Url", (), {"repo_id": repo_id})()
-
-    def create_commit(self, repo_id, operations, **kwargs):
-        self.files = {op.path_in_repo: Path(op.path_or_fileobj).read_bytes() for op in operations}
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    from transformers.utils import hub
-
-    fake = FakeHub()
-
-    def no_card(repo_id, **kwargs):
-        raise EntryNotFoundError("no README.md in the repository")
-
-    monkeypatch.setattr(hub, "hf_api", lambda: fake)
-    monkeypatch.setattr(
-        ModelCard, "load", lambda source, **k: no_card(source) if source == "me/my-adapter" else LOAD(source)
-    )
-    return fake
-
-
-LOAD = ModelCard.load
-
-
-def test_push_to_hub_uploads_everything(model, hub):
-    set_head_masks(model, tiny.masks_off(model, 1))
-    set_image_processor(model, load_demo_processor())
-    model.push_to_hub("me/my-adapter")
-    assert set(hub.files) == {
-        "adapter_config.json", "adapter_model.safetensors", "README.md", "labels.json", "preprocessor_config.json",
-    }  # fmt: skip
-    card = ModelCard(hub.files["README.md"].decode())  # push_to_hub itself would have replaced it by blanks
-    assert "head 1 of 6 in all 4 projections" in card.text and "[More Information Needed]" not in card.text
-    assert card.data["library_name"] == "peft" and "head-masked-lora" in card.data.tags
-
-
-def test_stock_adapters_keep_their_card(hub):
-    get_peft_model(tiny.make("vit"), LoraConfig(target_modules=["q_proj"])).push_to_hub("me/my-adapter")
-    assert b"peft_heads" not in hub.files["README.md"]
-
-
 def test_card_of_a_trainer(model, tmp_path):
     """Trainer writes a card of its own, in which our section finds a place."""
     set_head_masks(model, tiny.masks_off(model, 1))
@@ -173,3 +122,45 @@ def test_card_of_a_trainer(model, tmp_path):
     card = card_of(tmp_path)
     assert "head 1 of 6 in all 4 projections" in card.text
     assert "training procedure" in card.text.lower() and "learning_rate" in card.text
+
+
+def scores_of(heads, **settings):
+    """What the scorer leaves in `adapter_files`, as far as it matters here."""
+    settings = {"ne": 1, "ratio": None, "granularity": "global", "joint": True, "criterion": "absolute"} | settings
+    off = dict.fromkeys(tiny.masks_off(tiny.make("vit")), heads)
+    report = {**settings, "mask_scope": "adapter", "deactivated_heads": off}
+    return {SCORES_FILE: json.dumps(report).encode(), HEAT_MAP_FILE: b"PNG"}
+
+
+def test_heat_map_goes_with_the_masks_it_explains(model, tmp_path):
+    model.peft_config["default"].adapter_files.head_scores = scores_of([4])
+    set_head_masks(model, tiny.masks_off(model, 4))
+    model.save_pretrained(tmp_path / "one")
+    assert (tmp_path / "one" / "head_scores.png").read_bytes() == b"PNG"
+    assert "](head_scores.png)" in card_of(tmp_path / "one").text
+
+    set_head_masks(model, tiny.masks_off(model, 3))
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        model.save_pretrained(folder)
+        assert "head 3 of 6" in card_of(folder).text and "head_scores" not in card_of(folder).text
+    assert not (tmp_path / "two" / "head_scores.png").exists()
+    # the report of the earlier selection is the only one there is
+    assert (tmp_path / "one" / "head_scores.json").exists()
+
+
+def test_heat_map_of_the_folder_is_shown(model, tmp_path):
+    """An adapter that was loaded does not carry it, but may be saved where it came from."""
+    for name, content in scores_of([4]).items():
+        (tmp_path / name).write_bytes(content)
+    set_head_masks(model, tiny.masks_off(model, 4))
+    model.save_pretrained(tmp_path)
+    assert "](head_scores.png)" in card_of(tmp_path).text
+
+
+@pytest.mark.parametrize("content", [scores_of([4], criterion="random")[SCORES_FILE], b"", b"[]", b"{}", b"\xff"])
+def test_another_report_is_not_shown(model, tmp_path, content):
+    (tmp_path / "head_scores.json").write_bytes(content)
+    (tmp_path / "head_scores.png").write_bytes(b"PNG")
+    set_head_masks(model, tiny.masks_off(model, 4))
+    model.save_pretrained(tmp_path)
+    assert "head_scores" not in card_of(tmp_path).text

@@ -80,24 +80,11 @@ def test_subfolder(adapter, tmp_path):
     assert torch.equal(model(tiny.images()).logits, expected(tiny.images()).logits)
 
 
-def test_repository(adapter, tmp_path, monkeypatch):
-    """From the Hub: the adapter's small files once, with the caller's revision, and everything else from there."""
-    expected, _ = adapter
-    asked = []
-
-    def snapshot_download(repo_id, allow_patterns, **kwargs):
-        asked.append((repo_id, kwargs))
-        assert "*.safetensors" in allow_patterns and not any("bin" in pattern for pattern in allow_patterns)
-        return str(tmp_path)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    model, processor = load_image_classifier("me/my-adapter", subfolder="adapter", revision="v1")
-    assert asked == [("me/my-adapter", {"revision": "v1"})]
-    assert torch.equal(model(tiny.images()).logits, expected(tiny.images()).logits)
-    assert list(processor.image_mean) == [0.1, 0.2, 0.3]
-
-
 def test_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no adapter 'me/nowhere': neither a local folder"):  # offline
+        load_image_classifier("me/nowhere")
+    with pytest.raises(FileNotFoundError, match="no adapter '/no/such/folder'"):
+        load_image_classifier("/no/such/folder")
     with pytest.raises(ValueError, match="Can't find 'adapter_config.json'"):
         load_image_classifier(tmp_path)
     model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=0))  # made from a config: no name

@@ -121,8 +121,6 @@ def task_head_names(model: nn.Module) -> list[str]:
     if not names:
         owner = model.get_submodule(backbone)
         prefix = f"{backbone}." if backbone else ""
-        if prefix and hasattr(owner, "base_model_prefix"):  # a headless model of transformers
-            return []
         names = [prefix + name for name in HEAD_NAMES if isinstance(getattr(owner, name, None), nn.Module)]
     # `nn.Identity` is what stands there for num_labels=0
     return _unambiguous(model, [name for name in names if _has_parameters(model.get_submodule(name))])

@@ -87,3 +87,16 @@ def test_matches_pattern():
     assert matches_pattern("q_proj", "vit.layers.0.attention.q_proj")
     assert matches_pattern(r"layers\.0\..*", "vit.layers.0.attention.q_proj")
     assert not matches_pattern("proj", "vit.layers.0.attention.q_proj")
+
+
+def test_heads_that_cannot_be_wrapped_whole():
+    model = nn.Module()
+    model.head = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2), nn.ReLU()])  # is never called itself
+    assert task_head_names(model) == ["head.0", "head.1"]
+
+    model = nn.Module()
+    model.block = nn.ModuleDict({"subhead": nn.Linear(2, 2)})  # ends with "head"
+    model.head = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    assert task_head_names(model) == ["head.0"]
+    model.block = nn.Linear(2, 2)
+    assert task_head_names(model) == ["head"]
