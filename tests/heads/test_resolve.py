@@ -1,4 +1,5 @@
 import tiny
+from backbones import FusedViT
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import ViTModel
@@ -53,6 +54,9 @@ def test_explicit_num_heads():
     assert resolve_heads(model, {"dense": 8})["0.dense"] == whole("projection", 8, 1)
     assert resolve_heads(model, {"dense": 8})["0.query"] == whole("query", 4, 2)  # the rest is detected
     assert "0.query" not in resolve_heads(model, {"query": 3})  # 3 does not divide 8
+    fused = FusedViT()
+    assert [part.num_heads for part in resolve_heads(fused, 4)["blocks.0.attn.qkv"].parts] == [4, 4, 4]
+    assert [part.num_heads for part in resolve_heads(fused, {"qkv": 8})["blocks.1.attn.qkv"].parts] == [8, 8, 8]
 
 
 def test_no_attention_no_heads():

@@ -1,0 +1,109 @@
+"""Which modules head-masked LoRA adapts, and where their heads are: decided before anything is replaced."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable
+
+from torch import nn
+
+from ...heads.layout import ProjectionLayout
+from ...heads.resolve import (
+    FUSED_PROJECTIONS,
+    NUM_HEADS_ATTRIBUTES,
+    PROJECTION_ROLES,
+    bypassed_projections,
+    matches_pattern,
+    resolve_heads,
+)
+from ...heads.selection import groups_kept_whole, plan_groups
+from .config import HeadMaskedLoraConfig
+
+
+def unknown_architecture(model: nn.Module) -> ValueError:
+    """The error where no attention layer is recognised: what was found, and the way out."""
+    linear = module_patterns(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return ValueError(
+        f"no attention layer was recognised in {type(model).__name__}: no module owns a query, a key and a value "
+        f"projection ({', '.join(PROJECTION_ROLES)}) or a fused one ({', '.join(FUSED_PROJECTIONS)}) and says its "
+        f"number of heads ({', '.join(NUM_HEADS_ATTRIBUTES)}). Its linear layers: {linear or 'none'}. Name the query "
+        "and value projections and their heads yourself, e.g. "
+        'HeadMaskedLoraConfig(target_modules=["to_q", "to_v"], num_heads={"to_q": 12, "to_v": 12})'
+    )
+
+
+def find_head_layouts(
+    model: nn.Module, config: HeadMaskedLoraConfig, targets: list[str]
+) -> dict[str, ProjectionLayout]:
+    """The heads of every projection of the model, targeted or not; warns of targets that will not be masked.
+
+    Args:
+        model: The base model, possibly with adapters in it.
+        config: The new adapter's configuration.
+        targets: Names of the modules it targets.
+
+    Raises:
+        ValueError: The adapter could not work as its configuration says.
+    """
+    layouts = resolve_heads(model, config.num_heads, config.fused_parts)
+    bypassed = [name for name in bypassed_projections(model) if name in targets]
+    if bypassed:
+        raise ValueError(
+            f"{module_patterns(bypassed)}: the attention layer reads the weight of this projection instead of calling "
+            "it, because it keeps a bias of its own, so that no adapter can work there. With timm, create the model "
+            "with qkv_bias_separate=True where it has that option (BEiT, EVA)"
+        )
+    if config.masks_heads:
+        _check_options(config, layouts)
+        _check_targets(config, layouts, targets)
+    return layouts
+
+
+def module_patterns(names: Iterable[str]) -> str:
+    """Module names with layer numbers folded: `vit.layers.*.attention.q_proj`."""
+    return ", ".join(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names))
+
+
+def _check_options(config: HeadMaskedLoraConfig, layouts: dict[str, ProjectionLayout]) -> None:
+    config.check_compatible()  # again: options may have been set since the configuration was made
+    unmasked = [
+        parameter
+        for parameter in config.target_parameters or []
+        if any(f".{name}".endswith(f".{parameter.rpartition('.')[0]}") for name in layouts)
+    ]
+    if unmasked:
+        raise ValueError(
+            f"target_parameters={unmasked} cannot be combined with head masks: PEFT's wrapper of a single parameter "
+            "carries none; name the modules in target_modules, or pass ne=0"
+        )
+
+
+def _check_targets(config: HeadMaskedLoraConfig, layouts: dict[str, ProjectionLayout], targets: list[str]) -> None:
+    if not any(name in layouts for name in targets):
+        raise ValueError(
+            "no target has attention heads, so there is nothing to deactivate. "
+            f"Targets: {module_patterns(targets) or 'none'}. Projections with heads in this model: "
+            f"{module_patterns(layouts) or 'none found'}. Target those; where heads are not found, say how many there "
+            'are, e.g. num_heads=12 or num_heads={"to_q": 12}; or pass ne=0 for plain LoRA'
+        )
+    headless = [name for name in targets if name not in layouts]
+    if headless:
+        warnings.warn(
+            f"these targets have no attention heads and get a plain LoRA layer, never masked: {module_patterns(headless)}"
+        )
+    targeted = {name: layout for name, layout in layouts.items() if name in targets}
+    groups = plan_groups(
+        {key: part for name, layout in targeted.items() for key, part in layout.named_parts(name).items()},
+        ne=config.ne,
+        ratio=config.ratio,
+        granularity=config.granularity,
+        joint=config.joint,
+    )
+    kept = groups_kept_whole(groups, config.ne)
+    if kept:
+        warnings.warn(kept)
+    patterns = config.num_heads if isinstance(config.num_heads, dict) else {}
+    unmatched = [pattern for pattern in patterns if not any(matches_pattern(pattern, name) for name in targets)]
+    if unmatched:
+        warnings.warn(f"these num_heads keys did not match any target and were ignored: {', '.join(unmatched)}")
