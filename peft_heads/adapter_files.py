@@ -62,27 +62,25 @@ class AdapterFiles:
     def selected(self) -> bool:
         return any(not mask.all() for mask in self.masks.values())
 
-    def write(self, folder: str | os.PathLike, config: HeadMaskedLoraConfig) -> None:
-        """Write the files into `folder`, and warn if heads were to be selected and none is.
+    def write(self, folder: str | os.PathLike, config: HeadMaskedLoraConfig, warn: bool = True) -> None:
+        """Write the files into `folder`; an image processor, labels or scores that are not known leave what is there.
 
-        An image processor, labels or scores that are not known leave what is there.
+        Args:
+            folder: The adapter's folder.
+            config: The adapter's configuration.
+            warn: Whether to say so if heads were to be selected and none is.
         """
         folder = Path(folder)
+        if not self.model_class:
+            return  # the configuration alone is saved, without an adapter
         # a run that broke off leaves selection_pending behind, but then it is not Trainer that saves
         is_warm_up = self.selection_pending and folder.name.startswith("checkpoint-")
-        if config.masks_heads and self.masks and not self.selected and not is_warm_up:
+        if warn and config.masks_heads and self.masks and not self.selected and not is_warm_up:
             warnings.warn(
                 f"the adapter saved to {folder} is to deactivate heads ({_heads_asked_for(config)}), but none has "
                 "been selected: it is plain LoRA so far. Train with TaylorHeadScorer among the callbacks, or use "
                 "HeadScorer or set_head_masks"
             )
-        self.write_quietly(folder, config)
-
-    def write_quietly(self, folder: str | os.PathLike, config: HeadMaskedLoraConfig) -> None:
-        """`write` without the warning."""
-        folder = Path(folder)
-        if not self.model_class:
-            return  # the configuration alone is saved, without an adapter
         if self.id2label:
             write_labels(folder, self.id2label)
         if self.image_processor is not None:

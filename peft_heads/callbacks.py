@@ -167,7 +167,7 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
         # At a checkpoint Trainer uploads output_dir with the checkpoint's weights, but without card and labels.
         if self._scorer is not None and state.is_world_process_zero:
             kwargs["model"].create_or_update_model_card(args.output_dir)
-            self._scorer.config.adapter_files.write_quietly(args.output_dir, self._scorer.config)
+            self._scorer.config.adapter_files.write(args.output_dir, self._scorer.config, warn=False)
 
     # ExportableState: what checkpoints hold
 

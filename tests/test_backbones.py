@@ -374,7 +374,7 @@ def test_weighted_adapters_of_a_fused_projection(combination_type):
 def test_weighted_adapters_of_different_parts_are_refused():
     _, model = adapted("fused vit")
     model.add_adapter("other", HeadMaskedLoraConfig(ne=1, fused_parts="qkv"))
-    with pytest.raises(ValueError, match="fused_parts is 'qkv' in one, 'qv' in another"):
+    with pytest.raises(ValueError, match=r"\(fused_parts\) cannot be combined; in model.blocks.0.attn.qkv they have"):
         model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
 
 
@@ -424,6 +424,93 @@ def test_joint_needs_as_many_heads_in_v_as_in_q():
         get_peft_model(copy.deepcopy(model), HeadMaskedLoraConfig(ne=1))
     masks = get_head_masks(get_peft_model(model, HeadMaskedLoraConfig(ne=1, joint=False)))
     assert [len(mask) for mask in masks.values()] == [4, 2]
+
+
+class FusedGroupedQueryAttention(nn.Module):
+    """4 query heads and 2 key and value heads, of 2 rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.num_key_value_heads = 4, 2
+        self.qkv = nn.Linear(8, 16)
+
+
+def test_fused_projection_with_fewer_key_value_heads():
+    model = nn.Sequential(nn.ModuleDict({"attn": FusedGroupedQueryAttention()}))
+    with pytest.raises(ValueError, match=r"attn.qkv.q has 4 heads and 0.attn.qkv.v has 2; pass joint=False"):
+        get_peft_model(copy.deepcopy(model), HeadMaskedLoraConfig(ne=1))
+    model = get_peft_model(model, HeadMaskedLoraConfig(ne=1, joint=False))
+    randomize(model)
+    set_head_masks(model, {"0.attn.qkv.q": torch.arange(4) != 3, "0.attn.qkv.v": torch.arange(2) != 0})
+    delta = lora_layers(model)["0.attn.qkv"].get_delta_weight("default")
+    assert [row for row in range(16) if not delta[row].any()] == [6, 7, *range(8, 12), 12, 13]
+
+
+@pytest.mark.parametrize("option", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}])
+def test_initialisations_that_need_all_rows(option):
+    """They move part of the keys into the adapter, which leaves keys alone even with ne=0."""
+    with pytest.raises(
+        ValueError, match=r"cannot be combined with fused_parts='qv' on a fused.*pass fused_parts=\"qkv"
+    ):
+        get_peft_model(FusedViT(), HeadMaskedLoraConfig(ne=0, **option))
+    base = build("fused vit")
+    model = get_peft_model(copy.deepcopy(base), HeadMaskedLoraConfig(ne=0, fused_parts="qkv", **option))
+    assert torch.allclose(forward(model.eval()), forward(base), atol=1e-5)
+    get_peft_model(FusedViT(), HeadMaskedLoraConfig(ne=0, **option, target_modules=["proj"], modules_to_save=[]))
+
+
+class QuantisedLinear(nn.Linear):
+    """Stands for a bitsandbytes layer."""
+
+
+@pytest.mark.parametrize("ne", [0, 1])
+def test_a_quantised_fused_projection_is_refused(ne):
+    model = FusedViT()
+    model.blocks[0].attn.qkv = QuantisedLinear(24, 72)
+    with pytest.raises(ValueError, match="qkv is a QuantisedLinear .*for which head masks are not implemented"):
+        get_peft_model(copy.deepcopy(model), HeadMaskedLoraConfig(ne=ne))
+    get_peft_model(model, HeadMaskedLoraConfig(ne=0, fused_parts="qkv"))
+
+
+def test_towers_for_text_are_never_adapted():
+    import transformers as hf
+
+    decoder = hf.BertConfig(is_decoder=True, add_cross_attention=True, num_hidden_layers=1, hidden_size=12,
+                            num_attention_heads=2, intermediate_size=8, vocab_size=20)  # fmt: skip
+    config = hf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(hf.ViTConfig(**backbones.VIT), decoder)
+    model = hf.VisionEncoderDecoderModel(config)
+    assert len(resolve_targets(model)) == 8
+    assert all(name.startswith("encoder.layers.") for name in resolve_targets(model))
+    assert task_head_names(model) == ["enc_to_dec_proj"]  # new; the decoder is a pre-trained model
+
+    # a vision tower without attention: nothing, rather than the text tower
+    model = nn.Module()
+    model.config = hf.CLIPConfig(text_config=backbones.TEXT, vision_config=backbones.VIT)
+    model.text_model = hf.CLIPTextModel(model.config.text_config)
+    model.vision_model = nn.Conv2d(3, 8, 1)
+    model.vision_model.config = model.config.vision_config
+    assert default_targets(model) == []
+    # or one that no configuration names
+    del model.config
+    assert default_targets(model) == []
+
+
+def test_heads_of_segmentation_transformers():
+    import transformers as hf
+
+    swin = hf.SwinConfig(**{**backbones._UPERNET_SWIN, "embed_dim": 8})
+    config = hf.Mask2FormerConfig(
+        backbone_config=swin, num_labels=7, hidden_dim=32, feature_size=32, mask_feature_size=32, decoder_layers=2,
+        encoder_layers=1, encoder_feedforward_dim=16, dim_feedforward=16, num_attention_heads=2, num_queries=5,
+    )  # fmt: skip
+    model = hf.Mask2FormerForUniversalSegmentation(config)
+    assert task_head_names(model) == ["class_predictor"]
+    assert all(".encoder." in name and "pixel_level_module" in name for name in resolve_targets(model))
+
+
+def resolve_targets(model):
+    targets = default_targets(model)
+    return [n for n in resolve_heads(model) if n in targets or n.rpartition(".")[2] in targets]
 
 
 class UnknownAttention(nn.Module):

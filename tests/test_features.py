@@ -876,3 +876,21 @@ def test_bitsandbytes_is_refused(kind):
         get_peft_model(model, HeadMaskedLoraConfig(ne=1))
     assert not any(isinstance(module, BaseTunerLayer) for module in model.modules())
     assert isinstance(model.vit.layers[0].attention.q_proj, nn.Linear)
+
+
+def test_adapters_with_other_heads_are_not_combined():
+    model = create(CASES["plain"].varied(modules_to_save=[]))
+    model.add_adapter("other", HeadMaskedLoraConfig(ne=1, num_heads=3, modules_to_save=[]))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"other heads \(num_heads\).* cannot be combined; in model.vit.layers.0"):
+        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
+    assert "sum" not in model.peft_config
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_hotswap_of_another_number_of_heads(tmp_path):
+    case = CASES["plain"].varied(modules_to_save=[])
+    model, other = create(case), create(case.varied(ne=2), seed=1)
+    other.save_pretrained(tmp_path)
+    hotswap_adapter(model, tmp_path, adapter_name="default")
+    assert torch.equal(logits(model), logits(other))

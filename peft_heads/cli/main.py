@@ -23,6 +23,9 @@ COMMANDS = {
     "train": Command(
         "peft_heads.cli.train", "fine-tune an image classifier (head-masked LoRA, LoRA, linear, full, …)"
     ),
+    "migrate": Command(
+        "peft_heads.cli.migrate", "rewrite a LoRA adapter for the module names of the installed transformers"
+    ),
     "demo": Command("peft_heads.cli.demo", "LoRA and head-masked LoRA side by side on a small model, without network"),
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from collections.abc import Iterator
 
 from torch import nn
@@ -32,10 +33,14 @@ PROJECTION_ROLES = {
 # One projection for all three, in this order of rows: timm, Hiera, SAM, BLIP.
 FUSED_PROJECTIONS = {"qkv": ("query", "key", "value")}
 NUM_HEADS_ATTRIBUTES = ("num_attention_heads", "num_heads")
-# Configurations of transformers name the part that sees the image where there are other parts.
-BACKBONE_CONFIGS = ("vision_config", "backbone_config")
-# Of models that are not transformers' (timm: `head`, and `head_dist` of a distilled one).
-HEAD_NAMES = ("classifier", "head", "head_dist", "decode_head", "auxiliary_head")
+# Configurations of transformers name the part that sees the image where there are other parts: towers for other inputs
+# (`encoder` in a vision encoder-decoder), or what a task adds to a backbone.
+TOWER_CONFIGS = ("vision_config", "image_config", "encoder")
+BACKBONE_CONFIGS = (*TOWER_CONFIGS, "backbone_config")
+# Where the backbone is no module of its own: timm (`head`, and `head_dist` of a distilled one), EoMT.
+HEAD_NAMES = ("classifier", "head", "head_dist", "decode_head", "auxiliary_head", "class_predictor", "mask_head")
+# By which a model of transformers shows that it computes a task's loss (SAM's `input_labels` are no labels of a task).
+LABEL_ARGUMENTS = {"labels", "mask_labels", "class_labels"}
 # Modules that are never called themselves, hence cannot be wrapped in `modules_to_save`.
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
@@ -50,7 +55,7 @@ def resolve_heads(
     Args:
         model: The model, plain or with adapters in it.
         num_heads: Overrides what the attention layers say. An int applies to every projection with a query, key,
-            value or fused name; a dict maps name patterns (read as `rank_pattern` reads them) to a number of heads
+            value or fused (`qkv`) name; a dict maps name patterns (read as `rank_pattern` reads them) to a number of heads
             and applies to any linear module it matches. A projection that the given number does not divide has no
             heads.
         fused_parts: Initials of the parts of fused projections that are wanted.
@@ -84,18 +89,28 @@ def default_targets(model: nn.Module) -> list[str]:
         for name, layout in resolve_heads(model).items()
         if layout.is_fused or layout.parts[0].role in ("query", "value")
     ]
+    for tower in _text_towers(model):
+        wanted = [name for name in wanted if not name.startswith(tower + ".")]
     backbone = backbone_name(model)
-    inside = [name for name in wanted if name.startswith(backbone + ".")] if backbone else []
-    wanted = inside or wanted
-    suffixes = sorted({name.rpartition(".")[2] for name in wanted})
+    if backbone:
+        inside = [name for name in wanted if name.startswith(backbone + ".")]
+        has_towers = any(_config_of(model, key) is not None for key in TOWER_CONFIGS)
+        # beside a convolutional backbone a detector's transformer is adapted, but not another tower
+        wanted = inside if has_towers else inside or wanted
+    return shortest_names(wanted, model)
+
+
+def shortest_names(names: list[str], model: nn.Module) -> list[str]:
+    """The last components of module names where they mean these modules and no others, else the names themselves."""
+    suffixes = sorted({name.rpartition(".")[2] for name in names})
     matched = [name for name, _ in named_targets(model) if name.rpartition(".")[2] in suffixes]
-    return suffixes if matched == wanted else wanted
+    return suffixes if set(matched) == set(names) else names
 
 
 def backbone_name(model: nn.Module) -> str:
     """Name of the image backbone in a model that has more than that (a task's head, a text tower); else `""`."""
     for key in BACKBONE_CONFIGS:
-        config = getattr(getattr(model, "config", None), key, None)
+        config = _config_of(model, key)
         if config is not None:
             for name, module in model.named_modules():
                 if name and type(getattr(module, "config", None)) is type(config):
@@ -107,23 +122,22 @@ def backbone_name(model: nn.Module) -> str:
 def task_head_names(model: nn.Module) -> list[str]:
     """Names of the modules that a task trains from scratch, for PEFT's `modules_to_save`; empty for a bare backbone.
 
-    In a model of transformers that takes `labels`, everything beside the backbone: `classifier`, DeiT's two
-    classifiers, `decode_head` of a segmentation model. Elsewhere, and inside transformers' wrapper of timm, what bears
-    a head's name (`HEAD_NAMES`).
+    In a model of transformers that takes labels, everything beside the backbone that is no model or stack of layers
+    itself: `classifier`, DeiT's two classifiers, `decode_head` of a segmentation model. Elsewhere, and inside
+    transformers' wrapper of timm, what bears a head's name (`HEAD_NAMES`).
     """
     backbone = backbone_name(model)
     names: list[str] = []
     if hasattr(model, "base_model_prefix"):
         names = [name for name, _ in model.named_children() if backbone and name != backbone.partition(".")[0]]
-        if "labels" not in inspect.signature(model.forward).parameters:  # beside the backbone may be a text tower
+        if not LABEL_ARGUMENTS & set(inspect.signature(model.forward).parameters):
             return [name for name in names if name.endswith("classifier")]  # DeiT with teacher takes no labels
     prefix = ""
     if not names:
         owner = model.get_submodule(backbone)
         prefix = f"{backbone}." if backbone else ""
         names = [prefix + name for name in HEAD_NAMES if isinstance(getattr(owner, name, None), nn.Module)]
-    # `nn.Identity` is what stands there for num_labels=0
-    return _unambiguous(model, [name for name in names if _has_parameters(model.get_submodule(name))])
+    return _unambiguous(model, [name for name in names if _is_head(model, model.get_submodule(name))])
 
 
 def bypassed_projections(model: nn.Module) -> list[str]:
@@ -163,7 +177,8 @@ def _attention_layouts(attention: nn.Module) -> dict[str, ProjectionLayout]:
     if not isinstance(heads, int) or heads < 1:
         return {}
     rows = {name: _linear_out_features(child) for name, child in attention.named_children()}
-    fused = {name: _layout(name, rows[name], heads) for name in FUSED_PROJECTIONS if rows.get(name)}
+    kv_heads = getattr(attention, "num_key_value_heads", heads)
+    fused = {name: _layout(name, rows[name], heads, kv_heads) for name in FUSED_PROJECTIONS if rows.get(name)}
     if any(fused.values()):
         return {name: layout for name, layout in fused.items() if layout is not None}
 
@@ -180,13 +195,26 @@ def _attention_layouts(attention: nn.Module) -> dict[str, ProjectionLayout]:
     }
 
 
-def _layout(child_name: str, out_features: int, heads: int) -> ProjectionLayout | None:
-    """The layout of a projection of that name whose parts have `heads` heads each; None if its rows do not divide."""
+def _layout(child_name: str, out_features: int, heads: int, kv_heads: int | None = None) -> ProjectionLayout | None:
+    """The layout of a projection of that name; None if its rows do not divide into so many heads.
+
+    Args:
+        child_name: Says the role, or that it is fused.
+        out_features: Its rows.
+        heads: Its heads, or a fused projection's query heads.
+        kv_heads: The key and the value heads of a fused projection (grouped-query attention), if not as many.
+    """
     roles = FUSED_PROJECTIONS.get(child_name) or (PROJECTION_ROLES.get(child_name, "projection"),)
-    head_dim, rest = divmod(out_features, heads * len(roles))
+    counts = [heads if role == "query" or kv_heads is None else kv_heads for role in roles]
+    if len(roles) == 1:
+        counts = [heads]
+    head_dim, rest = divmod(out_features, sum(counts))
     if rest or not head_dim:
         return None
-    parts = (HeadLayout(role, heads, head_dim, first_row=i * heads * head_dim) for i, role in enumerate(roles))
+    parts, row = [], 0
+    for role, count in zip(roles, counts, strict=True):
+        parts.append(HeadLayout(role, count, head_dim, first_row=row))
+        row += count * head_dim
     return ProjectionLayout(out_features, tuple(parts))
 
 
@@ -202,20 +230,55 @@ def _explicit_num_heads(num_heads: int | dict[str, int] | None, name: str, child
     return num_heads if child_name in PROJECTION_ROLES or child_name in FUSED_PROJECTIONS else None
 
 
+def _is_head(model: nn.Module, module: nn.Module) -> bool:
+    """Whether a module beside the backbone can be what a task trains from scratch.
+
+    Not a model of its own (a text decoder), not a stack of attention layers, not the output layer of a language
+    model, and not the `nn.Identity` that stands there for num_labels=0.
+    """
+    is_model = any(hasattr(inner, "base_model_prefix") for inner in module.modules())
+    is_stack = isinstance(module, _CONTAINERS) and any(_attention_layouts(inner) for inner in module.modules())
+    get_output_embeddings = getattr(model, "get_output_embeddings", lambda: None)
+    return _has_parameters(module) and not is_model and not is_stack and module is not get_output_embeddings()
+
+
+def _text_towers(model: nn.Module) -> list[str]:
+    """Names of the models inside a model that read text."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if name
+        and getattr(module, "main_input_name", None) == "input_ids"
+        and hasattr(getattr(module, "config", None), "vocab_size")
+    ]
+
+
+def _config_of(model: nn.Module, key: str) -> object | None:
+    return getattr(getattr(model, "config", None), key, None)
+
+
 def _unambiguous(model: nn.Module, heads: list[str]) -> list[str]:
     """Names for `modules_to_save` that stand for the heads and nothing else.
 
     PEFT reads a name as the end of module names ("head" is "decode_head.head" as well) and wraps what it finds, which
     must not be a mere container, nor contain something else that is wrapped. A name that leads there is replaced by
-    those of the modules inside.
+    those of the modules inside; one that PEFT could not wrap at all is left out, with a warning.
     """
     names = list(heads)
     while True:
         matched = [key for key, _ in model.named_modules() if key.endswith(tuple(names))]
         for name in names:
+            mine = [key for key in matched if key.endswith(name)]
             inner = [f"{name}.{c}" for c, m in model.get_submodule(name).named_children() if _has_parameters(m)]
-            if inner and not all(_stands_alone(model, key, heads, matched) for key in matched if key.endswith(name)):
+            if inner and not all(_stands_alone(model, key, heads, matched) for key in mine):
                 names = [other for other in names if other != name] + inner
+                break
+            if any(isinstance(model.get_submodule(key), _CONTAINERS) for key in mine):
+                warnings.warn(
+                    f"{name} looks like a part of the task's head, but PEFT cannot train it in full, because its name "
+                    f"also means {', '.join(mine)}; pass modules_to_save= with what is to be trained"
+                )
+                names = [other for other in names if other != name]
                 break
         else:
             return names

@@ -35,7 +35,7 @@ def fit_task_heads(model: nn.Module, adapter_name: str, state_dict: dict[str, to
             saved = state_dict.get(f"{prefix}.weight")
             if saved is None or not isinstance(module, (nn.Linear, nn.Conv2d)):
                 continue
-            if saved.shape == module.weight.shape or saved.shape[1:] != module.weight.shape[1:]:
+            if saved.shape[0] == module.weight.shape[0]:
                 continue
             outputs = saved.shape[0]
             for parameter_name, param in list(module.named_parameters(recurse=False)):
@@ -53,7 +53,7 @@ def check_mixed_batch(model: nn.Module, adapter_names: Iterable[str]) -> None:
     for name, wrapper in _wrappers(model):
         shapes: dict[str, list[tuple[int, ...]]] = {}
         for adapter_name in dict.fromkeys(adapter_names):
-            in_base = adapter_name == "__base__" or adapter_name not in wrapper.modules_to_save
+            in_base = adapter_name == "__base__"
             module = wrapper.original_module if in_base else wrapper.modules_to_save[adapter_name]
             shapes[adapter_name] = [tuple(param.shape) for param in module.parameters()]
         if len({str(shape) for shape in shapes.values()}) > 1:

@@ -9,9 +9,19 @@ from hypothesis import strategies as st
 from peft_heads.heads.layout import HeadLayout, ProjectionLayout
 
 
-@pytest.mark.parametrize("module", ["layout", "maskable", "scores", "selection"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "heads.layout",
+        "heads.maskable",
+        "heads.renames",
+        "heads.scores",
+        "heads.selection",
+        "tuners.head_masked_lora.state_dict",
+    ],
+)
 def test_doctests(module):
-    module = importlib.import_module(f"peft_heads.heads.{module}")
+    module = importlib.import_module(f"peft_heads.{module}")
     results = doctest.testmod(module, extraglobs={"torch": torch})
     assert results.attempted > 0 and results.failed == 0
 

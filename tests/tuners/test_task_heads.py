@@ -61,8 +61,10 @@ def test_side_by_side(adapters, low_cpu_mem_usage):
         model.delete_adapter("animals")
     assert torch.equal(logits(model), plant_logits)
     assert labels_of(model) == PLANTS
-    with model.disable_adapter():
-        assert logits(model).shape == (4, 3)  # the base model's own classifier
+    with model.disable_adapter():  # the base model's own classifier
+        assert logits(model).shape == (4, 3) and labels_of(model) == {i: f"LABEL_{i}" for i in range(3)}
+        assert model(pixel_values=tiny.images(), labels=torch.tensor([0, 1, 2, 0])).loss.isfinite()
+    assert labels_of(model) == PLANTS
     merged = model.merge_and_unload()
     assert torch.allclose(logits(merged), plant_logits, atol=1e-5)
     assert merged.config.num_labels == 5
@@ -130,6 +132,45 @@ def test_a_new_adapter_begins_with_the_base_models_labels(adapters):
     model.set_adapter("new")
     assert labels_of(model) == ANIMALS
     assert logits(model).shape == (4, 3)
+
+
+def test_labels_renamed_by_hand_stay_with_their_adapter(adapters, tmp_path):
+    (animals, _), (plants, _) = adapters
+    model = PeftModel.from_pretrained(tiny.make("vit"), animals, adapter_name="animals")
+    model.load_adapter(plants, "plants")
+    config, names = model.get_base_model().config, {0: "Katze", 1: "Hund", 2: "Aal"}
+    config.id2label, config.label2id = dict(names), {label: i for i, label in names.items()}
+    model.set_adapter("plants")
+    assert labels_of(model) == PLANTS
+    model.save_pretrained(tmp_path / "both")
+    assert labels_of(PeftModel.from_pretrained(tiny.make("vit"), tmp_path / "both" / "animals")) == names
+    model.set_adapter("animals")
+    assert labels_of(model) == names
+
+
+def test_an_adapter_without_a_head_leaves_the_labels_alone(tmp_path):
+    vit = tiny.make("vit", num_labels=5)
+    vit.config.id2label, vit.config.label2id = dict(PLANTS), {label: i for i, label in PLANTS.items()}
+    model = get_peft_model(vit, HeadMaskedLoraConfig(ne=0, modules_to_save=[]))
+    model.save_pretrained(tmp_path)
+    base = tiny.make("vit")
+    base.config.id2label, base.config.label2id = dict(ANIMALS), {label: i for i, label in ANIMALS.items()}
+    again = PeftModel.from_pretrained(base, tmp_path)
+    assert labels_of(again) == ANIMALS
+    assert again(pixel_values=tiny.images(), labels=torch.tensor([0, 1, 2, 0])).loss.isfinite()
+
+
+def test_labels_set_after_creation_survive_loading_weights(tmp_path):
+    """As Trainer does on resuming, and for load_best_model_at_end."""
+    model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=0))
+    config = model.get_base_model().config
+    config.id2label, config.label2id = dict(ANIMALS), {label: i for i, label in ANIMALS.items()}
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    assert labels_of(model) == ANIMALS
+    model.add_adapter("other", HeadMaskedLoraConfig(ne=0))
+    model.delete_adapter("other")
+    assert labels_of(model) == ANIMALS
 
 
 def test_mixed_batches(adapters, tmp_path):

@@ -10,7 +10,6 @@ from .model import HeadMaskedLoraModel
 __all__ = ["HeadMaskedLinear", "HeadMaskedLoraConfig", "HeadMaskedLoraModel"]
 
 register_tuner(name="head_masked_lora", config_cls=HeadMaskedLoraConfig, model_cls=HeadMaskedLoraModel)
-# ne and ratio as well: an adapter with ne=0 has no masks to swap in
-allow_hotswap("head_masked_lora", "mask_scope", "num_heads", "ne", "ratio", "fused_parts")
+allow_hotswap("head_masked_lora", "mask_scope", "num_heads", "fused_parts")
 extend_hotswap_check(check_hotswap)
 extend_model_card(update_card)

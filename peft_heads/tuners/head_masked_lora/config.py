@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 from peft import LoraConfig, PeftConfig
 from peft.utils import PeftType
@@ -21,6 +21,9 @@ FUSED_PARTS = ("qkv", "qk", "qv", "kv", "q", "k", "v")
 # Options of LoRA that a head mask would make wrong, with the reason. An initialisation that moves part of the base
 # weight into the adapter would lose that part of the *pre-trained* weight with the head.
 _CHANGES_BASE_WEIGHT = "it moves part of the pre-trained weight into the adapter, which a deactivated head would lose"
+_ADDS_IN_PLACE = "it adds to the layer's output in place, so that a deactivated head cannot be taken out again"
+_TRAINS_BASE_BIAS = "it trains the frozen projection's bias, also of deactivated heads"
+_WRONG_FOR_FROZEN_ROWS = (_CHANGES_BASE_WEIGHT, _ADDS_IN_PLACE)
 _INCOMPATIBLE_INITS = {
     "pissa": _CHANGES_BASE_WEIGHT,
     "olora": _CHANGES_BASE_WEIGHT,
@@ -31,8 +34,8 @@ _INCOMPATIBLE_INITS = {
 }
 _INCOMPATIBLE_FIELDS = {
     "kasa_config": _CHANGES_BASE_WEIGHT,
-    "use_bdlora": "it adds to the layer's output in place, so that a deactivated head cannot be taken out again",
-    "alora_invocation_tokens": "it adds to the layer's output in place, so that a deactivated head cannot be taken out again",
+    "use_bdlora": _ADDS_IN_PLACE,
+    "alora_invocation_tokens": _ADDS_IN_PLACE,
     "layer_replication": "the copies of a layer would carry no masks",
     "arrow_config": "it routes between several adapters, each with heads of its own",
 }
@@ -72,7 +75,6 @@ class HeadMaskedLoraConfig(LoraConfig):
         num_heads (`int` or `dict[str, int]`, *optional*):
             Number of heads where the model does not say it, or says it wrongly: one number, or one per module name
             pattern (read like `rank_pattern`).
-
         fused_parts (`str`):
             Which parts of a fused `qkv` projection are adapted (and scored and masked): the initials of the parts.
             The others never change. `"qkv"` adapts the whole, as stock LoRA does.
@@ -106,9 +108,11 @@ class HeadMaskedLoraConfig(LoraConfig):
         super().__post_init__()
         self.peft_type = add_peft_type("HEAD_MASKED_LORA")
         # Not fields, hence not saved: what `save_pretrained` writes beside the configuration (filled when the weights
-        # are collected), and `{module name: heads}` of the model's projections (filled when the model is known).
+        # are collected), `{module name: heads}` of the model's projections (filled when the model is known), and where
+        # a saved configuration comes from.
         self.adapter_files = AdapterFiles()
         self.head_layouts: dict[str, ProjectionLayout] = {}
+        self.source: dict[str, Any] | None = None
 
         if self.ne is None and self.ratio is None:
             self.ne = 1
@@ -133,7 +137,7 @@ class HeadMaskedLoraConfig(LoraConfig):
 
     @property
     def freezes_rows(self) -> bool:
-        """Whether rows of a projection of this model are left out of the adapter: parts of a fused one."""
+        """Whether rows of any projection of the model, targeted or not, are out of bounds: parts of a fused one."""
         return not all(layout.covers_all_rows for layout in self.head_layouts.values())
 
     @property
@@ -156,11 +160,11 @@ class HeadMaskedLoraConfig(LoraConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
-        """As PEFT's; the labels beside the adapter come along, so that they can follow the active adapter."""
+        """As PEFT's; labels come along, so that they can follow the active adapter, and where the weights are."""
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if isinstance(config, HeadMaskedLoraConfig):
-            download_kwargs, _, _ = cls._split_kwargs(kwargs)
-            config.adapter_files.id2label = find_labels(pretrained_model_name_or_path, subfolder, **download_kwargs)
+            config.source = _source(cls, pretrained_model_name_or_path, subfolder, kwargs)
+            config.adapter_files.id2label = find_labels(**config.source)
         return config
 
     @classmethod
@@ -183,10 +187,16 @@ class HeadMaskedLoraConfig(LoraConfig):
         names = {f.name for f in fields(LoraConfig)} - {"peft_type"}
         # None would be read as "find the classification head", which a stock adapter then does not hold
         lora.modules_to_save = lora.modules_to_save or []
-        return cls(ne=0, fused_parts="qkv", **{name: getattr(lora, name) for name in names})
+        config = cls(ne=0, fused_parts="qkv", **{name: getattr(lora, name) for name in names})
+        config.source = _source(cls, model_id, kwargs.pop("subfolder", None), kwargs)
+        return config
 
-    def check_compatible(self) -> None:
-        """Raise ValueError if an option of LoRA is set that head masks would make wrong."""
+    def check_compatible(self, freezes_rows: bool = False) -> None:
+        """Raise ValueError if an option of LoRA is set that the adapter would make wrong.
+
+        Args:
+            freezes_rows: Whether the adapter leaves parts of a fused projection alone, which it can without masks.
+        """
         init = self.init_lora_weights
         problems = [
             (f"init_lora_weights={init!r}", reason)
@@ -195,21 +205,41 @@ class HeadMaskedLoraConfig(LoraConfig):
         ]
         problems += [(name, why) for name, why in _INCOMPATIBLE_FIELDS.items() if getattr(self, name, None)]
         if self.bias != "none":
-            problems.append(
-                (f"bias={self.bias!r}", "it trains the frozen projection's bias, also of deactivated heads")
-            )
+            problems.append((f"bias={self.bias!r}", _TRAINS_BASE_BIAS))
+        if self.masks_heads:
+            combined, way_out = "head masks", "pass ne=0"
+        elif freezes_rows:
+            combined = f"fused_parts={self.fused_parts!r} on a fused projection"
+            way_out = 'pass fused_parts="qkv" (with ne=0)'
+            problems = [(name, reason) for name, reason in problems if reason in _WRONG_FOR_FROZEN_ROWS]
+        else:
+            return
         for option, reason in problems:
-            raise ValueError(f"{option} cannot be combined with head masks: {reason}; drop it, or pass ne=0")
+            raise ValueError(f"{option} cannot be combined with {combined}: {reason}; drop it, or {way_out}")
 
 
 def check_hotswap(old: PeftConfig, new: PeftConfig) -> None:
     """Raise ValueError for adapters that must not be swapped although their options agree.
 
-    PEFT fills what the new adapter does not target with zeros. Zeros for a mask deactivate every head, which changes
-    nothing where the update is zero as well, but silences the projection under `mask_scope="head"`.
+    An adapter without masks has no place for another's. And PEFT fills what the new adapter does not target with
+    zeros: for a mask that deactivates every head, which changes nothing where the update is zero as well, but silences
+    the projection under `mask_scope="head"`.
     """
+    if getattr(old, "masks_heads", None) != getattr(new, "masks_heads", None):
+        raise ValueError(
+            "hot-swapping needs two adapters that carry head masks, or two that do not; got "
+            f"ne={old.ne}, ratio={old.ratio} and ne={new.ne}, ratio={new.ratio}; use load_adapter and set_adapter"
+        )
     if getattr(new, "mask_scope", None) == "head" and old.target_modules != new.target_modules:
         raise ValueError(
             "hot-swapping adapters with mask_scope='head' needs the same target_modules, got "
             f"{sorted(old.target_modules)} and {sorted(new.target_modules)}; use load_adapter and set_adapter"
         )
+
+
+def _source(
+    config_class: type[PeftConfig], path_or_repo: str | os.PathLike, subfolder: str | None, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Where an adapter's files are, as arguments of `hf_hub_download`."""
+    download_kwargs, _, _ = config_class._split_kwargs(kwargs)
+    return {"path_or_repo": os.fspath(path_or_repo), "subfolder": subfolder, **download_kwargs}

@@ -19,8 +19,17 @@ from ...heads.resolve import default_targets, named_targets, task_head_names
 from ..task_heads import check_mixed_batch, default_labels, fit_task_heads, get_labels, set_labels
 from .config import HeadMaskedLoraConfig
 from .layer import HeadMaskedLinear
-from .state_dict import check_state_dict, make_plain_lora, masked_layers
-from .targets import find_head_layouts, unknown_architecture
+from .state_dict import (
+    BASE,
+    check_state_dict,
+    is_lora_key,
+    make_plain_lora,
+    masked_layers,
+    module_of,
+    rename_modules,
+    saved_keys,
+)
+from .targets import find_head_layouts, follow_renames, module_patterns, unknown_architecture
 
 
 class HeadMaskedLoraModel(LoraModel):
@@ -51,6 +60,8 @@ class HeadMaskedLoraModel(LoraModel):
         if not hasattr(self, "base_labels"):
             self.base_labels = get_labels(self.model)
             self._labels_of: str | None = None  # the adapter whose labels the model's configuration shows
+        if peft_config.source is not None:
+            self._follow_renames(peft_config)
         if peft_config.target_modules is None and not peft_config.target_parameters:
             # PEFT's own table of defaults is asked for architectures without a recognisable attention layer
             peft_config.target_modules = set(default_targets(self.model)) or None
@@ -66,11 +77,29 @@ class HeadMaskedLoraModel(LoraModel):
         peft_config.head_layouts = find_head_layouts(self.model, peft_config, targets)
         return peft_config
 
+    def _follow_renames(self, peft_config: HeadMaskedLoraConfig) -> None:
+        keys = saved_keys(**peft_config.source)
+        adapted = list(dict.fromkeys(module_of(key) for key in keys if is_lora_key(key)))
+        trained = list(dict.fromkeys(module_of(key) for key in keys if not is_lora_key(key)))
+        in_full = tuple(peft_config.modules_to_save or ())  # the ends of names
+        renamed = follow_renames(peft_config, adapted, trained, self.model)
+        moved = [name for name in trained if name in renamed and name.endswith(in_full)]
+        if moved:
+            # PEFT looks them up in the file before a tuner can say what they are called there
+            raise ValueError(
+                f"the adapter trains modules whose names transformers has changed: {module_patterns(moved)} (now "
+                f"{module_patterns(renamed[name] for name in moved)}); rewrite the adapter with `peft-heads migrate "
+                f"{peft_config.source['path_or_repo']}`"
+            )
+
     def _create_and_replace(
         self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs: Any
     ) -> None:
-        has_heads = lora_config.masks_heads and current_key in lora_config.head_layouts
-        if has_heads and isinstance(target, LoraLayer) and not isinstance(target, HeadMaskedLinear):
+        if (
+            _needs_masks(lora_config, current_key)
+            and isinstance(target, LoraLayer)
+            and not isinstance(target, HeadMaskedLinear)
+        ):
             raise ValueError(
                 f"{current_key} was given a plain LoRA layer by an earlier adapter, which cannot carry the head masks "
                 f"of adapter {adapter_name!r}; add the head-masked adapter first"
@@ -94,30 +123,49 @@ class HeadMaskedLoraModel(LoraModel):
                 )
                 lora_config.fan_in_fan_out = False
             return HeadMaskedLinear(target, adapter_name, config=lora_config, **kwargs)
-        if lora_config.masks_heads:
+        if _needs_masks(lora_config, name):
             raise ValueError(
                 f"{name} is a {type(base_layer).__name__} with weights of type {type(base_layer.weight).__name__}, "
                 "for which head masks are not implemented (expected torch.nn.Linear); load the model without "
-                "quantization, exclude the module, or pass ne=0"
+                "quantization, exclude the module, or pass ne=0 (on a fused projection with fused_parts=qkv)"
             )
         return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapter(s); the model's labels become those of the adapter, or of the first of them."""
-        shown = self.peft_config.get(self._labels_of)
-        if shown is not None:  # they may have been renamed in the meantime
-            shown.adapter_files.id2label = get_labels(self.model)
+        self._remember_labels()
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         self._show_labels()
 
     def delete_adapter(self, adapter_name: str) -> None:
+        self._remember_labels()
         super().delete_adapter(adapter_name)
         self._show_labels()
 
+    def disable_adapter_layers(self) -> None:
+        self._remember_labels()
+        super().disable_adapter_layers()
+        self._labels_of = None
+        set_labels(self.model, self.base_labels)
+
+    def enable_adapter_layers(self) -> None:
+        super().enable_adapter_layers()
+        if self._labels_of is None:
+            self._show_labels()
+
+    def _remember_labels(self) -> None:
+        """Before others are shown: the model's labels may have been renamed since the adapter's were."""
+        shown = self.peft_config.get(self._labels_of)
+        if shown is not None and shown.modules_to_save:
+            shown.adapter_files.id2label = get_labels(self.model)
+
     def _show_labels(self) -> None:
+        """Let the model's configuration name the classes of the first active adapter, if it has a head of its own."""
         self._labels_of = next(iter(self.active_adapters), None)
-        if self._labels_of in self.peft_config:
-            set_labels(self.model, self.peft_config[self._labels_of].adapter_files.id2label or self.base_labels)
+        shown = self.peft_config.get(self._labels_of)
+        if shown is not None:
+            own = shown.adapter_files.id2label if shown.modules_to_save else None
+            set_labels(self.model, own or self.base_labels)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -134,12 +182,14 @@ class HeadMaskedLoraModel(LoraModel):
         scopes = {getattr(self.peft_config.get(name), "mask_scope", "adapter") for name in adapters}
         if "head" in scopes:
             raise ValueError("adapters with mask_scope='head' cannot be combined: their update is not a sum of deltas")
-        parts = {getattr(self.peft_config.get(name), "fused_parts", "") for name in adapters}
-        if len(parts) > 1 and any(layout.is_fused for layout in self.peft_config[adapters[0]].head_layouts.values()):
-            raise ValueError(
-                f"adapters that adapt different parts of a fused projection cannot be combined: fused_parts is "
-                f"{' in one, '.join(repr(part) for part in sorted(parts))} in another"
-            )
+        for name, layer in self.named_modules():
+            if isinstance(layer, HeadMaskedLinear):
+                layouts = {layer.head_layout[adapter] for adapter in adapters if adapter in layer.head_layout}
+                if len(layouts) > 1:
+                    raise ValueError(
+                        f"adapters with other heads (num_heads) or other parts of a fused projection (fused_parts) "
+                        f"cannot be combined; in {name} they have {' and '.join(map(str, layouts))}"
+                    )
         for layer in self.modules():
             if isinstance(layer, HeadMaskedLinear):
                 for name in set(adapters) & set(layer.lora_head_mask):
@@ -164,7 +214,7 @@ class HeadMaskedLoraModel(LoraModel):
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         to_return = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         make_plain_lora(model, adapter_name, to_return)
-        layers = {name.removeprefix("base_model.model."): x for name, x in masked_layers(model, adapter_name)}
+        layers = {name.removeprefix(BASE): x for name, x in masked_layers(model, adapter_name)}
         base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
         config.adapter_files.masks = read_masks(layers, adapter_name)
         config.adapter_files.model_class = type(base_model).__name__
@@ -175,15 +225,23 @@ class HeadMaskedLoraModel(LoraModel):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        state_dict = rename_modules(model, state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         num_labels = fit_task_heads(model, adapter_name, remapped)
-        if num_labels is not None and len(config.adapter_files.id2label or {}) != num_labels:
-            config.adapter_files.id2label = default_labels(num_labels)
-        tuner = getattr(model, "base_model", None)
-        if isinstance(tuner, HeadMaskedLoraModel) and tuner._labels_of == adapter_name:
-            tuner._show_labels()
+        if num_labels is not None:
+            if len(config.adapter_files.id2label or {}) != num_labels:
+                config.adapter_files.id2label = default_labels(num_labels)
+            tuner = getattr(model, "base_model", None)
+            if isinstance(tuner, HeadMaskedLoraModel) and tuner._labels_of == adapter_name:
+                tuner._show_labels()
         check_state_dict(model, config, adapter_name, remapped)
         return remapped
+
+
+def _needs_masks(config: HeadMaskedLoraConfig, name: str) -> bool:
+    """Whether the adapter must leave rows of a projection alone: deactivated heads, or parts of a fused one."""
+    layout = config.head_layouts.get(name)
+    return layout is not None and (config.masks_heads or not layout.covers_all_rows)
 
 
 def _is_plain_linear(layer: nn.Module) -> bool:

@@ -1,0 +1,63 @@
+"""The same module under another name: transformers renames modules of vision models from version to version.
+
+4.57 calls a query projection `vit.encoder.layer.0.attention.attention.query`, 5.9 `vit.layers.0.attention.q_proj`. What
+stays is its place: the numbers in the name, and its role in the block.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from .resolve import PROJECTION_ROLES
+
+
+# The ends of names of the other linear layers in a block, by role.
+_BLOCK_ROLES = {
+    "attention output": r"(attention\.output\.dense|attention\.o_proj)",
+    "mlp in": r"(intermediate\.dense|mlp\.fc1)",
+    "mlp out": r"(output\.dense|mlp\.fc2)",
+}
+
+
+def place_of(name: str) -> tuple:
+    """What a renaming leaves as it is: the first part of a module's name, the numbers in it, and its role.
+
+    Example:
+        >>> place_of("vit.encoder.layer.0.attention.attention.query")
+        ('vit', (0,), 'query')
+        >>> place_of("vit.layers.0.attention.q_proj") == place_of("vit.encoder.layer.0.attention.attention.query")
+        True
+    """
+    parts = name.split(".")
+    first, last = parts[0], parts[-1]
+    numbers = tuple(int(part) for part in parts if part.isdigit())
+    role = PROJECTION_ROLES.get(last)
+    if role is None:
+        role = next((r for r, ending in _BLOCK_ROLES.items() if re.search(rf"(^|\.){ending}$", name)), last)
+    # a bare backbone has no first part of its own: `encoder.layer.0…` became `layers.0…`
+    return ("" if first in ("encoder", "layer", "layers") else first), numbers, role
+
+
+def match_renamed(saved: Iterable[str], present: Iterable[str]) -> dict[str, str]:
+    """`{saved name: the model's name}` of modules that a model has under another name.
+
+    Args:
+        saved: Module names of an adapter's file.
+        present: Module names of the model.
+
+    Returns:
+        Names that the model has are left out, and so are those for which it has nothing at the same place, or more
+        than one thing.
+    """
+    present = list(present)
+    known = set(present)
+    by_place: dict[tuple, list[str]] = {}
+    for name in present:
+        by_place.setdefault(place_of(name), []).append(name)
+    renamed = {}
+    for name in saved:
+        candidates = [] if name in known else by_place.get(place_of(name), [])
+        if len(candidates) == 1:
+            renamed[name] = candidates[0]
+    return renamed

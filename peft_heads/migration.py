@@ -1,0 +1,111 @@
+"""Rewriting a saved adapter for the module names of the transformers that is installed.
+
+Our own adapters need it only for readers without this package: they are loaded under any name. A stock LoRA adapter
+fails to load once transformers has renamed what it adapts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import nn
+
+from .atomic import write_atomically
+from .tuners.head_masked_lora.state_dict import is_lora_key, module_of, renamed_keys, saved_keys
+from .tuners.head_masked_lora.targets import RENAMED_OPTIONS, follow_renames
+
+
+ADAPTER_TYPES = ("LORA", "HEAD_MASKED_LORA")
+
+
+def migrate_adapter(folder: str | os.PathLike, base_model: str | os.PathLike | None = None) -> dict[str, str]:
+    """Rename the adapted modules in a folder's weights and configuration to what the base model calls them now.
+
+    Both files are written beside the old ones and then renamed. Running it again does nothing.
+
+    Args:
+        folder: The adapter's folder: stock LoRA, or one of ours.
+        base_model: Folder or repository of the base model, of which only the configuration is read; what the adapter
+            names if None.
+
+    Returns:
+        `{old name: new name}`; empty if the names are right already.
+
+    Raises:
+        ValueError: The adapter is not understood: nothing is changed then.
+        FileNotFoundError: There is no adapter in the folder.
+    """
+    folder = Path(folder)
+    settings = _read_settings(folder)
+    keys = saved_keys(os.fspath(folder))
+    adapted = list(dict.fromkeys(module_of(key) for key in keys if is_lora_key(key)))
+    trained = list(dict.fromkeys(module_of(key) for key in keys if not is_lora_key(key)))
+    if not adapted:
+        raise ValueError(f"{folder} has no LoRA weights in {SAFETENSORS_WEIGHTS_NAME}; other formats are not read")
+    model = _empty_base_model(folder, settings, base_model)
+    with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in keys}
+
+    present = [name for name, _ in model.named_modules()]
+    new_keys = renamed_keys(keys, present)
+    unknown = next((key for key in new_keys.values() if module_of(key) not in present), None)
+    if unknown is not None:
+        raise ValueError(
+            f"{folder}: {unknown} belongs to no module of {type(model).__name__}, under any name that is known; "
+            "nothing was changed"
+        )
+    config = PeftConfig.from_pretrained(os.fspath(folder))
+    names = follow_renames(config, adapted, trained, model)
+    if names:
+        options = {name: getattr(config, name) for name in RENAMED_OPTIONS if name in settings}
+        if config.target_modules is not None and not isinstance(config.target_modules, str):
+            options["target_modules"] = sorted(config.target_modules)
+        weights = save({new_keys[key]: tensor for key, tensor in tensors.items()}, metadata=metadata)
+        write_atomically(folder / SAFETENSORS_WEIGHTS_NAME, weights)
+        write_atomically(
+            folder / CONFIG_NAME, json.dumps({**settings, **options}, indent=2, sort_keys=True, default=sorted)
+        )
+    return names
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_NAME
+    if not path.exists():
+        raise FileNotFoundError(f"there is no adapter in {folder}: it has no {CONFIG_NAME}")
+    try:
+        settings = json.loads(path.read_text("utf-8"))
+        peft_type = settings["peft_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged, or not PEFT's: {type(error).__name__}: {error}") from error
+    if peft_type not in ADAPTER_TYPES:
+        raise ValueError(
+            f"{folder} holds an adapter of type {peft_type}; names are known for {', '.join(ADAPTER_TYPES)} alone"
+        )
+    return settings
+
+
+def _empty_base_model(folder: Path, settings: dict[str, Any], base_model: str | os.PathLike | None) -> nn.Module:
+    """The base model without weights: its names are all that is wanted."""
+    import transformers
+
+    base = base_model or settings.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{folder} does not say which base model the adapter belongs to; name it (--base_model)")
+    try:
+        config = transformers.AutoConfig.from_pretrained(base, revision=settings.get("revision") or "main")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: the base model's configuration cannot be read from {base!r}: {error}") from error
+    name = (settings.get("auto_mapping") or {}).get("base_model_class")
+    model_class = getattr(transformers, name or "", None)
+    with torch.device("meta"):
+        if model_class is None:
+            return transformers.AutoModelForImageClassification.from_config(config)
+        return model_class(config)
