@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
@@ -20,11 +22,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:these targets have no attention 
 
 FIXTURES = Path(__file__).parent / "fixtures"
 ADAPTERS = sorted(str(path.parent.relative_to(FIXTURES / "adapters")) for path in FIXTURES.rglob("expected.json"))
+OLD_NAMES = Version(transformers.__version__) < Version("5.9")
 # These train a norm in full, whose path 5.9 has changed: PEFT looks it up before we can say what it is called.
-MOVED = [name for name in ADAPTERS if name.endswith("-saved_norms") and name.startswith("4.57")]
+MOVED = [n for n in ADAPTERS if n.endswith("-saved_norms") and n.startswith("5.23" if OLD_NAMES else "4.57")]
 OURS = [name for name in ADAPTERS if "/ours" in name and name not in MOVED]
 STOCK = [name for name in ADAPTERS if "/stock" in name and name not in MOVED]
 OLD = "4.57.6/vit/stock"
+needs_new_names = pytest.mark.skipif(OLD_NAMES, reason="is about names of 4.57 under transformers 5.9 and later")
 
 
 def base(name):
@@ -68,7 +72,8 @@ def test_fixtures_are_there():
 def test_modules_trained_in_full_need_migration(name):
     folder = FIXTURES / "adapters" / name
     config = HeadMaskedLoraConfig.from_lora(folder) if "/stock" in name else None
-    with pytest.raises(ValueError, match=r"layer.\*.layernorm_after \(now vit.layers.*rewrite .*`peft-heads migrate"):
+    message = r"vit.*\*.layernorm_after \(now vit.*layernorm_after\); rewrite .*`peft-heads migrate"
+    with pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(base(name), folder, config=config)
 
 
@@ -124,12 +129,14 @@ def test_migrate(name, copy_of):
     assert set(after) == set(before)
 
 
+@needs_new_names
 def test_what_migration_is_for():
     """Stock PEFT fails on these; the control, with which migration may go some day."""
     with pytest.raises(ValueError, match="No modules were targeted"):
         PeftModel.from_pretrained(base(OLD), FIXTURES / "adapters" / OLD)
 
 
+@needs_new_names
 def test_command(copy_of, capsys):
     folder = copy_of(OLD)
     assert main(["migrate", str(folder)]) == 0
@@ -201,6 +208,7 @@ def test_a_new_adapter_of_the_same_configuration(copy_of):
     assert len(get_head_masks(model)) == 4
 
 
+@needs_new_names
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
 def test_trained_biases_of_the_base_model(tmp_path, bias):
     """Their keys name the modules in another way; made here, in the names of 4.57."""
