@@ -170,7 +170,7 @@ def write_card(path: Path, config: HeadMaskedLoraConfig, files: AdapterFiles) ->
     that a person has written keeps its text.
     """
     card = ModelCard.load(path) if path.exists() else ModelCard.from_template(ModelCardData())
-    card.data.tags = sorted({*(card.data.tags or []), *TAGS})
+    card.data.tags = sorted({*(card.data.tags or []), *TAGS, "lora"})
     if not _is_repository(config.base_model_name_or_path):
         # PEFT has put a folder of this machine there, which the Hub refuses
         card.data.base_model = None

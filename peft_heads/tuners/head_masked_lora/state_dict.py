@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -61,10 +62,9 @@ def module_of(key: str) -> str:
         'classifier'
     """
     name = key.removeprefix(BASE)
-    for inside in (".lora_", ".base_layer.", ".modules_to_save."):
-        if inside in name:
-            return name.partition(inside)[0]
-    return name.rpartition(".")[0]
+    # what PEFT puts inside of a module, and the module's own parameters
+    inside = re.search(r"\.(lora_|base_layer\.|modules_to_save\.)|\.[^.]*$", name)
+    return name[: inside.start()] if inside else ""
 
 
 def is_lora_key(key: str) -> bool:
