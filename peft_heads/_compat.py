@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
 import warnings
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig, PeftModel
 from peft.mapping import (
@@ -15,6 +18,10 @@ from peft.mapping import (
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils import PeftType, hotswap, register_peft_method
 from torch import nn
+
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
 
 
 def add_peft_type(name: str) -> PeftType:
@@ -100,6 +107,29 @@ def silence_known_warnings() -> None:
     Delete when PEFT asks for `is_activation_checkpointing` (peft 0.21 on transformers 5.23).
     """
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
+
+def load_pil_image_processor(name_or_path: str | os.PathLike, **kwargs: Any) -> BaseImageProcessor:
+    """`AutoImageProcessor.from_pretrained` with the PIL backend, which needs no torchvision.
+
+    transformers 5.1 to 5.18 replaces the name in its top module by one that only raises where torchvision is missing,
+    although the class works; and before 5.1 the backend is chosen by `use_fast`.
+
+    Delete when transformers 5.19 is the oldest that is supported.
+    """
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    has_backends = importlib.util.find_spec("transformers.image_processing_backends") is not None
+    choice = {"backend": "pil"} if has_backends else {"use_fast": False}
+    return AutoImageProcessor.from_pretrained(name_or_path, **choice, **kwargs)
+
+
+def mismatched_keys(loading_info: dict[str, Any]) -> list[str]:
+    """Names of the weights that `from_pretrained(…, output_loading_info=True)` found in another shape.
+
+    Delete when transformers 5.0 is the oldest that is supported: before, the entries have no shapes beside the name.
+    """
+    return sorted(entry if isinstance(entry, str) else entry[0] for entry in loading_info["mismatched_keys"])
 
 
 def support_peft_in_image_pipelines() -> None:

@@ -165,6 +165,7 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
 
     def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         # At a checkpoint Trainer uploads output_dir with the checkpoint's weights, but without card and labels.
+        # (transformers before 5.0 has no such event: there the card comes with the upload at the end.)
         if self._scorer is not None and state.is_world_process_zero:
             kwargs["model"].create_or_update_model_card(args.output_dir)
             self._scorer.config.adapter_files.write(args.output_dir, self._scorer.config, warn=False)

@@ -186,6 +186,9 @@ _TIMM_SWIN = {
 }
 _TIMM_VIT = {"img_size": IMAGE_SIZE, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 6}
 
+# transformers 5.9 and later has one module for what were four
+_FPN = ("fpn",) if hasattr(hf.models.beit.modeling_beit, "BeitFPNNeck") else ("fpn1", "fpn2")
+
 FAMILIES = {
     "vit": Family(_hf("ViTForImageClassification", "ViTConfig", **VIT, **LABELS), "vit."),
     "vit bare": Family(_hf("ViTModel", "ViTConfig", False, **VIT), "layers.", head=()),
@@ -203,7 +206,7 @@ FAMILIES = {
     "beit segmentation": Family(
         _hf("BeitForSemanticSegmentation", "BeitConfig", **_BEIT_SEGMENTATION, **LABELS),
         "beit.",
-        head=("fpn", "decode_head", "auxiliary_head"),
+        head=(*_FPN, "decode_head", "auxiliary_head"),
     ),
     "dinov2": Family(_hf("Dinov2ForImageClassification", "Dinov2Config", **VIT, **LABELS), "dinov2."),
     "dinov2 with registers": Family(

@@ -4,10 +4,11 @@ import pytest
 import tiny
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
-from transformers import AutoImageProcessor, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from peft_heads import HeadMaskedLoraConfig, set_head_masks, set_image_processor
 from peft_heads.adapter_files import HEAT_MAP_FILE, SCORES_FILE, read_labels
+from peft_heads.data.images import load_image_processor
 from peft_heads.demo.model import load_demo_processor
 
 
@@ -57,7 +58,7 @@ def test_card_names_a_local_base_model_without_its_folder(model, tmp_path):
 def test_another_method_in_the_same_folder_takes_our_section_out(model, tmp_path):
     set_head_masks(model, tiny.masks_off(model, 4))
     model.save_pretrained(tmp_path)
-    get_peft_model(tiny.make("vit"), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    get_peft_model(tiny.make("vit"), LoraConfig(target_modules=tiny.now(["q_proj"]))).save_pretrained(tmp_path)
     card = card_of(tmp_path)
     assert "Deactivated heads" not in card.text and "head-masked-lora" not in card.data.tags
     assert "PEFT 0." in card.text
@@ -108,7 +109,7 @@ def test_image_processor(model, tmp_path):
     set_image_processor(model, processor)
     set_head_masks(model, tiny.masks_off(model, 1))
     model.save_pretrained(tmp_path)
-    assert list(AutoImageProcessor.from_pretrained(tmp_path).image_mean) == [0.1, 0.2, 0.3]
+    assert list(load_image_processor(tmp_path).image_mean) == [0.1, 0.2, 0.3]
     set_image_processor(model, object())  # a tokenizer, say: not ours to save
     assert json.loads(model.peft_config["default"].adapter_files.image_processor)["image_mean"] == [0.1, 0.2, 0.3]
 

@@ -373,7 +373,7 @@ class Stream(IterableDataset):
 def test_model_without_head_masked_adapter(tmp_path, model):
     base = tiny.make("vit")
     if model == "stock":
-        base = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
+        base = get_peft_model(base, LoraConfig(target_modules=tiny.now(["q_proj"])))
     with pytest.raises(ValueError, match="it has no head-masked adapter.*HeadMaskedLoraConfig"):
         make_trainer(tmp_path, [TaylorHeadScorer()], model=base).train()
 

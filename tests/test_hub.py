@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 from hub_server import TOKEN, running_hub
 from huggingface_hub import ModelCard
+from transformers import TrainerCallback
 
 
 SCRIPT = Path(__file__).parent / "scripts" / "hub_round_trip.py"
@@ -17,6 +19,7 @@ HEAT_MAP = "![Responsiveness of the heads](head_scores.png)"
 ADAPTER = {
     "adapter_config.json", "adapter_model.safetensors", "README.md", "labels.json", "preprocessor_config.json",
 }  # fmt: skip
+COMPLETE_PUSHES = hasattr(TrainerCallback, "on_push_begin")
 SCORES = {"head_scores.json", "head_scores.png"}
 
 
@@ -112,6 +115,8 @@ def test_local_base_model(hub):
     }.items(),
 )
 def test_another_process_loads_the_same_model(pushed, loaded, how, version):
+    if how == "classifier during training" and not COMPLETE_PUSHES:
+        pytest.skip("transformers before 5.0 has no on_push_begin: labels come with the last push")
     assert pushed["main"]["heads_off"] == [2]
     assert pushed["main"]["logits"] != pushed["v1"]["logits"] != pushed["other"]["logits"]
     for part in ("logits", "masks", "labels"):
@@ -124,7 +129,7 @@ def test_another_process_loads_the_same_model(pushed, loaded, how, version):
 def test_configurations(loaded):
     configs = [value for key, value in loaded.items() if key.startswith("config")]
     assert configs == [["HeadMaskedLoraConfig", 1, "me/tiny-vit"]] * 2
-    assert loaded["from_lora"] == [["q_proj"], 0]
+    assert loaded["from_lora"] == [tiny.now(["q_proj"]), 0]
     assert loaded["stock"]["image_mean"] == [0.5, 0.5, 0.5]  # the base model's processor
 
 
@@ -143,6 +148,7 @@ def test_card_shows_the_heat_map(hub, pushed, repository):
     assert ("Training hyperparameters" in card.text) == (repository == "me/trained")
 
 
+@pytest.mark.skipif(not COMPLETE_PUSHES, reason="transformers before 5.0 has no on_push_begin")
 def test_every_push_during_training_is_complete(hub, session):
     """Trainer pushes each checkpoint's weights; card, labels and processor come with them, before push_to_hub."""
     history = [c for c in hub.repos["me/trained"].history() if re.fullmatch("Training.*epoch .", c.title)]

@@ -14,6 +14,7 @@ from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 
 from peft_heads import HeadMaskedLoraConfig, HeadScorer, get_head_masks, set_head_masks
+from peft_heads.heads import resolve_heads
 
 
 VARIANTS = {
@@ -32,7 +33,7 @@ def pair(backbone, head_masked=None, dtype=torch.float32, **lora):
     models = []
     for config in (
         HeadMaskedLoraConfig(**(head_masked or {"ne": 1}), **lora),
-        LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"], **lora),
+        LoraConfig(target_modules=tiny.now(["q_proj", "v_proj"]), modules_to_save=["classifier"], **lora),
     ):
         torch.manual_seed(7)
         models.append(get_peft_model(copy.deepcopy(base), config))
@@ -64,8 +65,7 @@ def lora_layers(model):
 
 
 def tiny_head_dim(model, name):
-    attention = model.get_base_model().get_submodule(name.rpartition(".")[0])
-    return attention.head_dim
+    return resolve_heads(model.get_base_model())[name].parts[0].head_dim
 
 
 # 1. Before selection, and with ne=0: stock LoRA, bit for bit
@@ -152,11 +152,11 @@ def test_2_forward_with_dora_leaves_the_base_output(backbone):
 
 def test_2_head_scope_gives_zero_attention_output():
     ours, _ = masked("vit", 1, head_masked={"ne": 1, "mask_scope": "head"})
-    attention = ours.get_base_model().vit.layers[0].attention
+    output = ours.get_base_model().get_submodule(tiny.now("vit.layers.0.attention.o_proj"))
     seen = []
-    attention.o_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    output.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     ours(tiny.images())
-    head_dim = attention.head_dim
+    head_dim = output.in_features // 6
     assert seen[0][..., head_dim : 2 * head_dim].count_nonzero() == 0
     assert seen[0][..., :head_dim].count_nonzero() > 0
 

@@ -11,6 +11,7 @@ from transformers import SwinConfig, SwinForImageClassification
 from peft_heads import HeadMaskedLoraConfig, HeadScorer, get_head_masks, set_head_masks
 from peft_heads.heads import CRITERIA
 from peft_heads.heads.maskable import head_layers
+from peft_heads.heads.renames import place_of
 
 
 def make(backbone="vit", std=0.1, **config):
@@ -84,9 +85,14 @@ def test_selection_against_the_reference(ne, granularity, joint):
     scorer = HeadScorer(model)
     tiny.train(model, after_backward=scorer.update)
     masks = scorer.select(ne=ne, granularity=granularity, joint=joint)
-    scores = {tuple(name.split(".")[2::2]): score.tolist() for name, score in scorer.scores().items()}
+
+    def place(name):  # the layer, and the part
+        _, (layer,), role = place_of(name)
+        return layer, role
+
+    scores = {place(name): score.tolist() for name, score in scorer.scores().items()}
     expected = reference.deactivated(scores, ne=ne, granularity=granularity, joint=joint)
-    assert {tuple(name.split(".")[2::2]): off(mask) for name, mask in masks.items()} == expected
+    assert {place(name): off(mask) for name, mask in masks.items()} == expected
 
 
 def test_swin_b_at_a_quarter_gives_1_2_4_8():
@@ -147,7 +153,7 @@ def test_one_warm_up_serves_every_variant():
 def test_apply_refuses_wrong_masks():
     model = make()
     scorer = HeadScorer(model)
-    name = "vit.layers.0.attention.q_proj"
+    name = tiny.now("vit.layers.0.attention.q_proj")
     with pytest.raises(ValueError, match="has no heads in a module 'nope'; it has: vit"):
         scorer.apply(masks={name: torch.zeros(6, dtype=torch.bool), "nope": torch.zeros(6, dtype=torch.bool)})
     with pytest.raises(ValueError, match=r"shape \(6,\)"):
@@ -159,7 +165,7 @@ def test_ne_0_never_masks():
     model = make(ne=0)
     scorer = HeadScorer(model)
     tiny.train(model, after_backward=scorer.update)
-    assert scorer.scores()["vit.layers.0.attention.q_proj"].abs().sum() > 0  # may be looked at
+    assert scorer.scores()[tiny.now("vit.layers.0.attention.q_proj")].abs().sum() > 0  # may be looked at
     assert all(mask.all() for mask in scorer.apply().values())
 
 
@@ -245,7 +251,7 @@ def test_two_adapters_two_scorers():
 
 def test_models_without_heads():
     with pytest.raises(ValueError, match="it has no head-masked adapter.*HeadMaskedLoraConfig"):
-        HeadScorer(get_peft_model(tiny.make("vit"), LoraConfig(target_modules=["q_proj"])))
+        HeadScorer(get_peft_model(tiny.make("vit"), LoraConfig(target_modules=tiny.now(["q_proj"]))))
     with pytest.raises(ValueError, match="it has no head-masked adapter"):
         HeadScorer(tiny.make("vit"))
 

@@ -1,13 +1,45 @@
 """Tiny models and data with the structure of the real ones."""
 
+import re
+
 import torch
+import transformers
+from packaging.version import Version
 from transformers import SwinConfig, SwinForImageClassification, ViTConfig, ViTForImageClassification
 
+from peft_heads._compat import load_pil_image_processor
+from peft_heads.demo.model import DEMO_MODEL_PATH
 from peft_heads.heads import resolve_heads
 
 
 IMAGE_SIZE = 16
 NUM_LABELS = 3
+# transformers >= 5.1 has a class of its own for the PIL backend
+ViTProcessor = type(load_pil_image_processor(DEMO_MODEL_PATH))
+# The names of ViT's and Swin's modules as the tests have them, transformers >= 5.9, and as they were before. A dot may
+# be one of a regular expression.
+OLD_NAMES = Version(transformers.__version__) < Version("5.9")
+_RENAMED = [
+    (r"vit(\\?\.)layers", r"vit\1encoder\1layer"),
+    (r"\blayers(?=\\?\.)", "layer"),
+    (r"attention(\\?\.)(\(?[qkv]_proj)", r"attention\1attention\1\2"),
+    (r"(attention\\?\.)?\bo_proj", "attention.output.dense"),
+    (r"(mlp\\?\.)?\bfc1", "intermediate.dense"),
+    ("q_proj", "query"),
+    ("k_proj", "key"),
+    ("v_proj", "value"),
+]
+
+
+def now(names):
+    """Names of modules, or patterns of them, alone or in a list, set or dict, as the installed transformers has them."""
+    if isinstance(names, dict):
+        return {now(name): value for name, value in names.items()}
+    if not isinstance(names, str):
+        return type(names)(map(now, names))
+    for new, old in _RENAMED if OLD_NAMES else ():
+        names = re.sub(new, old, names)
+    return names
 
 
 def make(name, seed=0, num_labels=NUM_LABELS):

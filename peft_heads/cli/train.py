@@ -12,6 +12,7 @@ from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForImageClassification, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from .._compat import mismatched_keys
 from ..adapter_files import write_labels
 from ..data.images import ImageTransform, collate, label_names, load_image_dataset, load_image_processor
 from ..heads.maskable import describe_masks, get_head_masks
@@ -157,7 +158,7 @@ def load_model(args: ModelArguments, names: list[str]):
     except (OSError, ValueError) as error:
         raise ValueError(f"no image classifier in {path!r}: {error}") from error
     heads = tuple(f"{name}." for name in task_head_names(model))
-    mismatched = sorted(key for key, *_ in info["mismatched_keys"] if not key.startswith(heads))
+    mismatched = [key for key in mismatched_keys(info) if not key.startswith(heads)]
     if mismatched and not args.ignore_mismatched_sizes:
         raise ValueError(
             f"weights of {path} have other shapes than the config says: {', '.join(mismatched)}; "

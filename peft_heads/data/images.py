@@ -13,6 +13,8 @@ from collections.abc import Mapping
 import datasets
 import torch
 
+from .._compat import load_pil_image_processor
+
 
 def load_image_dataset(
     dataset_name: str | None = None,
@@ -77,15 +79,13 @@ def label_names(data: Mapping[str, datasets.Dataset], label_column_name: str = "
 
 
 def load_image_processor(name_or_path: str, do_normalize: bool | None = None, **kwargs):
-    """`AutoImageProcessor` with the PIL backend, so that results do not depend on torchvision being there.
+    """The checkpoint's image processor with the PIL backend: results do not depend on torchvision being there.
 
     Args:
         do_normalize: Overrides the checkpoint's own setting; it is saved with the processor.
     """
-    from transformers import AutoImageProcessor
-
     try:
-        processor = AutoImageProcessor.from_pretrained(name_or_path, backend="pil", **kwargs)
+        processor = load_pil_image_processor(name_or_path, **kwargs)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"no image processor in {name_or_path!r} ({error}); name another checkpoint's with --image_processor_name"

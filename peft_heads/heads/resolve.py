@@ -137,7 +137,7 @@ def task_head_names(model: nn.Module) -> list[str]:
         owner = model.get_submodule(backbone)
         prefix = f"{backbone}." if backbone else ""
         names = [prefix + name for name in HEAD_NAMES if isinstance(getattr(owner, name, None), nn.Module)]
-    return _unambiguous(model, [name for name in names if _is_head(model, model.get_submodule(name))])
+    return _unambiguous(model, [name for name in names if _is_head(model, name)])
 
 
 def bypassed_projections(model: nn.Module) -> list[str]:
@@ -230,13 +230,15 @@ def _explicit_num_heads(num_heads: int | dict[str, int] | None, name: str, child
     return num_heads if child_name in PROJECTION_ROLES or child_name in FUSED_PROJECTIONS else None
 
 
-def _is_head(model: nn.Module, module: nn.Module) -> bool:
+def _is_head(model: nn.Module, name: str) -> bool:
     """Whether a module beside the backbone can be what a task trains from scratch.
 
     Not a model of its own (a text decoder), not a stack of attention layers, not the output layer of a language
     model, and not the `nn.Identity` that stands there for num_labels=0.
     """
-    is_model = any(hasattr(inner, "base_model_prefix") for inner in module.modules())
+    module = model.get_submodule(name)
+    # transformers before 5.0 makes a model of SegFormer's `decode_head` as well
+    is_model = name not in HEAD_NAMES and any(hasattr(inner, "base_model_prefix") for inner in module.modules())
     is_stack = isinstance(module, _CONTAINERS) and any(_attention_layouts(inner) for inner in module.modules())
     get_output_embeddings = getattr(model, "get_output_embeddings", lambda: None)
     return _has_parameters(module) and not is_model and not is_stack and module is not get_output_embeddings()

@@ -6,11 +6,11 @@ import sys
 import numpy as np
 import peft
 import pytest
+import tiny
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as PIL
 from transformers import ViTConfig, ViTForImageClassification
-from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import peft_heads
 from peft_heads.cli.arguments import parse_arguments
@@ -38,7 +38,7 @@ def checkpoint(tmp_path_factory):
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 32}
     config = ViTConfig(**sizes, image_size=16, patch_size=8, num_labels=5)
     ViTForImageClassification(config).save_pretrained(folder)
-    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    tiny.ViTProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
     return folder
 
 
@@ -122,7 +122,7 @@ def test_stock_peft_methods(train, tmp_path, capsys, words, peft_type, trained):
     assert "deactivated" not in out
     config = peft.PeftConfig.from_pretrained(tmp_path / "out")
     assert config.peft_type == peft_type
-    assert set(config.target_modules) == {"q_proj", "v_proj"}
+    assert set(config.target_modules) == tiny.now({"q_proj", "v_proj"})
     assert config.modules_to_save == ["classifier"]
     model, _ = peft_heads.load_image_classifier(tmp_path / "out")
     assert list(model.config.id2label.values()) == LABELS

@@ -3,10 +3,10 @@ import pickle
 
 import datasets
 import pytest
+import tiny
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Sequence, Value
 from PIL import Image as PIL
-from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from peft_heads.data.images import ImageTransform, collate, label_names, load_image_dataset, load_image_processor
 
@@ -167,7 +167,7 @@ def test_nothing_to_load(tmp_path):
 
 @pytest.fixture
 def processor():
-    return ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=[0.2, 0.3, 0.4], image_std=[0.5, 0.25, 0.1])
+    return tiny.ViTProcessor(size={"height": 8, "width": 8}, image_mean=[0.2, 0.3, 0.4], image_std=[0.5, 0.25, 0.1])
 
 
 def test_checkpoint_s_own_normalisation_by_default(processor, tmp_path):

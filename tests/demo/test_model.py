@@ -2,6 +2,7 @@ import json
 import socket
 
 import pytest
+import tiny
 import torch
 from transformers.utils import logging
 
@@ -72,7 +73,8 @@ def test_seed_fixes_the_new_weights_and_leaves_the_global_random_state():
     random = load_demo_model(random_weights=True, seed=3)
     assert tensors_equal(random, load_demo_model(random_weights=True, seed=3))
     assert random.config.num_attention_heads == 12 and not random.training
-    assert not torch.equal(random.vit.layers[0].attention.q_proj.weight, first.vit.layers[0].attention.q_proj.weight)
+    query = tiny.now("vit.layers.0.attention.q_proj.weight")
+    assert not torch.equal(random.get_parameter(query), first.get_parameter(query))
     assert torch.equal(torch.random.get_rng_state(), state)
 
 

@@ -27,18 +27,21 @@ def test_set_and_get(model):
     masks = tiny.masks_off(model, 1, 3)
     set_head_masks(model, masks)
     assert str(get_head_masks(model)) == str(masks)
-    get_head_masks(model)["vit.layers.0.attention.q_proj"][:] = False  # a copy
+    get_head_masks(model)[tiny.now("vit.layers.0.attention.q_proj")][:] = False  # a copy
     assert str(get_head_masks(model)) == str(masks)
-    name = "vit.layers.1.attention.v_proj"
+    name = tiny.now("vit.layers.1.attention.v_proj")
     set_head_masks(model, {name: torch.ones(6, dtype=torch.bool)})  # the others keep theirs
     assert get_head_masks(model)[name].all()
-    assert not get_head_masks(model)["vit.layers.1.attention.q_proj"].all()
+    assert not get_head_masks(model)[tiny.now("vit.layers.1.attention.q_proj")].all()
 
 
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (torch.ones(5, dtype=torch.bool), r"v_proj must be a bool tensor of shape \(6,\).*got torch.bool \(5,\)"),
+        (
+            torch.ones(5, dtype=torch.bool),
+            tiny.now(r"v_proj must be a bool tensor of shape \(6,\).*got torch.bool \(5,\)"),
+        ),
         (torch.ones(6), r"got torch.float32 \(6,\)"),
         ([True] * 6, "got list"),
         (torch.ones(6, 1, dtype=torch.bool), r"got torch.bool \(6, 1\)"),
@@ -46,19 +49,19 @@ def test_set_and_get(model):
 )
 def test_wrong_masks_change_nothing(model, mask, message):
     masks = tiny.masks_off(model, 1)
-    masks["vit.layers.1.attention.v_proj"] = mask
+    masks[tiny.now("vit.layers.1.attention.v_proj")] = mask
     with pytest.raises(ValueError, match=message):
         set_head_masks(model, masks)
     assert all(m.all() for m in get_head_masks(model).values())
 
 
 def test_unknown_names(model):
-    with pytest.raises(ValueError, match=r"no heads in a module 'nope'; it has: vit\.layers\.0"):
+    with pytest.raises(ValueError, match=tiny.now(r"no heads in a module 'nope'; it has: vit\.layers\.0")):
         set_head_masks(model, {"nope": torch.ones(6, dtype=torch.bool)})
     with pytest.raises(ValueError, match=r"adapter 'other' .*adapters with heads: default"):
         get_head_masks(model, "other")
     with pytest.raises(ValueError, match="it has no head-masked adapter"):
-        get_head_masks(get_peft_model(tiny.make("vit"), LoraConfig(target_modules=["q_proj"])))
+        get_head_masks(get_peft_model(tiny.make("vit"), LoraConfig(target_modules=tiny.now(["q_proj"]))))
 
 
 def test_ne_0_carries_no_masks():

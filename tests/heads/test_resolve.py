@@ -16,8 +16,8 @@ def whole(role, num_heads, head_dim):
 def test_vit():
     layouts = resolve_heads(tiny.make("vit"))
     assert len(layouts) == 6  # q, k, v of two layers; neither the output projection nor the MLP
-    assert layouts["vit.layers.1.attention.v_proj"] == whole("value", 6, 4)
-    assert not any("o_proj" in name or "mlp" in name for name in layouts)
+    assert layouts[tiny.now("vit.layers.1.attention.v_proj")] == whole("value", 6, 4)
+    assert not any("o_proj" in name or "output" in name or "mlp" in name for name in layouts)
 
 
 def test_swin_has_heads_per_stage():
@@ -75,9 +75,11 @@ def test_default_targets_are_names_where_suffixes_match_too_much():
 def test_wrapped_modules_are_looked_through():
     plain = tiny.make("vit")
     expected = resolve_heads(plain)
-    wrapped = get_peft_model(tiny.make("vit"), LoraConfig(target_modules=["q_proj"], modules_to_save=["classifier"]))
+    wrapped = get_peft_model(
+        tiny.make("vit"), LoraConfig(target_modules=tiny.now(["q_proj"]), modules_to_save=["classifier"])
+    )
     assert resolve_heads(wrapped.get_base_model()) == expected
-    assert default_targets(wrapped.get_base_model()) == ["q_proj", "v_proj"]
+    assert default_targets(wrapped.get_base_model()) == tiny.now(["q_proj", "v_proj"])
     assert task_head_names(wrapped.get_base_model()) == ["classifier"]
 
 

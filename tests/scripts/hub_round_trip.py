@@ -49,7 +49,7 @@ def push():
         if version == "v1":
             create_tag("me/my-adapter", tag="v1")
 
-    stock = get_peft_model(base(), LoraConfig(target_modules=["q_proj"], modules_to_save=["classifier"]))
+    stock = get_peft_model(base(), LoraConfig(target_modules=tiny.now(["q_proj"]), modules_to_save=["classifier"]))
     stock.push_to_hub("me/stock")
 
     with tempfile.TemporaryDirectory() as folder:  # no name for a base model on the Hub

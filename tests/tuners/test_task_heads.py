@@ -80,7 +80,7 @@ def test_the_first_adapter_may_differ_from_the_base_model(adapters):
 def test_stock_peft_raises(adapters, tmp_path):
     """The control: delete all of this when it no longer does."""
     stock = get_peft_model(
-        tiny.make("vit", num_labels=5), LoraConfig(target_modules=["q_proj"], modules_to_save=["classifier"])
+        tiny.make("vit", num_labels=5), LoraConfig(target_modules=tiny.now(["q_proj"]), modules_to_save=["classifier"])
     )
     stock.save_pretrained(tmp_path / "stock")
     with pytest.raises(RuntimeError, match="size mismatch"):
@@ -194,7 +194,8 @@ def test_a_stock_adapter_of_another_size_joins(adapters, tmp_path):
     (animals, animal_logits), _ = adapters
     torch.manual_seed(4)
     stock = get_peft_model(
-        tiny.make("vit", num_labels=5), LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
+        tiny.make("vit", num_labels=5),
+        LoraConfig(target_modules=tiny.now(["q_proj", "v_proj"]), modules_to_save=["classifier"]),
     )
     tiny.randomize_lora(stock)
     stock.eval().save_pretrained(tmp_path / "stock")

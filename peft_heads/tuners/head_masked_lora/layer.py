@@ -50,11 +50,8 @@ class HeadMaskVariant(LoraVariant):
         self, module: HeadMaskedLinear, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
         if self.inner is None:
-            lora_B = module.lora_B[active_adapter]
             hidden = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))  # (…, r)
-            weight = module.mask_rows(active_adapter, lora_B.weight)
-            bias = None if lora_B.bias is None else module.mask_rows(active_adapter, lora_B.bias)
-            output = result + F.linear(hidden, weight, bias) * module.scaling[active_adapter]
+            output = result + self._up(module, active_adapter, hidden) * module.scaling[active_adapter]
         else:
             output = self.inner.forward(module, active_adapter=active_adapter, x=x, result=result, **kwargs)
             if active_adapter in module.lora_head_mask:
@@ -62,6 +59,21 @@ class HeadMaskVariant(LoraVariant):
         if self.mask_scope == "head" and active_adapter in module.lora_head_mask:
             output = torch.where(module.deactivated_rows(active_adapter), 0, output)
         return output
+
+    @staticmethod
+    def _up(module: HeadMaskedLinear, active_adapter: str, hidden: torch.Tensor) -> torch.Tensor:
+        """`lora_B` without the rows of deactivated heads: (…, r) to (…, out)."""
+        lora_B = module.lora_B[active_adapter]
+        if type(lora_B) is nn.Linear and not lora_B._forward_pre_hooks and not lora_B._forward_hooks:
+            bias = None if lora_B.bias is None else module.mask_rows(active_adapter, lora_B.bias)
+            return F.linear(hidden, module.mask_rows(active_adapter, lora_B.weight), bias)
+        # It must be called: it is a unit of FSDP, which gathers its weight then, or is cast or moved by its hooks.
+        update = lora_B(hidden)
+        return (
+            torch.where(module.active_rows(active_adapter), update, 0)
+            if active_adapter in module.lora_head_mask
+            else update
+        )
 
     def merge_safe(self, module: HeadMaskedLinear, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
         if self.inner is not None:

@@ -25,7 +25,7 @@ def test_defaults():
 def test_round_trip(tmp_path):
     config = HeadMaskedLoraConfig(
         ratio=0.25, granularity="layer", joint=False, criterion="negative", mask_scope="head", mask_seed=4,
-        num_heads={"q_proj": 3}, r=4, lora_alpha=0.4, target_modules=["q_proj"],
+        num_heads=tiny.now({"q_proj": 3}), r=4, lora_alpha=0.4, target_modules=tiny.now(["q_proj"]),
     )  # fmt: skip
     config.save_pretrained(tmp_path)
     loaded = PeftConfig.from_pretrained(tmp_path)
@@ -82,7 +82,7 @@ def test_init_weights_is_an_alias():
 
 
 def test_from_lora_without_a_classifier(tmp_path):
-    stock = get_peft_model(tiny.make("vit"), LoraConfig(target_modules=["q_proj"]))
+    stock = get_peft_model(tiny.make("vit"), LoraConfig(target_modules=tiny.now(["q_proj"])))
     tiny.randomize_lora(stock)
     stock.save_pretrained(tmp_path)
     ours = PeftModel.from_pretrained(tiny.make("vit"), tmp_path, config=HeadMaskedLoraConfig.from_lora(tmp_path))
@@ -96,12 +96,13 @@ def test_saving_a_configuration_alone_writes_nothing_else(tmp_path):
 
 def test_from_lora(backbone, tmp_path):
     stock = get_peft_model(
-        tiny.make(backbone), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
+        tiny.make(backbone),
+        LoraConfig(r=4, target_modules=tiny.now(["q_proj", "v_proj"]), modules_to_save=["classifier"]),
     )
     tiny.randomize_lora(stock)
     stock.save_pretrained(tmp_path)
     config = HeadMaskedLoraConfig.from_lora(tmp_path)
-    assert (config.ne, config.r, config.target_modules) == (0, 4, {"q_proj", "v_proj"})
+    assert (config.ne, config.r, config.target_modules) == (0, 4, tiny.now({"q_proj", "v_proj"}))
     ours = PeftModel.from_pretrained(tiny.make(backbone), tmp_path, config=config)
     assert torch.equal(ours(tiny.images()).logits, stock.eval()(tiny.images()).logits)
 

@@ -38,3 +38,44 @@ def test_compiled_forward_matches(model):
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     x = torch.randn(3, layer.in_features)
     torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("kind", ["pre-hook", "hook", "wrapper"])
+@pytest.mark.parametrize("scope", ["adapter", "head"])
+def test_lora_B_is_called_where_something_waits_for_the_call(kind, scope):
+    """FSDP gathers a unit's weight, and layerwise casting casts it, when the module is called."""
+    model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=1, lora_bias=True, mask_scope=scope))
+    tiny.randomize_lora(model)
+    set_head_masks(model, tiny.masks_off(model, 1))
+    layer = layer_of(model)
+    x = torch.randn(3, layer.in_features)
+
+    def run():
+        model.zero_grad()
+        output = layer(x)
+        output.square().sum().backward()
+        return output, *(p.grad.clone() for p in (*layer.lora_A.parameters(), *layer.lora_B.parameters()))
+
+    plain, calls = run(), []
+    lora_B = layer.lora_B["default"]
+    if kind == "pre-hook":
+        lora_B.register_forward_pre_hook(lambda *_: calls.append(1))
+    elif kind == "hook":
+        lora_B.register_forward_hook(lambda *_: calls.append(1))
+    else:
+        layer.lora_B["default"] = Wrapper(lora_B, calls)
+    called = run()
+    assert len(calls) == 1
+    assert all(torch.equal(a, b) for a, b in zip(plain, called, strict=True))
+    rows = slice(4, 8)  # head 1
+    assert called[-2][rows].count_nonzero() == called[-1][rows].count_nonzero() == 0 < called[-1].count_nonzero()
+
+
+class Wrapper(torch.nn.Module):
+    def __init__(self, module, calls):
+        super().__init__()
+        self.module, self.calls = module, calls
+
+    def forward(self, x):
+        self.calls.append(1)
+        return self.module(x)

@@ -20,9 +20,9 @@ def layers(model, kind):
 def test_needs_nothing_else(backbone):
     model = get_peft_model(tiny.make(backbone), HeadMaskedLoraConfig(ne=1))
     config = model.peft_config["default"]
-    assert config.target_modules == {"q_proj", "v_proj"}
+    assert config.target_modules == tiny.now({"q_proj", "v_proj"})
     assert config.modules_to_save == ["classifier"]
-    assert all(name.endswith((".q_proj", ".v_proj")) for name in layers(model, HeadMaskedLinear))
+    assert all(name.endswith(tiny.now((".q_proj", ".v_proj"))) for name in layers(model, HeadMaskedLinear))
     assert len(layers(model, HeadMaskedLinear)) == (4 if backbone == "vit" else 8)
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     assert any("classifier" in n for n in trained)
@@ -38,19 +38,19 @@ def test_a_second_adapter_finds_the_classifier_again():
     model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=1))
     model.add_adapter("other", HeadMaskedLoraConfig(ne=2))
     assert model.peft_config["other"].modules_to_save == ["classifier"]
-    assert model.peft_config["other"].target_modules == {"q_proj", "v_proj"}
+    assert model.peft_config["other"].target_modules == tiny.now({"q_proj", "v_proj"})
 
 
 def test_targets_without_heads_get_stock_lora_and_are_named_once():
     base = tiny.make("vit")
-    targets = ["q_proj", "v_proj", "o_proj", "fc1", "projection"]
+    targets = tiny.now(["q_proj", "v_proj", "o_proj", "fc1", "projection"])
     with pytest.warns(UserWarning, match="no attention heads") as caught:
         model = get_peft_model(base, HeadMaskedLoraConfig(ne=1, target_modules=targets))
     assert len([w for w in caught if w.category is UserWarning]) == 1
     for pattern in (
         "vit.embeddings.patch_embeddings.projection",
-        "vit.layers.*.attention.o_proj",
-        "vit.layers.*.mlp.fc1",
+        tiny.now("vit.layers.*.attention.o_proj"),
+        tiny.now("vit.layers.*.mlp.fc1"),
     ):
         assert pattern in next(str(w.message) for w in caught if w.category is UserWarning)
     assert (
@@ -62,7 +62,7 @@ def test_targets_without_heads_get_stock_lora_and_are_named_once():
 
 
 def test_all_linear():
-    with pytest.warns(UserWarning, match=r"no attention heads.*mlp\.fc1"):
+    with pytest.warns(UserWarning, match=tiny.now(r"no attention heads.*mlp\.fc1")):
         model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=1, target_modules="all-linear"))
     stock = get_peft_model(tiny.make("vit"), LoraConfig(target_modules="all-linear", modules_to_save=["classifier"]))
     assert len(layers(model, HeadMaskedLinear)) == 6  # q, k, v of two layers
@@ -72,23 +72,25 @@ def test_all_linear():
 def test_injected_after_a_state_dict():
     """PEFT then follows the keys, whatever the configuration targets; the projection still gets its mask."""
     source = get_peft_model(
-        tiny.make("vit"), HeadMaskedLoraConfig(ne=1, target_modules=["k_proj"], modules_to_save=[])
+        tiny.make("vit"), HeadMaskedLoraConfig(ne=1, target_modules=tiny.now(["k_proj"]), modules_to_save=[])
     )
     keys = {name.removeprefix("base_model.model."): p for name, p in get_peft_model_state_dict(source).items()}
     with pytest.warns(RuntimeWarning, match="inconsistency"):
         model = inject_adapter_in_model(
-            HeadMaskedLoraConfig(ne=1, target_modules=["q_proj"], modules_to_save=[]),
+            HeadMaskedLoraConfig(ne=1, target_modules=tiny.now(["q_proj"]), modules_to_save=[]),
             tiny.make("vit"),
             state_dict=keys,
         )
-    assert list(get_head_masks(model)) == [f"vit.layers.{i}.attention.k_proj" for i in range(2)]
+    assert list(get_head_masks(model)) == tiny.now([f"vit.layers.{i}.attention.k_proj" for i in range(2)])
 
 
 def test_explicit_num_heads_that_does_not_divide():
-    with pytest.warns(UserWarning, match=r"no attention heads.*vit\.layers\.\*\.attention\.v_proj"):
-        model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=1, num_heads={"q_proj": 3, "v_proj": 5}))
+    with pytest.warns(UserWarning, match=tiny.now(r"no attention heads.*vit\.layers\.\*\.attention\.v_proj")):
+        model = get_peft_model(
+            tiny.make("vit"), HeadMaskedLoraConfig(ne=1, num_heads=tiny.now({"q_proj": 3, "v_proj": 5}))
+        )
     assert {len(m) for m in get_head_masks(model).values()} == {3}
-    assert all(name.endswith("v_proj") for name in layers(model, Linear))
+    assert all(name.endswith(tiny.now("v_proj")) for name in layers(model, Linear))
 
 
 def test_num_heads_pattern_that_matches_nothing():
@@ -100,17 +102,17 @@ def test_ne_0_names_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", category=FutureWarning)
-        get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=0, target_modules=["fc1"]))
+        get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=0, target_modules=tiny.now(["fc1"])))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"target_modules": ["fc1", "o_proj"]}, r"nothing to deactivate\. Targets: .*o_proj.*Projections with heads in "
-         r"this model: vit\.layers\.\*\.attention\.q_proj.*num_heads=.*ne=0"),
+        ({"target_modules": tiny.now(["fc1", "o_proj"])}, tiny.now(r"nothing to deactivate\. Targets: .*o_proj.*Projections with heads in "
+         r"this model: vit\.layers\.\*\.attention\.q_proj.*num_heads=.*ne=0")),
         ({"ne": 6}, "ne=6 applies to no group of heads: the groups have 6 heads"),
         ({"ratio": 0.1}, r"ratio=0\.1 applies to no group"),
-        ({"num_heads": {"q_proj": 3}}, "q_proj has 3 heads and .*v_proj has 6; pass joint=False"),
+        ({"num_heads": tiny.now({"q_proj": 3})}, tiny.now("q_proj has 3 heads and .*v_proj has 6; pass joint=False")),
     ],
 )  # fmt: skip
 def test_errors_leave_the_model_untouched(arguments, message):
@@ -134,16 +136,16 @@ class QuantisedLinear(nn.Linear):
 
 def test_quantised_projections_are_refused_never_left_unmasked():
     model = tiny.make("vit")
-    model.vit.layers[0].attention.q_proj.__class__ = QuantisedLinear
-    with pytest.raises(ValueError, match=r"layers\.0\.attention\.q_proj is a QuantisedLinear"):
+    model.get_submodule(tiny.now("vit.layers.0.attention.q_proj")).__class__ = QuantisedLinear
+    with pytest.raises(ValueError, match=tiny.now(r"layers\.0\.attention\.q_proj is a QuantisedLinear")):
         get_peft_model(model, HeadMaskedLoraConfig(ne=1))
     model = tiny.make("vit")
-    model.vit.layers[0].attention.q_proj.__class__ = QuantisedLinear
+    model.get_submodule(tiny.now("vit.layers.0.attention.q_proj")).__class__ = QuantisedLinear
     get_peft_model(model, HeadMaskedLoraConfig(ne=0))  # plain LoRA is PEFT's business
 
 
 def test_stock_lora_layer_in_the_way():
-    model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=0, num_heads={"v_proj": 5}))
+    model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=0, num_heads=tiny.now({"v_proj": 5})))
     with pytest.raises(ValueError, match="add the head-masked adapter first"):
         model.add_adapter("other", HeadMaskedLoraConfig(ne=1))
 
@@ -159,12 +161,14 @@ def test_ne_0_takes_the_stock_path():
 def test_an_adapter_without_heads_on_a_masked_layer(mask_scope):
     model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=1))
     with pytest.warns(UserWarning, match="no attention heads"):
-        config = HeadMaskedLoraConfig(ne=1, num_heads={"v_proj": 5}, modules_to_save=[], mask_scope=mask_scope)
+        config = HeadMaskedLoraConfig(
+            ne=1, num_heads=tiny.now({"v_proj": 5}), modules_to_save=[], mask_scope=mask_scope
+        )
         model.add_adapter("other", config)
     tiny.randomize_lora(model)
     assert len(get_head_masks(model, "other")) == 2
     model.set_adapter("other")
-    stock = get_peft_model(tiny.make("vit"), LoraConfig(target_modules=["q_proj", "v_proj"]))
+    stock = get_peft_model(tiny.make("vit"), LoraConfig(target_modules=tiny.now(["q_proj", "v_proj"])))
     for (_, ours), (_, theirs) in zip(lora_tensors(model, "other"), lora_tensors(stock, "default"), strict=True):
         theirs.data.copy_(ours.data)
     assert torch.equal(model.eval()(tiny.images()).logits, stock.eval()(tiny.images()).logits)
@@ -193,21 +197,23 @@ def edit(folder, change):
     save_file(tensors, path)
 
 
-KEY = "base_model.model.vit.layers.1.attention.v_proj."
+KEY = tiny.now("base_model.model.vit.layers.1.attention.v_proj.")
 
 
 def test_mask_and_weights_disagree(saved):
     edit(saved, lambda tensors: tensors[KEY + "lora_head_mask.mask"].logical_not_())
     with pytest.raises(
         ValueError,
-        match=r"layers\.1\.attention\.v_proj the mask deactivates heads \[0, 2, 3, 4, 5\] of .* rows of lora_B.weight must be",
+        match=tiny.now(
+            r"layers\.1\.attention\.v_proj the mask deactivates heads \[0, 2, 3, 4, 5\] of .* rows of lora_B.weight must be"
+        ),
     ):
         PeftModel.from_pretrained(tiny.make("vit"), saved)
 
 
 def test_mask_of_the_wrong_shape(saved):
     edit(saved, lambda tensors: tensors.update({KEY + "lora_head_mask.mask": torch.ones(5, dtype=torch.bool)}))
-    with pytest.raises(ValueError, match=r"v_proj must be a bool tensor of shape \(6,\)"):
+    with pytest.raises(ValueError, match=tiny.now(r"v_proj must be a bool tensor of shape \(6,\)")):
         PeftModel.from_pretrained(tiny.make("vit"), saved)
 
 
@@ -219,7 +225,7 @@ def test_masks_are_not_dropped_by_an_adapter_without(saved):
 
 def test_mask_missing(saved):
     edit(saved, lambda tensors: tensors.pop(KEY + "lora_head_mask.mask"))
-    with pytest.raises(ValueError, match=r"no head mask for .*layers\.1\.attention\.v_proj"):
+    with pytest.raises(ValueError, match=tiny.now(r"no head mask for .*layers\.1\.attention\.v_proj")):
         PeftModel.from_pretrained(tiny.make("vit"), saved)
 
 
