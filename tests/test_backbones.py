@@ -82,7 +82,9 @@ def edit(base, model, head):
 def forward(model):
     with torch.no_grad():
         base = model.get_base_model() if isinstance(model, PeftModel) else model
-        return backbones.output(model, **backbones.inputs(base))
+        dtype = next(model.parameters()).dtype
+        inputs = {k: x.to(dtype) if x.is_floating_point() else x for k, x in backbones.inputs(base).items()}
+        return backbones.output(model, **inputs)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -113,6 +115,8 @@ def test_finds_projections_and_head(name):
 @pytest.mark.parametrize("head", [0, -1])
 def test_output_equals_an_edited_model(name, head):
     base, model = adapted(name)
+    if name != "clip":  # before transformers 5.0 its text tower overflows in float64
+        base, model = base.double(), model.double()
     before = forward(model)
     deactivate(model, head)
     reference = copy.deepcopy(base)
@@ -128,7 +132,7 @@ def test_output_equals_an_edited_model(name, head):
                 reference.get_submodule(layer_name).weight.data = part.get_submodule(layer_name).weight.data
     expected = forward(reference)
     scale = expected.abs().max()
-    assert (forward(model) - expected).abs().max() < 1e-5 * scale
+    assert (forward(model) - expected).abs().max() < (1e-5 if name == "clip" else 1e-10) * scale
     assert (before - expected).abs().max() > 1e-3 * scale  # the head did matter
 
 
