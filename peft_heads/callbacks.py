@@ -9,6 +9,8 @@ import math
 import warnings
 from typing import Any
 
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -96,6 +98,7 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         model = kwargs["model"]
+        _check_precision(args)
         self.close()  # auto_find_batch_size begins again; or an earlier run broke off
         self.masks = None
         self._scorer = self._new_scorer(model, state)
@@ -315,6 +318,15 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
             HEAT_MAP_FILE: figure_bytes(figure),
         }
         config.adapter_files.write_head_scores(output_dir)
+
+
+def _check_precision(args: TrainingArguments) -> None:
+    """DeepSpeed keeps its loss scale to itself, and has changed it by the time a callback could ask."""
+    if args.fp16 and AcceleratorState().distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            "fp16=True with DeepSpeed: the heads' scores would be those of a scaled loss; train with bf16=True, or with "
+            "fp16=True without DeepSpeed"
+        )
 
 
 def _saved_progress(state: TrainerState) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from .heads.maskable import (
 )
 from .heads.scores import CRITERIA, GRADIENT_CRITERIA, STATISTICS, head_scores, head_statistics
 from .heads.selection import groups_kept_whole, plan_groups, select_heads
+from .sharding import is_dtensor, on_gradient, whole, whole_shape, whole_value, zero_rows
 
 
 # Which scorer listens to a layer's adapter: a second one would be a mistake nobody sees.
@@ -34,8 +35,9 @@ class HeadScorer:
     the arguments of `select`) decides only at selection, so one warm-up serves every variant.
 
     Gradients are taken by hooks on the adapter's parameters, micro-batch by micro-batch: before gradient clipping and,
-    on several processes, before the reduction, which `update` does itself. The scores are therefore those of the
-    global batch however it was split. Every backward pass between two updates counts as part of the step.
+    on several processes, before the reduction, which `update` does itself (except under FSDP2, where PyTorch has done
+    it). The scores are therefore those of the global batch however it was split. Every backward pass between two
+    updates counts as part of the step. Where parameters are sharded, create the scorer after that was done.
 
     Under DoRA the score is still p·g of `lora_B`, but no longer the derivative with respect to a gate on the delta.
 
@@ -78,7 +80,9 @@ class HeadScorer:
         self.num_steps = 0
         self.num_skipped = 0
         self._sums: dict[str, torch.Tensor] = {}
+        # of the current optimizer step; the values are those of its backward passes, as DeepSpeed steps by itself
         self._grads: dict[nn.Parameter, torch.Tensor] = {}
+        self._values: dict[nn.Parameter, torch.Tensor] = {}
         self._num_gradients = 0
         self._handles: list[Any] = []
         self._attach()
@@ -97,13 +101,11 @@ class HeadScorer:
         this = weakref.ref(self)
         for name, layer in self.layers.items():
             for param in layer.head_parameters(self.adapter_name):
-                if not param.requires_grad:
+                problem = self._why_not(name, layer, param)
+                if problem is not None:
                     self.close()
-                    raise ValueError(
-                        f"the heads of adapter {self.adapter_name!r} cannot be scored: its parameters in {name} are "
-                        "frozen; load the adapter with is_trainable=True and make it active"
-                    )
-                self._handles.append(param.register_hook(_accumulate_into(this, param)))
+                    raise ValueError(f"the heads of adapter {self.adapter_name!r} cannot be scored: {problem}")
+                self._handles.append(on_gradient(param, _accumulate_into(this, param)))
 
     def stop(self) -> None:
         """Stop listening; what has been gathered stays."""
@@ -135,12 +137,13 @@ class HeadScorer:
         """
         if not self.recording:
             raise RuntimeError("HeadScorer.update() while it is not recording; call start() before the backward pass")
-        grads = self._global_gradients()
+        grads, values = self._global_gradients(), self._values_of_the_step()
         finite = all(bool(torch.isfinite(grad).all()) for grad in grads.values())
         if finite:
             for name, layout in self.layouts.items():
-                grad = layout.rows(grads[self._module_of[name]]) / loss_scale
-                step = head_statistics(self._params(name).to(grad.device), grad, layout)  # (3, num_heads)
+                module = self._module_of[name]
+                grad = layout.rows(grads[module]) / loss_scale
+                step = head_statistics(layout.rows(values[module]).to(grad.device), grad, layout)  # (3, num_heads)
                 self._sums[name] = self._sums[name] + step if name in self._sums else step
             self.num_steps += 1
         else:
@@ -246,10 +249,7 @@ class HeadScorer:
             if mask.all():
                 continue
             for param in layer.head_parameters(self.adapter_name):
-                states = (optimizer.state.get(param, {}) if optimizer is not None else {}).values()
-                for rows in (param.data, *states):
-                    if isinstance(rows, torch.Tensor) and rows.shape == param.shape:
-                        rows.copy_(layout.mask_rows(rows, mask.to(rows.device)))
+                zero_rows(param, layout.active_rows(mask), optimizer)
         self.close()
         return read_masks(self.layers, self.adapter_name)
 
@@ -272,7 +272,11 @@ class HeadScorer:
         expected = {name: (len(STATISTICS), layout.num_heads) for name, layout in self.layouts.items()}
         if sums and shapes != expected:
             raise ValueError(f"the saved head scores are those of another model: they have {shapes}, not {expected}")
-        self._sums = {name: values.to(_statistics_device(self._params(name))) for name, values in sums.items()}
+        devices = {
+            name: _statistics_device(layer.head_parameters(self.adapter_name)[0].device)
+            for name, layer in self.layers.items()
+        }
+        self._sums = {name: values.to(devices[self._module_of[name]]) for name, values in sums.items()}
         self.num_steps, self.num_skipped = state["num_steps"], state["num_skipped"]
 
     def _attach(self) -> None:
@@ -283,44 +287,75 @@ class HeadScorer:
         for layer in self.layers.values():
             _ATTACHED[layer][self.adapter_name] = weakref.ref(self)
 
-    def _accumulate(self, param: nn.Parameter, grad: torch.Tensor) -> None:
+    def _why_not(self, name: str, layer: HeadMaskable, param: nn.Parameter) -> str | None:
+        """What keeps a parameter from being scored, None if nothing does."""
+        if not param.requires_grad:
+            return f"its parameters in {name} are frozen; load the adapter with is_trainable=True and make it active"
+        rows, shape = layer.head_layout[self.adapter_name].out_features, tuple(whole_shape(param))
+        if shape[:1] != (rows,):
+            return (
+                f"a parameter in {name} has the shape {shape} instead of ({rows}, …): it was flattened, as FSDP1 does; "
+                "use FSDP2 (fsdp_version 2, torch.distributed.fsdp.fully_shard), DistributedDataParallel or ZeRO"
+            )
+        return None
+
+    def _accumulate(self, param: nn.Parameter, grad: torch.Tensor, is_total: bool) -> None:
         self._num_gradients += 1
         grad = grad.detach().float()
-        self._grads[param] = self._grads[param] + grad if param in self._grads else grad.clone()
+        if param not in self._values:
+            self._values[param] = param.detach().clone()
+        self._grads[param] = grad.clone() if is_total or param not in self._grads else self._grads[param] + grad
 
     def _clear(self) -> None:
-        self._grads = {}
+        self._grads, self._values = {}, {}
         self._num_gradients = 0
 
     def _params(self, name: str) -> torch.Tensor:
-        """(num_rows, n): the head-wise parameters of a projection side by side."""
+        """(num_rows, n): the head-wise parameters of a projection side by side, as they are now."""
         layer = self.layers[self._module_of[name]]
-        params = _side_by_side(param.detach() for param in layer.head_parameters(self.adapter_name))
+        params = _side_by_side(whole_value(param) for param in layer.head_parameters(self.adapter_name))
         return self.layouts[name].rows(params)
+
+    def _values_of_the_step(self) -> dict[str, torch.Tensor]:
+        """`{module name: (out_features, n)}`, the parameters of which the gradients are."""
+        return {
+            name: _side_by_side(
+                whole(self._values[param]) if param in self._values else whole_value(param)
+                for param in layer.head_parameters(self.adapter_name)
+            )
+            for name, layer in self.layers.items()
+        }
 
     def _global_gradients(self) -> dict[str, torch.Tensor]:
         """`{module name: float32 (out_features, n)}`, the mean over processes; one reduction for all projections."""
         grads = {
             name: _side_by_side(
                 # a process whose batch ran short takes part with zeros
-                self._grads.get(param, torch.zeros_like(param, dtype=torch.float32))
+                whole(self._grads[param])
+                if param in self._grads
+                else torch.zeros(whole_shape(param), dtype=torch.float32, device=param.device)
                 for param in layer.head_parameters(self.adapter_name)
             )
             for name, layer in self.layers.items()
         }
         num_gradients = torch.tensor([float(self._num_gradients)], device=next(iter(grads.values())).device)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            flat = torch.cat([num_gradients, *(grad.flatten().to(num_gradients.device) for grad in grads.values())])
+            # FSDP2 has reduced its gradients already
+            mine = {name: grad for name, grad in grads.items() if not self._is_sharded_by_fsdp(name)}
+            flat = torch.cat([num_gradients, *(grad.flatten().to(num_gradients.device) for grad in mine.values())])
             torch.distributed.all_reduce(flat)
             flat /= torch.distributed.get_world_size()
-            num_gradients, *parts = flat.split([1, *(grad.numel() for grad in grads.values())])
-            grads = {name: part.view_as(grad) for (name, grad), part in zip(grads.items(), parts, strict=True)}
+            num_gradients, *parts = flat.split([1, *(grad.numel() for grad in mine.values())])
+            grads |= {name: part.view_as(grad) for (name, grad), part in zip(mine.items(), parts, strict=True)}
         if not num_gradients.any():
             raise RuntimeError(
                 f"no gradient has reached adapter {self.adapter_name!r} since the last update: is it the active "
                 "adapter, was backward() called, and was update() called only once for the step?"
             )
-        return {name: grad.to(_statistics_device(grad)) for name, grad in grads.items()}
+        return {name: grad.to(_statistics_device(grad.device)) for name, grad in grads.items()}
+
+    def _is_sharded_by_fsdp(self, name: str) -> bool:
+        return any(is_dtensor(param) for param in self.layers[name].head_parameters(self.adapter_name))
 
 
 class TwoScorersError(ValueError):
@@ -335,10 +370,10 @@ class TwoScorersError(ValueError):
 
 
 def _accumulate_into(scorer: weakref.ref[HeadScorer], param: nn.Parameter):
-    def hook(grad: torch.Tensor) -> None:
+    def hook(grad: torch.Tensor, is_total: bool) -> None:
         this = scorer()
         if this is not None:
-            this._accumulate(param, grad)
+            this._accumulate(param, grad, is_total)
 
     return hook
 
@@ -347,6 +382,6 @@ def _side_by_side(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.cat([tensor.reshape(tensor.shape[0], -1) for tensor in tensors], dim=1)
 
 
-def _statistics_device(tensor: torch.Tensor) -> torch.device:
-    """Where float64 sums are kept: with the tensor, unless its device has no float64."""
-    return torch.device("cpu") if tensor.device.type == "mps" else tensor.device
+def _statistics_device(device: torch.device) -> torch.device:
+    """Where float64 sums are kept: with the tensors, unless their device has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device

@@ -312,3 +312,27 @@ def test_fused_and_foreach_optimizer_state_is_cleared_through_accelerate():
     for layer in head_layers(model).values():
         state = optimizer.state[layer.lora_B["default"].weight]
         assert state["exp_avg"][~layer.active_rows("default")].count_nonzero() == 0
+
+
+def test_flattened_parameters_are_refused():
+    """As FSDP1 leaves them, which needs an accelerator: here by hand."""
+    model = make()
+    layer = head_layers(model)[tiny.now("vit.layers.1.attention.v_proj")]
+    layer.lora_B["default"].weight = torch.nn.Parameter(torch.zeros(96))
+    with pytest.raises(ValueError, match=tiny.now(r"v_proj has the shape \(96,\) instead of \(24, …\).*use FSDP2")):
+        HeadScorer(model)
+    assert not any(p._backward_hooks for p in model.parameters())  # nothing was left behind
+
+
+def test_step_after_the_optimizer():
+    """DeepSpeed's engine has stepped by the time Trainer tells its callbacks: the values are those of the backward pass."""
+    scores = []
+    for late in (False, True):
+        model = make()
+        scorer = HeadScorer(model)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=10.0)
+        model(**tiny.batch()).loss.backward()
+        for call in (optimizer.step, scorer.update) if late else (scorer.update, optimizer.step):
+            call()
+        scores.append(scorer.scores("absolute"))
+    assert all(torch.equal(scores[0][name], scores[1][name]) for name in scores[0])

@@ -18,7 +18,8 @@ NUM_LABELS = 3
 ViTProcessor = type(load_pil_image_processor(DEMO_MODEL_PATH))
 # The names of ViT's and Swin's modules as the tests have them, transformers >= 5.9, and as they were before. A dot may
 # be one of a regular expression.
-OLD_NAMES = Version(transformers.__version__) < Version("5.9")
+VERSION = Version(transformers.__version__)
+OLD_NAMES = VERSION < Version("5.9")
 _RENAMED = [
     (r"vit(\\?\.)layers", r"vit\1encoder\1layer"),
     (r"\blayers(?=\\?\.)", "layer"),

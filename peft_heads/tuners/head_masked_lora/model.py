@@ -16,6 +16,7 @@ from torch import nn
 from ..._compat import expand_all_linear
 from ...heads.maskable import read_masks
 from ...heads.resolve import default_targets, named_targets, task_head_names
+from ...sharding import whole
 from ..task_heads import check_mixed_batch, default_labels, fit_task_heads, get_labels, set_labels
 from .config import HeadMaskedLoraConfig
 from .layer import HeadMaskedLinear
@@ -212,8 +213,13 @@ class HeadMaskedLoraModel(LoraModel):
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        # Parts of a sharded model, unless the caller has put them together. In place: PEFT goes on to take what is
+        # trained in full from the same dict.
+        in_full = f".modules_to_save.{adapter_name}."
+        state_dict |= {key: whole(value) for key, value in state_dict.items() if is_lora_key(key) or in_full in key}
         to_return = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        make_plain_lora(model, adapter_name, to_return)
+        to_return = {key: whole(value) for key, value in to_return.items()}  # biases of the base model
+        make_plain_lora(model, adapter_name, to_return, state_dict)
         layers = {name.removeprefix(BASE): x for name, x in masked_layers(model, adapter_name)}
         base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
         config.adapter_files.masks = read_masks(layers, adapter_name)

@@ -18,6 +18,7 @@ from torch import nn
 from ...heads.maskable import check_mask, deactivated_heads
 from ...heads.renames import match_renamed
 from ...heads.resolve import named_targets
+from ...sharding import whole
 from .config import HeadMaskedLoraConfig
 from .layer import HeadMaskedLinear
 from .targets import module_patterns
@@ -96,10 +97,22 @@ def rename_modules(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dic
     return {keys[key]: value for key, value in state_dict.items()}
 
 
-def make_plain_lora(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
+def make_plain_lora(
+    model: nn.Module,
+    adapter_name: str,
+    state_dict: dict[str, torch.Tensor],
+    model_state_dict: dict[str, torch.Tensor],
+) -> None:
     """Write into `state_dict` what makes the weights right for a reader that knows nothing of masks.
 
     Rows that the adapter must not change become zeros, and DoRA's magnitude there that of the frozen row.
+
+    Args:
+        model: The model with the adapter in it.
+        adapter_name: The adapter.
+        state_dict: Its weights.
+        model_state_dict: The model's, of which the frozen weights are taken: where the model is sharded they may have
+            been put together on this process alone.
     """
     for name, layer in masked_layers(model, adapter_name):
         layout, mask = layer.head_layout[adapter_name], layer.get_head_mask(adapter_name)
@@ -113,7 +126,8 @@ def make_plain_lora(model: nn.Module, adapter_name: str, state_dict: dict[str, t
         key = f"{name}.lora_magnitude_vector.{adapter_name}"
         if key in state_dict:
             magnitude = state_dict[key]
-            norm = torch.linalg.norm(layer.get_base_layer().weight.detach(), dim=1).to(magnitude)
+            weight = whole(model_state_dict.get(f"{name}.base_layer.weight", layer.get_base_layer().weight.detach()))
+            norm = torch.linalg.norm(weight, dim=1).to(magnitude)
             state_dict[key] = torch.where(active.to(magnitude.device), magnitude, norm)
 
 

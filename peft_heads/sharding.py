@@ -1,0 +1,110 @@
+"""Parameters of which a process holds a part only: FSDP2's DTensors and DeepSpeed's ZeRO partitions.
+
+Where a parameter is sharded, what reads or writes the whole of it is a collective: every process must call it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def is_dtensor(tensor: torch.Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")  # without importing torch.distributed.tensor, which takes its time
+
+
+def whole_shape(param: torch.Tensor) -> torch.Size:
+    """The shape of a parameter before it was sharded."""
+    return getattr(param, "ds_shape", param.shape)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor, or a DTensor put together."""
+    if not is_dtensor(tensor):
+        return tensor
+    tensor = tensor.full_tensor()
+    return tensor.wait() if hasattr(tensor, "wait") else tensor  # without gradients it may be under way still
+
+
+def whole_value(param: nn.Parameter) -> torch.Tensor:
+    """A parameter's value, detached and put together."""
+    with _gathered(param):
+        value = whole(param.detach())
+        return value.clone() if hasattr(param, "ds_id") else value
+
+
+def on_gradient(param: nn.Parameter, call: Callable[[torch.Tensor, bool], None]) -> Any:
+    """Call `call(gradient, is_total)` when a backward pass reaches the parameter, before anything clips it.
+
+    An ordinary parameter, also with DistributedDataParallel or ZeRO, gives this process's gradient of the micro-batch
+    alone (`is_total=False`). FSDP2 computes none such: it calls no tensor hooks, and gives the gradient reduced over
+    the processes and summed over the micro-batches so far (`is_total=True`).
+
+    Returns:
+        A handle with `remove()`.
+    """
+    if is_dtensor(param):
+        return param.register_post_accumulate_grad_hook(lambda p: call(p.grad, True))
+    return param.register_hook(lambda grad: call(grad, False))
+
+
+def zero_rows(param: nn.Parameter, active: torch.Tensor, optimizer: Any = None) -> None:
+    """Set rows of a parameter, and of its state in the optimizer, to zero.
+
+    Args:
+        param: (rows, …).
+        active: bool (rows,), False where the row becomes zero.
+        optimizer: The optimizer, possibly wrapped by Accelerate or DeepSpeed; None leaves its state.
+    """
+    with _gathered(param, modifier_rank=0):
+        _keep_rows(param.data, active)
+    states = getattr(optimizer, "state", {})
+    for state in states.get(param, {}).values():
+        if isinstance(state, torch.Tensor) and state.shape == param.shape:
+            _keep_rows(state, active)
+    if hasattr(param, "ds_id") or hasattr(param, "_hp_mapping"):  # ZeRO 3; ZeRO 1 and 2
+        _zero_rows_of_partitions(param, active, states)
+
+
+def _keep_rows(tensor: torch.Tensor, active: torch.Tensor) -> None:
+    rows = active.to(tensor.device).view(-1, *[1] * (tensor.dim() - 1)).expand(tensor.shape)
+    if is_dtensor(tensor):
+        from torch.distributed.tensor import distribute_tensor
+
+        rows = distribute_tensor(rows.contiguous(), tensor.device_mesh, tensor.placements)
+    tensor.copy_(torch.where(rows, tensor, 0))
+
+
+def _zero_rows_of_partitions(param: nn.Parameter, active: torch.Tensor, states: dict[Any, dict[str, Any]]) -> None:
+    """The float32 copies that ZeRO keeps, through DeepSpeed's functions: `optimizer.state` knows flat partitions only."""
+    from deepspeed.utils import (
+        safe_get_full_fp32_param,
+        safe_get_full_optimizer_state,
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+    )
+
+    value = safe_get_full_fp32_param(param)
+    _keep_rows(value, active)
+    safe_set_full_fp32_param(param, value)
+    keys = {k for state in states.values() for k, v in state.items() if isinstance(v, torch.Tensor) and v.dim()}
+    for key in sorted(keys):  # on all processes in the same order
+        value = safe_get_full_optimizer_state(param, key)
+        _keep_rows(value, active)
+        safe_set_full_optimizer_state(param, value, key)
+
+
+@contextmanager
+def _gathered(param: nn.Parameter, modifier_rank: int | None = None) -> Iterator[None]:
+    """ZeRO 3 puts the parameter together inside the block, and takes over what `modifier_rank` has written to it."""
+    if not hasattr(param, "ds_id"):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([param], modifier_rank=modifier_rank):
+        yield
