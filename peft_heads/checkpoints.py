@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 
-# any one of them: an adapter (those not named "default" lie in folders of their own), or a whole model
+# Any one of them: an adapter (those not named "default" lie in folders of their own), a whole model, FSDP's.
 WEIGHTS = (
     "adapter_model.safetensors",
     "adapter_model.bin",
@@ -20,7 +20,11 @@ WEIGHTS = (
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    "pytorch_model_fsdp.bin",
+    "pytorch_model_fsdp_0",
 )
+# Any one of them: an ordinary optimizer's state, FSDP's (in one file, in several), DeepSpeed's.
+OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0", "latest")
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike, save_only_model: bool = False) -> str | None:
@@ -28,8 +32,7 @@ def last_complete_checkpoint(output_dir: str | os.PathLike, save_only_model: boo
 
     A run that was killed while it saved leaves a newest checkpoint that lacks files or has half-written ones. Such
     checkpoints are skipped with a warning that names the file; nothing is deleted or changed, and the resumed run
-    writes them anew. Checkpoints of adapters and of whole models are known; those of FSDP and DeepSpeed, which keep
-    the optimizer's state elsewhere, are taken for incomplete.
+    writes them anew. For adapters and whole models, also of FSDP and DeepSpeed.
 
     Args:
         output_dir: Trainer's output folder, with the folders `checkpoint-N`.
@@ -106,7 +109,11 @@ def _missing_file(folder: Path, save_only_model: bool) -> str | None:
         return "adapter_model.safetensors or model.safetensors"
     expected = [sibling for path in weights for sibling in _siblings(path)]
     if not save_only_model:
-        expected += [folder / name for name in ("optimizer.pt", "scheduler.pt", *_rng_states(folder))]
+        if not any((folder / name).exists() for name in OPTIMIZERS):
+            return "optimizer.pt"
+        if not (folder / "latest").exists():  # DeepSpeed may keep the scheduler's state as well
+            expected.append(folder / "scheduler.pt")
+        expected += [folder / name for name in _rng_states(folder)]
     expected.append(folder / "trainer_state.json")
     return next((str(path.relative_to(folder)) for path in expected if not path.is_file()), None)
 

@@ -150,6 +150,14 @@ def test_overwritten_with_zeros(run, name):
     assert_skipped(run, f"{name} cannot be read (")
 
 
+def test_corrupted_directory_of_a_torch_file(run):
+    path = run / "checkpoint-3" / "optimizer.pt"
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"PK\x01\x02") + 6] = 255  # the version of zip that is needed to read an entry
+    path.write_bytes(data)
+    assert_skipped(run, "optimizer.pt cannot be read (zip file version 25.5)")
+
+
 def test_empty_folder(run):
     shutil.rmtree(run / "checkpoint-3")
     (run / "checkpoint-3").mkdir()
@@ -203,6 +211,37 @@ def test_sharded_weights(run):
     assert_skipped(run, f"{parts[1].name} is missing")
     (folder / "model.safetensors.index.json").unlink()
     assert_skipped(run, "adapter_model.safetensors or model.safetensors is missing")
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "optimizer_0/__0_0.distcp"])
+def test_fsdp_s_optimizer(run, name):
+    folder = run / "checkpoint-3"
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / "optimizer.pt").rename(folder / name)
+    assert last_complete_checkpoint(run) == str(folder)
+    (folder / "scheduler.pt").unlink()
+    assert_skipped(run, "scheduler.pt is missing")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model_fsdp.bin", "pytorch_model_fsdp_0/__0_0.distcp"])
+def test_fsdp_s_weights(run, name):
+    folder = run / "checkpoint-3"
+    (folder / name).parent.mkdir(exist_ok=True)
+    shutil.copy(folder / "training_args.bin", folder / name)
+    (folder / "adapter_model.safetensors").unlink()
+    assert last_complete_checkpoint(run) == str(folder)
+
+
+def test_deepspeed(run):
+    """The folder of the optimizer's shards is named by `latest`; the scheduler's state may be in it."""
+    folder = run / "checkpoint-3"
+    (folder / "global_step3").mkdir()
+    (folder / "latest").write_text("global_step3")
+    (folder / "scheduler.pt").unlink()
+    shard = (folder / "optimizer.pt").rename(folder / "global_step3" / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    assert last_complete_checkpoint(run) == str(folder)
+    truncate(shard)
+    assert_skipped(run, f"global_step3/{shard.name} cannot be read (")
 
 
 def test_adapters_in_folders_of_their_own(run):
