@@ -5,6 +5,7 @@ Importing the package registers its tuners with PEFT.
 
 from .adapter_files import set_image_processor
 from .callbacks import TaylorHeadScorer
+from .checkpoints import last_complete_checkpoint
 from .heads import get_head_masks, set_head_masks
 from .image_classifier import load_image_classifier
 from .scoring import HeadScorer
@@ -17,6 +18,7 @@ __all__ = [
     "HeadScorer",
     "TaylorHeadScorer",
     "get_head_masks",
+    "last_complete_checkpoint",
     "load_image_classifier",
     "set_head_masks",
     "set_image_processor",

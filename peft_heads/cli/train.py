@@ -10,10 +10,10 @@ import torch
 import transformers
 from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForImageClassification, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from .._compat import mismatched_keys
 from ..adapter_files import write_labels
+from ..checkpoints import checkpoint_fault, checkpoint_folders, last_complete_checkpoint
 from ..data.images import ImageTransform, collate, label_names, load_image_dataset, load_image_processor
 from ..heads.maskable import describe_masks, get_head_masks
 from ..heads.resolve import task_head_names
@@ -82,17 +82,23 @@ def run(argv: list[str]) -> int:
 
 
 def find_checkpoint(args: TrainingArguments) -> str | None:
-    """`--resume_from_checkpoint`: a checkpoint's folder, or `true` for the last one in the output folder."""
+    """`--resume_from_checkpoint`: a checkpoint's folder, or `true` for the last complete one in the output folder."""
     asked = args.resume_from_checkpoint
     if asked is None or asked.lower() in ("false", "no"):
         return None
     if asked.lower() in ("true", "yes"):
-        last = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+        last = last_complete_checkpoint(args.output_dir, args.save_only_model)
         if last is None:
-            raise FileNotFoundError(f"no checkpoint to resume from in {args.output_dir!r}")
+            raise FileNotFoundError(f"no complete checkpoint to resume from in {args.output_dir!r}")
         return last
-    if not os.path.isfile(os.path.join(asked, "trainer_state.json")):
-        raise FileNotFoundError(f"--resume_from_checkpoint {asked!r} is no checkpoint (no trainer_state.json in it)")
+    if not os.path.isdir(asked):
+        raise FileNotFoundError(f"--resume_from_checkpoint {asked!r} is no checkpoint (there is no such folder)")
+    fault = checkpoint_fault(asked, args.save_only_model)
+    if fault is not None:
+        beside = checkpoint_folders(Path(asked).parent)
+        complete = next((str(path) for path in beside if checkpoint_fault(path, args.save_only_model) is None), None)
+        hint = f"; the last complete one is {complete!r}" if complete else ""
+        raise ValueError(f"--resume_from_checkpoint {asked!r} is no complete checkpoint: {fault}{hint}")
     return asked
 
 

@@ -291,7 +291,7 @@ def test_wrong_config_file(train, tmp_path, capsys, text, message):
         (["--image_column_name=img"], "no image column 'img'"),
         (["--train_dir=/nowhere"], "'/nowhere' is not a folder"),
         (["--model_name_or_path=/nowhere"], "no image classifier in '/nowhere'"),
-        (["--resume_from_checkpoint=true"], "no checkpoint to resume from"),
+        (["--resume_from_checkpoint=true"], "no complete checkpoint to resume from"),
         (["--resume_from_checkpoint=/nowhere"], "is no checkpoint"),
         (["--learnin_rate=3"], "unknown argument: --learnin_rate (did you mean learning_rate?)"),
         (["surplus"], "unused words: surplus"),
@@ -346,6 +346,30 @@ def test_resume(train, tmp_path, capsys):
     assert train(*words, "--resume_from_checkpoint=true", "--max_steps=9") == 0  # from the last: step 8
     assert capsys.readouterr().out.count("{'loss'") == 1
     assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["global_step"] == 9
+
+
+def test_resume_passes_over_half_written_checkpoints(train, tmp_path, capsys):
+    words = ["--criterion=front", "--max_steps=8", "--save_steps=3", "--logging_steps=1"]
+    assert train(*words) == 0
+    undisturbed = saved_tensors(tmp_path / "out")
+    (tmp_path / "out" / "adapter_model.safetensors").unlink()
+    optimizer = tmp_path / "out" / "checkpoint-8" / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:5000])
+    (tmp_path / "out" / "checkpoint-8" / "trainer_state.json").unlink()
+    capsys.readouterr()
+
+    assert train(*words, "--resume_from_checkpoint", tmp_path / "out" / "checkpoint-8") == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "checkpoint-8' is no complete checkpoint: optimizer.pt cannot be read" in err
+    assert f"; the last complete one is '{tmp_path / 'out' / 'checkpoint-6'}'" in err
+    assert optimizer.stat().st_size == 5000 and not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+    with pytest.warns(UserWarning, match="checkpoint-8 is incomplete and skipped: optimizer.pt"):
+        assert train(*words, "--resume_from_checkpoint=true") == 0
+    assert capsys.readouterr().out.count("{'loss'") == 2  # of 8
+    resumed = saved_tensors(tmp_path / "out")
+    assert all(torch.equal(value, resumed[name]) for name, value in undisturbed.items())
+    assert train(*words, "--resume_from_checkpoint=true") == 0  # it has been written anew
 
 
 def test_user_s_eval_strategy_is_respected(train, tmp_path):
