@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from peft.utils import CONFIG_NAME
 
 from .atomic import write_atomically
 from .heads.maskable import deactivated_heads, describe_masks
@@ -106,8 +107,27 @@ def set_image_processor(model: Any, image_processor: Any, adapter_name: str = "d
     [`TaylorHeadScorer`] does so by itself with the Trainer's `processing_class`.
     """
     files = getattr(model.peft_config[adapter_name], "adapter_files", None)
-    if files is not None and hasattr(image_processor, "image_processor_type"):
+    settings = getattr(image_processor, "to_dict", dict)()
+    if files is not None and "image_processor_type" in settings:  # not a tokenizer, say
         files.image_processor = image_processor.to_json_string()
+
+
+def read_settings(folder: str | os.PathLike) -> dict[str, Any]:
+    """`adapter_config.json` of an adapter's folder, of whatever type.
+
+    Raises:
+        FileNotFoundError: The folder holds no adapter.
+        ValueError: The file is not PEFT's.
+    """
+    path = Path(folder) / CONFIG_NAME
+    if not path.exists():
+        raise FileNotFoundError(f"there is no adapter in {folder}: it has no {CONFIG_NAME}")
+    try:
+        settings = json.loads(path.read_text("utf-8"))
+        settings["peft_type"].upper()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged, or not PEFT's: {type(error).__name__}: {error}") from error
+    return settings
 
 
 def write_labels(folder: str | os.PathLike, id2label: dict[int, str]) -> None:

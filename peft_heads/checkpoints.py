@@ -78,7 +78,7 @@ def checkpoint_fault(folder: str | os.PathLike, save_only_model: bool = False) -
     """
     folder = Path(folder)
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        error = _read_error(path)
+        error = read_error(path)
         if error is not None:
             return f"{path.relative_to(folder)} cannot be read ({error})"
     missing = _missing_file(folder, save_only_model)
@@ -87,7 +87,8 @@ def checkpoint_fault(folder: str | os.PathLike, save_only_model: bool = False) -
     return _step_fault(folder)
 
 
-def _read_error(path: Path) -> str | None:
+def read_error(path: Path) -> str | None:
+    """Why a file of weights, of torch or of JSON cannot be read; None if it can, or is of another kind."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt"):  # compares the file's size with its header

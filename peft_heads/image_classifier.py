@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ._compat import support_peft_in_image_pipelines
-from .adapter_files import read_labels
+from .adapter_files import read_labels, read_settings
 
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def load_image_classifier(path_or_repo: str | os.PathLike, **kwargs: Any) -> tup
     from transformers import AutoModelForImageClassification
 
     from .data.images import load_image_processor
+    from .tuners.head_masked_lora.state_dict import saved_keys
 
     folder = os.fspath(path_or_repo)
     subfolder = kwargs.pop("subfolder", None)
@@ -61,6 +62,8 @@ def load_image_classifier(path_or_repo: str | os.PathLike, **kwargs: Any) -> tup
             f"Can't find 'adapter_config.json' in {path_or_repo}{f'/{subfolder}' if subfolder else ''}: it holds no "
             "adapter"
         )
+    read_settings(folder)  # errors that name the file, before anything is loaded
+    saved_keys(folder)
     adapter_config = PeftConfig.from_pretrained(folder)
     base = adapter_config.base_model_name_or_path
     if not base:

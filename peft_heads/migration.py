@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
 
+from .adapter_files import read_settings
 from .atomic import write_atomically
 from .tuners.head_masked_lora.state_dict import is_lora_key, module_of, renamed_keys, saved_keys
 from .tuners.head_masked_lora.targets import RENAMED_OPTIONS, follow_renames
@@ -29,7 +30,8 @@ ADAPTER_TYPES = ("LORA", "HEAD_MASKED_LORA")
 def migrate_adapter(folder: str | os.PathLike, base_model: str | os.PathLike | None = None) -> dict[str, str]:
     """Rename the adapted modules in a folder's weights and configuration to what the base model calls them now.
 
-    Both files are written beside the old ones and then renamed. Running it again does nothing.
+    Both files are written beside the old ones and then renamed, the configuration first: should that be all that was
+    done before the power went, running it again does the rest. Otherwise running it again does nothing.
 
     Args:
         folder: The adapter's folder: stock LoRA, or one of ours.
@@ -44,7 +46,12 @@ def migrate_adapter(folder: str | os.PathLike, base_model: str | os.PathLike | N
         FileNotFoundError: There is no adapter in the folder.
     """
     folder = Path(folder)
-    settings = _read_settings(folder)
+    settings = read_settings(folder)
+    if settings["peft_type"] not in ADAPTER_TYPES:
+        raise ValueError(
+            f"{folder} holds an adapter of type {settings['peft_type']}; names are known for "
+            f"{', '.join(ADAPTER_TYPES)} alone"
+        )
     keys = saved_keys(os.fspath(folder))
     adapted = list(dict.fromkeys(module_of(key) for key in keys if is_lora_key(key)))
     trained = list(dict.fromkeys(module_of(key) for key in keys if not is_lora_key(key)))
@@ -69,27 +76,11 @@ def migrate_adapter(folder: str | os.PathLike, base_model: str | os.PathLike | N
         if config.target_modules is not None and not isinstance(config.target_modules, str):
             options["target_modules"] = sorted(config.target_modules)
         weights = save({new_keys[key]: tensor for key, tensor in tensors.items()}, metadata=metadata)
-        write_atomically(folder / SAFETENSORS_WEIGHTS_NAME, weights)
         write_atomically(
             folder / CONFIG_NAME, json.dumps({**settings, **options}, indent=2, sort_keys=True, default=sorted)
         )
+        write_atomically(folder / SAFETENSORS_WEIGHTS_NAME, weights)
     return names
-
-
-def _read_settings(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_NAME
-    if not path.exists():
-        raise FileNotFoundError(f"there is no adapter in {folder}: it has no {CONFIG_NAME}")
-    try:
-        settings = json.loads(path.read_text("utf-8"))
-        peft_type = settings["peft_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged, or not PEFT's: {type(error).__name__}: {error}") from error
-    if peft_type not in ADAPTER_TYPES:
-        raise ValueError(
-            f"{folder} holds an adapter of type {peft_type}; names are known for {', '.join(ADAPTER_TYPES)} alone"
-        )
-    return settings
 
 
 def _empty_base_model(folder: Path, settings: dict[str, Any], base_model: str | os.PathLike | None) -> nn.Module:

@@ -28,7 +28,7 @@ def make(method):
     if method == "linear":
         model.vit.requires_grad_(False)
         return model
-    targets = {"target_modules": ["q_proj"], "modules_to_save": ["classifier"]}
+    targets = {"target_modules": tiny.now(["q_proj"]), "modules_to_save": ["classifier"]}
     return get_peft_model(model, LoraConfig(**targets) if method == "lora" else HeadMaskedLoraConfig(ne=0))
 
 

@@ -13,7 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 
-from peft_heads import HeadMaskedLoraConfig, get_head_masks
+from peft_heads import HeadMaskedLoraConfig, get_head_masks, migration
+from peft_heads.atomic import write_atomically
 from peft_heads.cli.main import main
 from peft_heads.migration import migrate_adapter
 
@@ -127,6 +128,29 @@ def test_migrate(name, copy_of):
     after = contents(folder)
     assert migrate_adapter(folder) == {} and contents(folder) == after
     assert set(after) == set(before)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_interrupted_migration(name, copy_of, monkeypatch):
+    """Killed between its two files, it does the rest when it is run again."""
+    folder = copy_of(name)
+    before = contents(folder)
+    migrate_adapter(folder)
+    after = contents(folder)
+    for file, content in before.items():
+        (folder / file).write_bytes(content)
+
+    def write_and_die(path, content):
+        write_atomically(path, content)
+        raise KeyboardInterrupt
+
+    if before != after:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(migration, "write_atomically", write_and_die)
+            migrate_adapter(folder)
+        assert contents(folder) != before and contents(folder) != after
+    migrate_adapter(folder)
+    assert contents(folder) == after
 
 
 @needs_new_names

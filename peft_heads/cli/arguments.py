@@ -124,7 +124,7 @@ def _read_mapping(path: str) -> dict:
         text = file.read_text(encoding="utf-8")
         values = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error  # YAML's has lines
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no mapping of argument names to values")
     return values

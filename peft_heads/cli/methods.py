@@ -113,17 +113,19 @@ def read_peft_config(text: str | None) -> dict:
     """`--peft_config` as a dict with a known `peft_type`; raises ValueError or FileNotFoundError."""
     if text is None:
         raise ValueError("--method peft needs --peft_config")
-    if not text.lstrip().startswith("{"):
-        if not Path(text).is_file():
-            raise FileNotFoundError(f"--peft_config {text!r} is neither JSON nor a file")
-        text = Path(text).read_text(encoding="utf-8")
+    name = "--peft_config"
     try:
+        if not text.lstrip().startswith("{"):
+            if not Path(text).is_file():
+                raise FileNotFoundError(f"--peft_config {text!r} is neither JSON nor a file")
+            name = f"--peft_config {text}"
+            text = Path(text).read_text(encoding="utf-8")
         settings = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"--peft_config is no valid JSON: {error}") from error
+        raise ValueError(f"{name} is no valid JSON: {error}") from error
     if not isinstance(settings, dict) or settings.get("peft_type") not in PEFT_TYPE_TO_CONFIG_MAPPING:
         known = ", ".join(sorted(PEFT_TYPE_TO_CONFIG_MAPPING))
-        raise ValueError(f"--peft_config needs a peft_type that is one of {known}")
+        raise ValueError(f"{name} needs a peft_type that is one of {known}")
     unknown = set(settings) - {f.name for f in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[settings["peft_type"]])}
     if unknown:
         raise ValueError(f"--peft_config: {settings['peft_type']} has no {', '.join(sorted(unknown))}")

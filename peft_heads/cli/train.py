@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import PartialState
+from datasets import Image
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageClassification, Trainer, TrainingArguments
 
 from .._compat import mismatched_keys
 from ..adapter_files import write_labels
-from ..checkpoints import checkpoint_fault, checkpoint_folders, last_complete_checkpoint
+from ..checkpoints import checkpoint_fault, checkpoint_folders, last_complete_checkpoint, read_error
 from ..data.images import ImageTransform, collate, label_names, load_image_dataset, load_image_processor
 from ..heads.maskable import describe_masks, get_head_masks
 from ..heads.resolve import task_head_names
@@ -52,7 +54,9 @@ def run(argv: list[str]) -> int:
     )
     transform = ImageTransform(processor, data_args.image_column_name, data_args.label_column_name, names)
     columns = [data_args.image_column_name, data_args.label_column_name]
-    data = {split: rows.with_transform(transform, columns=columns) for split, rows in data.items()}
+    # undecoded: the transform's error names the file
+    undecoded = {split: rows.cast_column(columns[0], Image(decode=False)) for split, rows in data.items()}
+    data = {split: rows.with_transform(transform, columns=columns) for split, rows in undecoded.items()}
     trainer = Trainer(
         model=model,
         args=training_args,
@@ -161,8 +165,9 @@ def load_model(args: ModelArguments, names: list[str]):
             output_loading_info=True,
             **hub_arguments(args),
         )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no image classifier in {path!r}: {error}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        faults = [f"{file.name} ({fault})" for file in Path(path).glob("*.safetensors") if (fault := read_error(file))]
+        raise ValueError(f"no image classifier in {path!r}: {', '.join(faults) or error}") from error
     heads = tuple(f"{name}." for name in task_head_names(model))
     mismatched = [key for key in mismatched_keys(info) if not key.startswith(heads)]
     if mismatched and not args.ignore_mismatched_sizes:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 
 import datasets
+import PIL.Image
 import torch
 
 from .._compat import load_pil_image_processor
@@ -86,9 +87,10 @@ def load_image_processor(name_or_path: str, do_normalize: bool | None = None, **
     """
     try:
         processor = load_pil_image_processor(name_or_path, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:  # the last for JSON that is no mapping
         raise FileNotFoundError(
-            f"no image processor in {name_or_path!r} ({error}); name another checkpoint's with --image_processor_name"
+            f"no image processor in {str(name_or_path)!r}, its preprocessor_config.json is missing or cannot be read "
+            f"({error}); name another checkpoint's with --image_processor_name"
         ) from error
     if do_normalize is not None:
         processor.do_normalize = do_normalize
@@ -99,7 +101,10 @@ class ImageTransform:
     """For `Dataset.with_transform`: a batch of images and labels to `pixel_values` (C, H, W) and `labels` (class index).
 
     The image processor does everything as the checkpoint was made for (resize, rescale, normalise). There is no
-    random augmentation.
+    random augmentation. Images that `datasets` has not decoded (`datasets.Image(decode=False)`) are decoded here.
+
+    Raises:
+        ValueError: An image cannot be decoded; the message names its file.
     """
 
     def __init__(self, processor, image_column: str = "image", label_column: str = "label", names=None):
@@ -110,10 +115,19 @@ class ImageTransform:
         self.label2id = {name: index for index, name in enumerate(names or [])}
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        images = [image.convert("RGB") for image in batch[self.image_column]]
+        images = [_decoded(image) for image in batch[self.image_column]]
         pixel_values = self.processor(images, return_tensors="pt")["pixel_values"]
         labels = [self.label2id[x] if isinstance(x, str) else x for x in batch[self.label_column]]
         return {"pixel_values": list(pixel_values), "labels": labels}
+
+
+def _decoded(image) -> PIL.Image.Image:
+    if not isinstance(image, dict):
+        return image.convert("RGB")
+    try:
+        return datasets.Image().decode_example(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:  # PIL raises SyntaxError for a damaged PNG
+        raise ValueError(f"image {image['path'] or '(bytes without a name)'} cannot be read: {error}") from error
 
 
 def collate(examples: list[dict]) -> dict[str, torch.Tensor]:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from peft import LoraConfig, PeftConfig
-from peft.utils import PeftType
+from peft.utils import CONFIG_NAME, PeftType
 
 from ..._compat import add_peft_type
-from ...adapter_files import AdapterFiles, find_labels
+from ...adapter_files import AdapterFiles, find_labels, read_settings
 from ...heads.layout import ProjectionLayout
 from ...heads.scores import CRITERIA
 from ...heads.selection import GRANULARITIES, check_head_count
@@ -161,6 +161,7 @@ class HeadMaskedLoraConfig(LoraConfig):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
         """As PEFT's; labels come along, so that they can follow the active adapter, and where the weights are."""
+        _check_file(pretrained_model_name_or_path, subfolder)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if isinstance(config, HeadMaskedLoraConfig):
             config.source = _source(cls, pretrained_model_name_or_path, subfolder, kwargs)
@@ -181,6 +182,7 @@ class HeadMaskedLoraConfig(LoraConfig):
         Raises:
             ValueError: The adapter is not a stock LoRA adapter.
         """
+        _check_file(model_id, kwargs.get("subfolder"))
         lora = PeftConfig.from_pretrained(os.fspath(model_id), **kwargs)
         if lora.peft_type != PeftType.LORA:
             raise ValueError(f"{model_id} holds an adapter of type {lora.peft_type.value}, not a LORA adapter")
@@ -235,6 +237,13 @@ def check_hotswap(old: PeftConfig, new: PeftConfig) -> None:
             "hot-swapping adapters with mask_scope='head' needs the same target_modules, got "
             f"{sorted(old.target_modules)} and {sorted(new.target_modules)}; use load_adapter and set_adapter"
         )
+
+
+def _check_file(path_or_repo: str | os.PathLike, subfolder: str | None) -> None:
+    """Raise ValueError for a damaged file; PEFT's error does not name it."""
+    folder = os.path.join(path_or_repo, subfolder or "")
+    if os.path.isfile(os.path.join(folder, CONFIG_NAME)):
+        read_settings(folder)
 
 
 def _source(

@@ -67,8 +67,13 @@ def follow_renames(config: LoraConfig, adapted: list[str], trained: list[str], m
         for option in NAME_PATTERNS:
             patterns = getattr(config, option, None)
             if isinstance(patterns, dict):
-                keys = {name: next((key for key in patterns if matches_pattern(key, name)), None) for name in adapted}
-                setattr(config, option, {names[name]: patterns[key] for name, key in keys.items() if key is not None})
+                values = {}
+                for old, new in names.items():
+                    # the new names stand there already if a migration was interrupted
+                    keys = [key for name in (old, new) for key in patterns if matches_pattern(key, name)]
+                    if keys:
+                        values[new] = patterns[keys[0]]
+                setattr(config, option, values)
     if config.modules_to_save:
         entries = []
         for entry in config.modules_to_save:  # the ends of names
