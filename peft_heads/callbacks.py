@@ -100,6 +100,7 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
         model = kwargs["model"]
         _check_precision(args)
         self.close()  # auto_find_batch_size begins again; or an earlier run broke off
+        begins_again = args.auto_find_batch_size and self.masks is not None and not state.global_step
         self.masks = None
         self._scorer = self._new_scorer(model, state)
         first, last = self._plan(args, state, kwargs.get("train_dataloader"))
@@ -114,7 +115,10 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
 
         masks = get_head_masks(model, self._scorer.adapter_name)
         if deactivated_heads(masks) or self.progress["selected_at"] is not None:
-            if self.progress["selected_at"] is None:
+            if self.progress["selected_at"] is None and begins_again:
+                logger.info("training begins again, with the heads that were selected: %s", describe_masks(masks))
+                self.progress["selected_at"] = 0
+            elif self.progress["selected_at"] is None:
                 warnings.warn(
                     f"adapter {self._scorer.adapter_name!r} has deactivated heads already and keeps them: "
                     f"{describe_masks(masks)}. Nothing is scored"

@@ -428,6 +428,47 @@ def test_masked_adapter_keeps_its_masks_and_says_so(tmp_path):
     assert not (tmp_path / "head_scores.json").exists()
 
 
+class OutOfMemory(TrainerCallback):
+    """Raises what CUDA would, once, at the end of the given step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.step = None
+            raise RuntimeError("CUDA out of memory.")
+
+
+@pytest.mark.parametrize("step", [2, 6])
+def test_auto_find_batch_size_starts_the_scoring_again(tmp_path, step):
+    """Before the window of steps 5 to 8, and in it; a smaller batch makes an epoch longer."""
+    scorer = TaylorHeadScorer(warmup_epochs=2)
+    watch = Watch(scorer)
+    trainer = make_trainer(tmp_path, [scorer, watch, OutOfMemory(step)], auto_find_batch_size=True)
+    trainer.train()
+    steps = trainer.state.max_steps // 4  # of an epoch
+    assert steps > STEPS_PER_EPOCH
+    assert (scorer.progress["first_step"], scorer.progress["selected_at"]) == (steps + 1, 2 * steps)
+    window = json.loads((tmp_path / "head_scores.json").read_text())["window"]
+    assert window["steps_counted"] == steps  # none of the attempt that broke off
+    assert all(len(heads) == 1 for heads in off(trainer.model))
+
+
+def test_auto_find_batch_size_after_the_selection_keeps_the_heads(tmp_path, caplog):
+    """The rows are zero by then: there is nothing to score them by."""
+    scorer = TaylorHeadScorer(warmup_epochs=2)
+    watch = Watch(scorer)
+    trainer = make_trainer(tmp_path, [scorer, watch, OutOfMemory(10)], auto_find_batch_size=True)
+    with caplog.at_level(logging.INFO, logger="peft_heads"):
+        trainer.train()
+    assert watch.masked.count(False) == 7  # of the first attempt
+    assert scorer.progress["selected_at"] == 0
+    assert caplog.text.count("deactivated heads by absolute") == 1 and "begins again, with the heads" in caplog.text
+    report = json.loads((tmp_path / "head_scores.json").read_text())
+    assert {tuple(heads) for heads in report["deactivated_heads"].values()} == off(trainer.model)
+
+
 class SkipNonFinite(torch.optim.SGD):
     """Leaves the weights alone after a non-finite gradient, as a loss scaler does."""
 
@@ -526,6 +567,31 @@ def test_best_checkpoint_older_than_the_selection(tmp_path):
     with pytest.warns(UserWarning, match="checkpoint of step 4, which is older than the selection of heads at step 8"):
         trainer = train_with_best(tmp_path, 1.0, 0.5, 0.2, 0.1)
     assert off(trainer.model) == {()}
+
+
+@pytest.mark.parametrize(("patience", "stops_at"), [(1, 12), (2, 16)])
+def test_early_stopping_after_the_selection(tmp_path, patience, stops_at):
+    """The best checkpoint is the first with masks; what is trained after it does not change them."""
+    scorer = TaylorHeadScorer(warmup_epochs=2)
+    trainer = make_trainer(
+        tmp_path,
+        [scorer, EarlyStoppingCallback(patience)],
+        eval_dataset=tiny.examples(8),
+        num_train_epochs=8,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        greater_is_better=True,
+    )
+    values = iter([0.1, 0.5, 0.4, 0.4])
+    trainer.compute_metrics = lambda prediction: {"score": next(values)}
+    trainer.train()
+    assert (trainer.state.global_step, trainer.state.best_global_step) == (stops_at, 8)
+    selected = {
+        tuple(heads) for heads in json.loads((tmp_path / "head_scores.json").read_text())["deactivated_heads"].values()
+    }
+    assert off(trainer.model) == selected and () not in selected
 
 
 def test_best_checkpoint_after_the_selection(tmp_path):

@@ -39,6 +39,7 @@ def stand_ins(tmp_path):
     return {"google/vit-base-patch16-224-in21k": str(checkpoint), "AI-Lab-Makerere/beans": str(data)}
 
 
+@pytest.mark.skipif(tiny.OLD_NAMES, reason="the README has the names of transformers 5.9 and later")
 def test_code_blocks_run(stand_ins, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
