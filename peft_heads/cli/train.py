@@ -165,7 +165,7 @@ def load_model(args: ModelArguments, names: list[str]):
             output_loading_info=True,
             **hub_arguments(args),
         )
-    except (OSError, ValueError, AttributeError, SafetensorError) as error:  # AttributeError: JSON, but no mapping
+    except (OSError, ValueError, AttributeError, TypeError, SafetensorError) as error:  # JSON that is no mapping, too
         faults = [f"{file.name} ({fault})" for file in Path(path).glob("*.safetensors") if (fault := read_error(file))]
         raise ValueError(f"no image classifier in {path!r}: {', '.join(faults) or error}") from error
     heads = tuple(f"{name}." for name in task_head_names(model))

@@ -53,7 +53,11 @@ EXPECTED = [
         "PEFT fails, as it says; ours loads new names under old",
     ),
     ("ne=1", r"TestTunerStateDictKeyPrefixes::test_prefixes_select_correct_state_dict_keys ", KEYS),
-    ("ne=1", r"fsdp_wrapped_learnable_bias\[bias_(all|lora_only)", "bias= is refused with masks, here set afterwards"),
+    (
+        "ne=1",
+        r"fsdp_wrapped_learnable_bias\[bias_(all|peft_method_only)",
+        "bias= is refused with masks, here set afterwards",
+    ),
     ("ne=1", r"test_xlora.*Got unexpected keys!", KEYS + ", which X-LoRA does not take"),
 ]
 
