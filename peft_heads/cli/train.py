@@ -157,6 +157,11 @@ def load_model(args: ModelArguments, names: list[str]):
     }
     try:
         config = AutoConfig.from_pretrained(args.config_name or path, **labels, **hub_arguments(args))
+    except (OSError, ValueError, AttributeError, TypeError) as error:  # the last two for JSON that is no mapping
+        raise ValueError(
+            f"no image classifier in {args.config_name or path!r}, config.json is missing or cannot be read: {error}"
+        ) from error
+    try:
         model, info = AutoModelForImageClassification.from_pretrained(
             path,
             config=config,
@@ -165,7 +170,7 @@ def load_model(args: ModelArguments, names: list[str]):
             output_loading_info=True,
             **hub_arguments(args),
         )
-    except (OSError, ValueError, AttributeError, TypeError, SafetensorError) as error:  # JSON that is no mapping, too
+    except (OSError, ValueError, SafetensorError) as error:
         faults = [f"{file.name} ({fault})" for file in Path(path).glob("*.safetensors") if (fault := read_error(file))]
         raise ValueError(f"no image classifier in {path!r}: {', '.join(faults) or error}") from error
     heads = tuple(f"{name}." for name in task_head_names(model))
