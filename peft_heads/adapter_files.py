@@ -117,16 +117,17 @@ def read_settings(folder: str | os.PathLike) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: The folder holds no adapter.
-        ValueError: The file is not PEFT's.
+        ValueError: The file is damaged, or not PEFT's.
     """
     path = Path(folder) / CONFIG_NAME
     if not path.exists():
         raise FileNotFoundError(f"there is no adapter in {folder}: it has no {CONFIG_NAME}")
     try:
         settings = json.loads(path.read_text("utf-8"))
-        settings["peft_type"].upper()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged, or not PEFT's: {type(error).__name__}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is not PEFT's: it holds no mapping of settings")
     return settings
 
 

@@ -47,10 +47,10 @@ def migrate_adapter(folder: str | os.PathLike, base_model: str | os.PathLike | N
     """
     folder = Path(folder)
     settings = read_settings(folder)
-    if settings["peft_type"] not in ADAPTER_TYPES:
+    peft_type = settings.get("peft_type")
+    if peft_type not in ADAPTER_TYPES:
         raise ValueError(
-            f"{folder} holds an adapter of type {settings['peft_type']}; names are known for "
-            f"{', '.join(ADAPTER_TYPES)} alone"
+            f"{folder} holds an adapter of type {peft_type}; names are known for {', '.join(ADAPTER_TYPES)} alone"
         )
     keys = saved_keys(os.fspath(folder))
     adapted = list(dict.fromkeys(module_of(key) for key in keys if is_lora_key(key)))

@@ -109,3 +109,9 @@ def test_from_lora(backbone, tmp_path):
     ours.peft_config["default"].save_pretrained(tmp_path / "ours")
     with pytest.raises(ValueError, match="type HEAD_MASKED_LORA, not a LORA adapter"):
         HeadMaskedLoraConfig.from_lora(tmp_path / "ours")
+
+
+def test_a_file_that_does_not_say_its_type(tmp_path):
+    """PEFT takes such a file where the class is known."""
+    (tmp_path / "adapter_config.json").write_text('{"ne": 2}')
+    assert HeadMaskedLoraConfig.from_pretrained(tmp_path).ne == 2
