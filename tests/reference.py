@@ -1,6 +1,8 @@
 """The scores and the selection written as plainly as possible, number by number, for comparison."""
 
+import itertools
 import math
+import statistics
 
 
 def scores(criterion, params, grads_per_step, num_heads):
@@ -50,3 +52,32 @@ def deactivated(scores_by_projection, *, ne, granularity, joint):
         ranked = sorted(range(len(own)), key=lambda head: (total[head], head))
         result[layer, part] = set(ranked[:ne]) if ne < len(own) else set()
     return result
+
+
+def code_book(bits):
+    """The codes, from the standard library's normal distribution."""
+    normal = statistics.NormalDist()
+    codes = [0.0] * 2**bits
+    for _ in range(500):
+        mass = [0.0, *(normal.cdf((a + b) / 2) for a, b in itertools.pairwise(codes)), 1.0]
+        codes = [normal.inv_cdf((a + b) / 2) for a, b in itertools.pairwise(mass)]
+    return codes
+
+
+def quantized(rows, bits, kept=None):
+    """A matrix given as rows of floats, quantised with the statistics of the rows that are kept; the others are 0."""
+    kept = kept or [True] * len(rows)
+    entries = [x for row, keep in zip(rows, kept, strict=True) if keep for x in row]
+    mean, std = statistics.fmean(entries), statistics.stdev(entries)
+    codes = code_book(bits)
+    return [
+        [min(codes, key=lambda c: abs((x - mean) / (std + 1e-5) - c)) * std + mean if keep else 0.0 for x in row]
+        for row, keep in zip(rows, kept, strict=True)
+    ]
+
+
+def packed(codes, bits):
+    """Bytes of the codes, the first in the lowest bits."""
+    digits = "".join(format(code, f"0{bits}b")[::-1] for code in codes)
+    digits += "0" * (-len(digits) % 8)
+    return [int(digits[i : i + 8][::-1], 2) for i in range(0, len(digits), 8)]
