@@ -34,7 +34,15 @@ SECTION_BEGIN, SECTION_END = "<!-- peft_heads: begin -->", "<!-- peft_heads: end
 _SECTION = re.compile(f"{SECTION_BEGIN}.*?{SECTION_END}", re.DOTALL)
 TAGS = ("head-masked-lora", "peft_heads")
 _SELECTION_SETTINGS = ("ne", "ratio", "granularity", "joint", "criterion", "mask_scope")
-_SETTINGS = (*_SELECTION_SETTINGS, "r", "lora_alpha", "lora_dropout")
+_SETTINGS = (
+    *_SELECTION_SETTINGS,
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "bottleneck_dropout",
+    "adapter_bits",
+    "classifier_bits",
+)
 
 
 @dataclass

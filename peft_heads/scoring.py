@@ -21,7 +21,7 @@ from .heads.maskable import (
 )
 from .heads.scores import CRITERIA, GRADIENT_CRITERIA, STATISTICS, head_scores, head_statistics
 from .heads.selection import groups_kept_whole, plan_groups, select_heads
-from .sharding import is_dtensor, on_gradient, whole, whole_shape, whole_value, zero_rows
+from .sharding import is_dtensor, whole, whole_shape, whole_value, zero_rows
 
 
 # Which scorer listens to a layer's adapter: a second one would be a mistake nobody sees.
@@ -38,6 +38,8 @@ class HeadScorer:
     on several processes, before the reduction, which `update` does itself (except under FSDP2, where PyTorch has done
     it). The scores are therefore those of the global batch however it was split. Every backward pass between two
     updates counts as part of the step. Where parameters are sharded, create the scorer after that was done.
+
+    With k-bit adapters the weights that are scored are the quantised ones, and the gradients theirs.
 
     Under DoRA the score is still p·g of `lora_B`, but no longer the derivative with respect to a gate on the delta.
 
@@ -105,7 +107,8 @@ class HeadScorer:
                 if problem is not None:
                     self.close()
                     raise ValueError(f"the heads of adapter {self.adapter_name!r} cannot be scored: {problem}")
-                self._handles.append(on_gradient(param, _accumulate_into(this, param)))
+                hook = _accumulate_into(this, layer, param)
+                self._handles.append(layer.on_scored_gradient(self.adapter_name, param, hook))
 
     def stop(self) -> None:
         """Stop listening; what has been gathered stays."""
@@ -299,28 +302,32 @@ class HeadScorer:
             )
         return None
 
-    def _accumulate(self, param: nn.Parameter, grad: torch.Tensor, is_total: bool) -> None:
+    def _accumulate(self, layer: HeadMaskable, param: nn.Parameter, grad: torch.Tensor, is_total: bool) -> None:
         self._num_gradients += 1
         grad = grad.detach().float()
         if param not in self._values:
-            self._values[param] = param.detach().clone()
+            self._values[param] = layer.scored_tensor(self.adapter_name, param).detach().clone()
         self._grads[param] = grad.clone() if is_total or param not in self._grads else self._grads[param] + grad
 
     def _clear(self) -> None:
         self._grads, self._values = {}, {}
         self._num_gradients = 0
 
+    def _value(self, layer: HeadMaskable, param: nn.Parameter) -> torch.Tensor:
+        """What is scored for a parameter, as it is now."""
+        return whole_value(layer.scored_tensor(self.adapter_name, param))
+
     def _params(self, name: str) -> torch.Tensor:
         """(num_rows, n): the head-wise parameters of a projection side by side, as they are now."""
         layer = self.layers[self._module_of[name]]
-        params = _side_by_side(whole_value(param) for param in layer.head_parameters(self.adapter_name))
+        params = _side_by_side(self._value(layer, param) for param in layer.head_parameters(self.adapter_name))
         return self.layouts[name].rows(params)
 
     def _values_of_the_step(self) -> dict[str, torch.Tensor]:
         """`{module name: (out_features, n)}`, the parameters of which the gradients are."""
         return {
             name: _side_by_side(
-                whole(self._values[param]) if param in self._values else whole_value(param)
+                whole(self._values[param]) if param in self._values else self._value(layer, param)
                 for param in layer.head_parameters(self.adapter_name)
             )
             for name, layer in self.layers.items()
@@ -369,11 +376,11 @@ class TwoScorersError(ValueError):
         self.other = other
 
 
-def _accumulate_into(scorer: weakref.ref[HeadScorer], param: nn.Parameter):
+def _accumulate_into(scorer: weakref.ref[HeadScorer], layer: HeadMaskable, param: nn.Parameter):
     def hook(grad: torch.Tensor, is_total: bool) -> None:
         this = scorer()
         if this is not None:
-            this._accumulate(param, grad, is_total)
+            this._accumulate(layer, param, grad, is_total)
 
     return hook
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
+import reference as reference_values
 import tiny
 import torch
 from peft import (
@@ -106,6 +107,33 @@ class HeadMaskedLora:
         return [tensor for tensor in (lora_B.weight, lora_B.bias) if tensor is not None]
 
 
+class KBitLora(HeadMaskedLora):
+    """Against stock LoRA whose weights are the quantised ones, written out by the plain reference."""
+
+    @classmethod
+    def stock(cls, case, model):
+        stock = super().stock(case, model)
+        for adapter, config in model.peft_config.items():
+            if getattr(config, "adapter_bits", 32) == 32:
+                continue
+            for name, layer in stock.get_base_model().named_modules():
+                if adapter in getattr(layer, "lora_A", {}):
+                    layer.lora_A[adapter].weight.data = cls.quantized(layer.lora_A[adapter].weight, config)
+                    heads = heads_off(model, adapter).get(name, [])
+                    rows = torch.ones(layer.out_features, dtype=torch.bool)
+                    rows[rows_of(case, heads)] = False
+                    quantized = cls.quantized(layer.lora_B[adapter].weight, config, rows)
+                    layer.lora_B[adapter].weight.data[rows] = quantized[rows]
+        return stock
+
+    @staticmethod
+    def quantized(weight, config, rows=None):
+        values = reference_values.quantized(
+            weight.tolist(), config.adapter_bits, None if rows is None else rows.tolist()
+        )
+        return torch.tensor(values, dtype=weight.dtype)
+
+
 # The table
 
 
@@ -153,7 +181,34 @@ class Case:
 
 HOTSWAP = frozenset({"hotswap"})  # with stock LoRA, PEFT 0.21's hot-swap goes wrong there as well
 NO_MIXED_SWIN = {"mixed_batch": "Length of `adapter_names` should be the same as the number of inputs"}
+REFUSED_BY_HEAD_SCOPE = {
+    "save_as_lora": "do not support LoRA conversion",
+    "add_weighted_adapter": "mask_scope='head' cannot be combined",
+}
 HEADLESS = ("these targets have no attention heads",)
+
+
+def k_bit(bits, *, refuses=None, **options):
+    """A row with adapter_bits."""
+    if options.get("mask_scope") == "head":  # as without bits
+        refuses = REFUSED_BY_HEAD_SCOPE
+    else:
+        refuses = {
+            "add_weighted_adapter": "k-bit adapters cannot be combined",
+            "add_weighted_adapter_of_one": "k-bit adapters cannot be combined",
+            **(refuses or {}),
+        }
+    own = {name: options.pop(name) for name in ("backbone", "differ", "masked", "warns") if name in options}
+    return Case(
+        {"adapter_bits": bits, "r": 4, **options},
+        method=KBitLora,
+        exact=False,  # the reference's sums are in another order
+        refuses=refuses,
+        # tests/tuners/head_masked_lora/test_k_bit.py has the gradients; the file holds the weights behind the bits
+        never=frozenset({"gradients", "plain_lora_file"}),
+        **own,
+    )
+
 
 CASES = {
     "plain": Case({}),
@@ -167,10 +222,7 @@ CASES = {
     ),
     "head scope": Case(
         {"mask_scope": "head"},
-        refuses={
-            "save_as_lora": "do not support LoRA conversion",
-            "add_weighted_adapter": "mask_scope='head' cannot be combined",
-        },
+        refuses=REFUSED_BY_HEAD_SCOPE,
         never=frozenset({"plain_lora_file"}),
     ),
     "dora": Case(
@@ -230,6 +282,17 @@ CASES = {
     "num_heads": Case({"num_heads": 6}),
     "fan_in_fan_out": Case({"fan_in_fan_out": True}, warns=("fan_in_fan_out is set to True",)),
     "velora": Case({"velora_config": VeloraConfig(num_groups=4)}, never=HOTSWAP),
+    "1 bit": k_bit(1),
+    "2 bit, per layer": k_bit(2, granularity="layer", use_rslora=True, differ="layer"),
+    "4 bit, head scope": k_bit(4, mask_scope="head"),
+    "8 bit, swin": k_bit(8, lora_dropout=0.2, bottleneck_dropout=0.1, backbone="swin", refuses=NO_MIXED_SWIN),
+    "1 bit, lora_bias": k_bit(1, lora_bias=True, refuses={"save_as_lora": "do not support LoRA conversion"}),
+    "1 bit, no heads too": k_bit(
+        1, target_modules="all-linear", masked=tiny.now(r"(q_proj|k_proj|v_proj)"), warns=HEADLESS
+    ),
+    "bottleneck_dropout": Case(
+        {"bottleneck_dropout": 0.3}, never=frozenset({"gradients"})
+    ),  # stock LoRA has none there
     "monteclora": Case(
         {"monteclora_config": MontecloraConfig(num_samples=2)},
         never=frozenset({"gradient_checkpointing"}),  # its random numbers are not replayed, in stock LoRA either
@@ -611,9 +674,8 @@ def test_state_dict(case):
 @behaviour
 def test_half_precision(case):
     dtype = torch.bfloat16
-    model = create(case)
-    stock = reference(case, model).to(dtype)
-    model.to(dtype)
+    model = create(case).to(dtype)
+    stock = reference(case, model).to(dtype)  # of the weights as they are now
     with torch.no_grad():
         actual, expected = (each(tiny.images().to(dtype)).logits for each in (model, stock))
     assert actual.dtype == dtype

@@ -9,7 +9,7 @@ import warnings
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 
@@ -25,6 +25,7 @@ VARIANTS = {
     "rslora": {"use_rslora": True, "r": 3, "lora_alpha": 5},
     "gaussian": {"init_lora_weights": "gaussian"},
 }
+K_BIT = {"1 bit": {"adapter_bits": 1}, "4 bit": {"adapter_bits": 4, "lora_bias": True}}
 
 
 def pair(backbone, head_masked=None, dtype=torch.float32, **lora):
@@ -274,6 +275,37 @@ def test_2_drift_of_raw_rows_does_not_show():
         x = torch.randn(2, layer.in_features)
         torch.testing.assert_close(layer(x)[:, off], layer.base_layer(x)[:, off], rtol=0, atol=0)
     assert drifted
+
+
+@pytest.mark.parametrize("variant", K_BIT)
+def test_2_k_bit(variant, backbone):
+    """Exactly zero in forward, delta, merged weight and file; and what the raw rows hold changes no active head."""
+    ours = get_peft_model(tiny.make(backbone), HeadMaskedLoraConfig(**K_BIT[variant]))
+    optimizer = tiny.train(ours, steps=4)
+    set_head_masks(ours, tiny.masks_off(ours, 1))
+    tiny.train(ours, steps=5, optimizer=optimizer)  # momentum moves the raw rows
+    ours.eval()
+    expected = ours(tiny.images()).logits
+    saved = get_peft_model_state_dict(ours)
+    base = {name: layer.base_layer.weight.clone() for name, layer in lora_layers(ours)}
+    for name, layer in lora_layers(ours):
+        off = ~layer.active_rows("default")
+        assert off.any()
+        assert layer.get_delta_weight("default")[off].count_nonzero() == 0
+        assert layer.quantized_up("default")[off].count_nonzero() == 0
+        assert saved[f"base_model.model.{name}.lora_B.weight"][off].count_nonzero() == 0
+        assert layer.lora_B["default"].weight[off].count_nonzero() > 0
+        x = torch.randn(2, layer.in_features)
+        assert torch.equal(layer(x)[:, off], layer.base_layer(x)[:, off])
+    loaded = get_peft_model(tiny.make(backbone), HeadMaskedLoraConfig(**K_BIT[variant]))
+    set_peft_model_state_dict(loaded, saved)  # which has zeros there
+    assert torch.equal(loaded.eval()(tiny.images()).logits, expected)
+    ours.merge_adapter()
+    torch.testing.assert_close(ours(tiny.images()).logits, expected, rtol=1e-4, atol=1e-5)
+    ours.unmerge_adapter()
+    for name, layer in lora_layers(ours):
+        off = ~layer.active_rows("default")
+        assert torch.equal(layer.base_layer.weight[off], base[name][off])
 
 
 # 3. The mask has one home: a persistent bool buffer, saved in the adapter's safetensors

@@ -52,7 +52,10 @@ def test_against_the_reference(backbone, lora):
     assert set(scorer.all_scores()) == set(CRITERIA)
 
 
-@pytest.mark.parametrize("lora", [{}, {"lora_bias": True}], ids=str)
+K_BIT = [{"adapter_bits": 1}, {"adapter_bits": 4, "lora_bias": True, "r": 4}]
+
+
+@pytest.mark.parametrize("lora", [{}, {"lora_bias": True}, *K_BIT], ids=str)
 def test_signed_score_is_the_derivative_with_respect_to_a_gate(backbone, lora):
     """In a whole model: each head's delta times a gate of 1, and the loss's derivative by the gate."""
     model = make(backbone, **lora).double().eval()
@@ -75,6 +78,26 @@ def test_signed_score_is_the_derivative_with_respect_to_a_gate(backbone, lora):
         assert score.abs().max() > 1e-9
         # gradients are recorded in float32
         torch.testing.assert_close(score, gates[name].grad, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("bits", [1, 8])
+def test_k_bit_scores_are_those_of_the_quantised_weights(bits):
+    """Against a stock LoRA whose parameters the quantised weights are."""
+    model = make(adapter_bits=bits, r=4)
+    scorer = HeadScorer(model)
+    plain = make(ne=1, r=4)
+    plain.load_state_dict(model.state_dict())
+    for layer, other in zip(head_layers(model).values(), head_layers(plain).values(), strict=True):
+        other.lora_A["default"].weight.data = layer.quantized_down("default").detach()
+        other.lora_B["default"].weight.data = layer.quantized_up("default").detach()
+    expected = HeadScorer(plain)
+    for each, its_scorer in ((model, scorer), (plain, expected)):
+        for seed in range(2):  # two micro-batches
+            each(**tiny.batch(seed=seed)).loss.backward()
+        its_scorer.update()
+    for criterion in CRITERIA:
+        for name, score in expected.scores(criterion).items():
+            torch.testing.assert_close(scorer.scores(criterion)[name], score, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("ne", [1, 3])

@@ -53,6 +53,15 @@ class MethodArguments:
     r: int | None = field(default=None, metadata={"help": "LoRA rank (default 8)."})
     lora_alpha: float | None = field(default=None, metadata={"help": "LoRA's alpha (default 8); s = alpha / r."})
     lora_dropout: float | None = field(default=None, metadata={"help": "LoRA dropout (default 0)."})
+    bottleneck_dropout: float | None = field(
+        default=None, metadata={"help": "Dropout between lora_A and lora_B, the papers' (default 0)."}
+    )
+    adapter_bits: int | None = field(
+        default=None, metadata={"help": "Bits per adapter weight: 1, 2, 4, 8, or 32 (default), not quantised."}
+    )
+    classifier_bits: int | None = field(
+        default=None, metadata={"help": "The same for the classification head's weight (default 32)."}
+    )
     scale: float | None = field(default=None, metadata={"help": "The papers' s, instead of --lora_alpha."})
     peft_config: str | None = field(
         default=None,
@@ -62,9 +71,10 @@ class MethodArguments:
 
 LORA = ("r", "lora_alpha", "lora_dropout", "scale")
 HEADS = ("ne", "ratio", "granularity", "joint", "criterion", "mask_scope", "mask_seed")
+BITS = ("bottleneck_dropout", "adapter_bits", "classifier_bits")
 SCORER = ("head_select_at", "head_warmup_epochs", "head_window")
 APPLIES = {
-    "head-masked-lora": HEADS + SCORER + LORA,
+    "head-masked-lora": HEADS + SCORER + LORA + BITS,
     "lora": LORA,
     "linear": (),
     "full": (),
@@ -133,7 +143,7 @@ def read_peft_config(text: str | None) -> dict:
 
 
 def _adapter_config(model: nn.Module, args: MethodArguments):
-    settings = {name: getattr(args, name) for name in _given(args) if name in HEADS + LORA}
+    settings = {name: getattr(args, name) for name in _given(args) if name in HEADS + LORA + BITS}
     config_class = HeadMaskedLoraConfig if args.method == "head-masked-lora" else LoraConfig
     if args.method == "peft":
         settings = read_peft_config(args.peft_config)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -20,6 +21,14 @@ class HeadMaskable(Protocol):
 
     def head_parameters(self, adapter_name: str) -> list[nn.Parameter]:
         """The adapter's parameters that belong to heads; the leading dimension of each is the projection's rows."""
+
+    def scored_tensor(self, adapter_name: str, param: nn.Parameter) -> torch.Tensor:
+        """What is scored for one of the head-wise parameters: itself, or the value by which it acts (quantised)."""
+
+    def on_scored_gradient(
+        self, adapter_name: str, param: nn.Parameter, call: Callable[[torch.Tensor, bool], None]
+    ) -> Any:
+        """Hear the gradient of that tensor, as `sharding.on_gradient` lets one hear a parameter's; returns a handle."""
 
     def get_head_mask(self, adapter_name: str) -> torch.Tensor:
         """bool (num_heads,), the heads of all parts of a fused projection one after the other, True = active."""

@@ -1,4 +1,4 @@
-"""Trained heads (`modules_to_save`) of different sizes, and label names, of several adapters on one model.
+"""Trained heads (`modules_to_save`) of different sizes or of few bits, and label names, of several adapters on one model.
 
 PEFT copies the base model's head for every adapter and fails to load a file with another number of classes.
 """
@@ -9,8 +9,77 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
+
+from .quantizer import WeightQuantizer
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer whose weight acts by its quantised value; the parameter is the full-precision weight behind it."""
+
+    quantizer: WeightQuantizer
+
+    def quantized_weight(self) -> torch.Tensor:
+        """(out, in)."""
+        return self.quantizer(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.quantized_weight(), self.bias)
+
+    def train(self, mode: bool = True) -> QuantizedLinear:
+        if mode != self.training:
+            self.quantizer.forget()
+        return super().train(mode)
+
+
+def check_quantizable(model: nn.Module, modules_to_save: Iterable[str] | None, bits: int) -> None:
+    """Raise ValueError unless what is trained in full is linear layers, at least one, which alone can be quantised."""
+    ends = tuple(modules_to_save or ())
+    heads = {
+        name: getattr(module, "original_module", module)
+        for name, module in model.named_modules()
+        if ends and name.endswith(ends)
+    }
+    for name, head in heads.items():
+        if type(head) is not nn.Linear:
+            raise ValueError(
+                f"classifier_bits={bits} needs a head that is a torch.nn.Linear, but {name} is a "
+                f"{type(head).__name__}; pass classifier_bits=32"
+            )
+    if not heads:
+        raise ValueError(
+            f"classifier_bits={bits}, but the adapter trains no classification head; name it in modules_to_save, or "
+            "pass classifier_bits=32"
+        )
+
+
+def quantize_task_heads(model: nn.Module, adapter_name: str, bits: int) -> None:
+    """Quantise the weights of the adapter's trained classification head; its bias stays in full precision.
+
+    A weight without any deviation (timm's models begin with zeros) could not be trained: it gets `nn.Linear`'s default
+    initialisation.
+    """
+    for _, wrapper in _wrappers(model):
+        head = wrapper.modules_to_save[adapter_name] if adapter_name in wrapper.modules_to_save else None
+        if type(head) is not nn.Linear:
+            continue
+        if not head.weight.is_meta and head.weight.numel() > 1 and head.weight.detach().std() == 0:
+            head.reset_parameters()
+        head.__class__ = QuantizedLinear  # in place: hooks, and whoever holds the layer, stay
+        head.quantizer = WeightQuantizer(bits)
+
+
+def settle_task_heads(model: nn.Module) -> nn.Module:
+    """Make ordinary linear layers of quantised heads that have become the model's own; returns the model."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            with torch.no_grad():
+                module.weight.copy_(module.quantized_weight())
+            module.__class__ = nn.Linear
+            del module.quantizer
+    return model
 
 
 def fit_task_heads(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> int | None:

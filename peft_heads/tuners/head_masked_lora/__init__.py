@@ -10,6 +10,6 @@ from .model import HeadMaskedLoraModel
 __all__ = ["HeadMaskedLinear", "HeadMaskedLoraConfig", "HeadMaskedLoraModel"]
 
 register_tuner(name="head_masked_lora", config_cls=HeadMaskedLoraConfig, model_cls=HeadMaskedLoraModel)
-allow_hotswap("head_masked_lora", "mask_scope", "num_heads", "fused_parts")
+allow_hotswap("head_masked_lora", "mask_scope", "num_heads", "fused_parts", "adapter_bits", "classifier_bits")
 extend_hotswap_check(check_hotswap)
 extend_model_card(update_card)

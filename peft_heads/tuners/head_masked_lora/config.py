@@ -14,6 +14,8 @@ from ...adapter_files import AdapterFiles, find_labels, read_settings
 from ...heads.layout import ProjectionLayout
 from ...heads.scores import CRITERIA
 from ...heads.selection import GRANULARITIES, check_head_count
+from ...quantization import BITS
+from ..quantizer import WeightQuantizer
 
 
 MASK_SCOPES = ("adapter", "head")
@@ -39,6 +41,20 @@ _INCOMPATIBLE_FIELDS = {
     "layer_replication": "the copies of a layer would carry no masks",
     "arrow_config": "it routes between several adapters, each with heads of its own",
 }
+# Options of LoRA that apply lora_A and lora_B by code of their own: it would read the full-precision weights, and know
+# of no dropout between the two.
+_APPLY_FACTORS = (
+    "use_dora",
+    "kasa_config",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "velora_config",
+    "monteclora_config",
+    "use_qalora",
+    "target_parameters",
+)
+FULL_PRECISION = 32
 
 
 @dataclass
@@ -78,6 +94,18 @@ class HeadMaskedLoraConfig(LoraConfig):
         fused_parts (`str`):
             Which parts of a fused `qkv` projection are adapted (and scored and masked): the initials of the parts.
             The others never change. `"qkv"` adapts the whole, as stock LoRA does.
+        adapter_bits (`int`):
+            1, 2, 4 or 8: `lora_A` and `lora_B` act by their quantised values, of that many bits per entry, and are
+            trained through the quantiser (Bi-LoRA); 32 is LoRA as it is. The mean and the deviation are those of the
+            rows that the adapter has, without deactivated heads. What is saved, and what optimizers see, are the
+            full-precision weights, so that training can go on; `lora_bias` stays in full precision. `lora_A` is
+            initialised as by LoRA (`True` or `"gaussian"`), `lora_B` by a normal with deviation 0.001 cut off at
+            ±0.002, since zeros have no deviation.
+        classifier_bits (`int`):
+            The same for the weight of the trained classification head; its bias stays in full precision.
+        bottleneck_dropout (`float`):
+            Dropout between `lora_A` and `lora_B`, on the r values of a token, as in Bi-LoRA and HEAT (0.1 there), with
+            any `adapter_bits`. PEFT's `lora_dropout` drops the input of `lora_A`; both may be given.
 
     Raises:
         ValueError: An argument is out of its range, or an option of LoRA is asked for that head masks would make
@@ -103,6 +131,15 @@ class HeadMaskedLoraConfig(LoraConfig):
     fused_parts: str = field(
         default="qv", metadata={"help": "The parts of a fused qkv projection to adapt, by their initials."}
     )
+    adapter_bits: Literal[1, 2, 4, 8, 32] = field(
+        default=FULL_PRECISION, metadata={"help": "Bits per entry of lora_A and lora_B; 32 does not quantise."}
+    )
+    classifier_bits: Literal[1, 2, 4, 8, 32] = field(
+        default=FULL_PRECISION, metadata={"help": "Bits per entry of the classification head's weight."}
+    )
+    bottleneck_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout between lora_A and lora_B; lora_dropout is the one before lora_A."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -113,6 +150,8 @@ class HeadMaskedLoraConfig(LoraConfig):
         self.adapter_files = AdapterFiles()
         self.head_layouts: dict[str, ProjectionLayout] = {}
         self.source: dict[str, Any] | None = None
+        # The one quantiser that all layers of the adapter share, while it is on a model.
+        self.quantizer: WeightQuantizer | None = None
 
         if self.ne is None and self.ratio is None:
             self.ne = 1
@@ -127,13 +166,29 @@ class HeadMaskedLoraConfig(LoraConfig):
             raise ValueError(
                 f"num_heads must be a positive integer, or one per module pattern; got {self.num_heads!r}"
             )
-        if self.masks_heads:
-            self.check_compatible()
+        for name in ("adapter_bits", "classifier_bits"):
+            if type(getattr(self, name)) is not int or getattr(self, name) not in (*BITS, FULL_PRECISION):
+                allowed = ", ".join(map(str, (*BITS, FULL_PRECISION)))
+                raise ValueError(f"{name} must be one of {allowed}; got {getattr(self, name)!r}")
+        dropout = self.bottleneck_dropout
+        if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+            raise ValueError(f"bottleneck_dropout must be in [0, 1); got {dropout!r}")
+        self.check_compatible()
 
     @property
     def masks_heads(self) -> bool:
         """Whether heads are going to be deactivated: False for `ne=0` and `ratio=0`, which are plain LoRA."""
         return bool(self.ne or self.ratio)
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the adapter acts by quantised weights."""
+        return self.adapter_bits != FULL_PRECISION
+
+    @property
+    def changes_lora(self) -> bool:
+        """Whether every layer of the adapter, with heads or without, does something else than stock LoRA."""
+        return self.quantizes or self.bottleneck_dropout > 0
 
     @property
     def freezes_rows(self) -> bool:
@@ -199,6 +254,7 @@ class HeadMaskedLoraConfig(LoraConfig):
         Args:
             freezes_rows: Whether the adapter leaves parts of a fused projection alone, which it can without masks.
         """
+        self._check_factors()
         init = self.init_lora_weights
         problems = [
             (f"init_lora_weights={init!r}", reason)
@@ -219,6 +275,25 @@ class HeadMaskedLoraConfig(LoraConfig):
         for option, reason in problems:
             raise ValueError(f"{option} cannot be combined with {combined}: {reason}; drop it, or {way_out}")
 
+    def _check_factors(self) -> None:
+        """Raise ValueError if an option is set that passes by quantised weights and the dropout between them."""
+        if not self.changes_lora:
+            return
+        ours = "adapter_bits" if self.quantizes else "bottleneck_dropout"
+        init = self.init_lora_weights
+        for name in _APPLY_FACTORS:
+            if getattr(self, name, None):
+                raise ValueError(
+                    f"{name} cannot be combined with {ours}={getattr(self, ours)}: it applies lora_A and lora_B by "
+                    f"code of its own, which {ours} does not reach; drop one of the two"
+                )
+        if self.quantizes and isinstance(init, str) and init.lower() != "gaussian":
+            raise ValueError(
+                f"init_lora_weights={init!r} cannot be combined with adapter_bits={self.adapter_bits}: what it "
+                "computes would not outlive the rounding, or its zeros in lora_B have no deviation to quantise by; "
+                "use True, 'gaussian' or False, or adapter_bits=32"
+            )
+
 
 def check_hotswap(old: PeftConfig, new: PeftConfig) -> None:
     """Raise ValueError for adapters that must not be swapped although their options agree.
@@ -237,6 +312,8 @@ def check_hotswap(old: PeftConfig, new: PeftConfig) -> None:
             "hot-swapping adapters with mask_scope='head' needs the same target_modules, got "
             f"{sorted(old.target_modules)} and {sorted(new.target_modules)}; use load_adapter and set_adapter"
         )
+    if getattr(old, "quantizer", None) is not None:
+        old.quantizer.forget()  # PEFT writes the new weights where the old ones were
 
 
 def _check_file(path_or_repo: str | os.PathLike, subfolder: str | None) -> None:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear, LoraVariant
 from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils.other import transpose
 from torch import nn
 
 from ...heads.layout import ProjectionLayout
 from ...heads.maskable import check_mask
-from .config import HeadMaskedLoraConfig
+from ...sharding import on_gradient
+from ..quantizer import WeightQuantizer
+from .config import FULL_PRECISION, HeadMaskedLoraConfig
+
+
+# The up-projection of a k-bit adapter (Bi-LoRA): a normal that is cut off. Zeros would have no deviation.
+UP_STD, UP_LIMIT = 0.001, 0.002
 
 
 class HeadMask(nn.Module):
@@ -30,6 +38,7 @@ class HeadMask(nn.Module):
 class HeadMaskVariant(LoraVariant):
     """Wraps a LoRA variant (None for vanilla LoRA) and takes the deactivated heads out of what it does.
 
+    Vanilla LoRA acts by quantised weights here where the adapter has them, with a dropout between if it has one.
     In the forward pass the mask multiplies the rows of `lora_B`, not the output: out·r numbers instead of
     batch·tokens·out. Merging is left to the inner variant; the layer restores the rows of deactivated heads.
     """
@@ -50,7 +59,7 @@ class HeadMaskVariant(LoraVariant):
         self, module: HeadMaskedLinear, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
         if self.inner is None:
-            hidden = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))  # (…, r)
+            hidden = self._down(module, active_adapter, module.lora_dropout[active_adapter](x))  # (…, r)
             output = result + self._up(module, active_adapter, hidden) * module.scaling[active_adapter]
         else:
             output = self.inner.forward(module, active_adapter=active_adapter, x=x, result=result, **kwargs)
@@ -61,9 +70,23 @@ class HeadMaskVariant(LoraVariant):
         return output
 
     @staticmethod
+    def _down(module: HeadMaskedLinear, active_adapter: str, x: torch.Tensor) -> torch.Tensor:
+        """`lora_A`, and the dropout behind it: (…, in) to (…, r)."""
+        if active_adapter in module.lora_quantizer:
+            hidden = F.linear(x, module.quantized_down(active_adapter))
+        else:
+            hidden = module.lora_A[active_adapter](x)
+        if active_adapter in module.lora_bottleneck_dropout:
+            hidden = module.lora_bottleneck_dropout[active_adapter](hidden)
+        return hidden
+
+    @staticmethod
     def _up(module: HeadMaskedLinear, active_adapter: str, hidden: torch.Tensor) -> torch.Tensor:
         """`lora_B` without the rows of deactivated heads: (…, r) to (…, out)."""
         lora_B = module.lora_B[active_adapter]
+        if active_adapter in module.lora_quantizer:
+            bias = None if lora_B.bias is None else module.mask_rows(active_adapter, lora_B.bias)
+            return F.linear(hidden, module.mask_rows(active_adapter, module.quantized_up(active_adapter)), bias)
         if type(lora_B) is nn.Linear and not lora_B._forward_pre_hooks and not lora_B._forward_hooks:
             bias = None if lora_B.bias is None else module.mask_rows(active_adapter, lora_B.bias)
             return F.linear(hidden, module.mask_rows(active_adapter, lora_B.weight), bias)
@@ -99,11 +122,21 @@ class HeadMaskedLinear(Linear):
     `get_delta_weight`, in merged weights, with DoRA and in mixed batches. With `mask_scope="head"` the projection's
     whole output for that head is zero, bias included.
 
-    An adapter with `ne=0` has no mask here and takes stock LoRA's path.
+    With `adapter_bits` below 32, everything that the layer does it does with the quantised factors; the parameters
+    are the full-precision weights behind them.
+
+    An adapter with `ne=0`, in full precision, has no mask here and takes stock LoRA's path.
     """
 
     # All names of other parameters that may contain adapter-related parameters
-    other_param_names: tuple[str, ...] = (*Linear.other_param_names, "lora_head_mask", "head_layout")
+    other_param_names: tuple[str, ...] = (
+        *Linear.other_param_names,
+        "lora_head_mask",
+        "head_layout",
+        "lora_bottleneck_dropout",
+        "lora_quantizer",
+        "classifier_bits",
+    )
 
     def update_layer(
         self, adapter_name: str, r: int, lora_alpha: int, config: HeadMaskedLoraConfig, **kwargs: Any
@@ -112,6 +145,9 @@ class HeadMaskedLinear(Linear):
         if not hasattr(self, "lora_head_mask"):  # the parent's __init__ comes here to create the first adapter
             self.lora_head_mask = nn.ModuleDict({})
             self.head_layout: dict[str, ProjectionLayout] = {}
+            self.lora_bottleneck_dropout = nn.ModuleDict({})
+            self.lora_quantizer: dict[str, WeightQuantizer] = {}
+            self.classifier_bits: dict[str, int] = {}
             # rows of the base weight and bias that a merge has overwritten, per merged adapter
             self._overwritten_rows: dict[str, list[torch.Tensor]] = {}
         layout = config.head_layouts.get(kwargs.get("target_name"))
@@ -119,11 +155,40 @@ class HeadMaskedLinear(Linear):
             self.head_layout[adapter_name] = layout
             if config.masks_heads or not layout.covers_all_rows:
                 self.lora_head_mask[adapter_name] = HeadMask(layout.num_heads)
+        self.classifier_bits[adapter_name] = config.classifier_bits
+        if config.quantizes:
+            self.lora_quantizer[adapter_name] = config.quantizer
+        if config.bottleneck_dropout > 0:
+            self.lora_bottleneck_dropout[adapter_name] = nn.Dropout(config.bottleneck_dropout)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
+        super().reset_lora_parameters(adapter_name, init_lora_weights)
+        if adapter_name in self.lora_quantizer and init_lora_weights is not False:
+            nn.init.trunc_normal_(self.lora_B[adapter_name].weight, std=UP_STD, a=-UP_LIMIT, b=UP_LIMIT)
 
     def resolve_lora_variant(self, *, config: HeadMaskedLoraConfig, **kwargs) -> LoraVariant | None:
         inner = super().resolve_lora_variant(config=config, **kwargs)
-        return HeadMaskVariant(inner, config.mask_scope) if config.masks_heads or config.freezes_rows else inner
+        ours = config.masks_heads or config.freezes_rows or config.changes_lora
+        return HeadMaskVariant(inner, config.mask_scope) if ours else inner
+
+    # k-bit adapters
+
+    def quantized_down(self, adapter_name: str) -> torch.Tensor:
+        """`lora_A` as a k-bit adapter has it, (r, in)."""
+        return self.lora_quantizer[adapter_name](self.lora_A[adapter_name])
+
+    def quantized_up(self, adapter_name: str) -> torch.Tensor:
+        """`lora_B` as a k-bit adapter has it, (out, r), with zeros in the rows that the adapter must not change."""
+        mask = self.lora_head_mask[adapter_name] if adapter_name in self.lora_head_mask else None
+        layout = self.head_layout.get(adapter_name)
+        return self.lora_quantizer[adapter_name](self.lora_B[adapter_name], layout, mask)
+
+    def train(self, mode: bool = True) -> HeadMaskedLinear:
+        if mode != self.training:
+            for quantizer in self.lora_quantizer.values():
+                quantizer.forget()
+        return super().train(mode)
 
     # The protocol of heads/maskable.py
 
@@ -131,6 +196,19 @@ class HeadMaskedLinear(Linear):
         """`lora_B`'s weight (out, r) and, if it has one, bias (out,); `lora_A` is shared by all heads."""
         lora_B = self.lora_B[adapter_name]
         return [lora_B.weight] if lora_B.bias is None else [lora_B.weight, lora_B.bias]
+
+    def scored_tensor(self, adapter_name: str, param: nn.Parameter) -> torch.Tensor:
+        return self.quantized_up(adapter_name) if self._is_quantized(adapter_name, param) else param
+
+    def on_scored_gradient(
+        self, adapter_name: str, param: nn.Parameter, call: Callable[[torch.Tensor, bool], None]
+    ) -> Any:
+        if self._is_quantized(adapter_name, param):
+            return self.lora_quantizer[adapter_name].on_gradient(self.lora_B[adapter_name], call)
+        return on_gradient(param, call)
+
+    def _is_quantized(self, adapter_name: str, param: nn.Parameter) -> bool:
+        return adapter_name in self.lora_quantizer and param is self.lora_B[adapter_name].weight
 
     def get_head_mask(self, adapter_name: str) -> torch.Tensor:
         if adapter_name not in self.lora_head_mask:
@@ -166,6 +244,11 @@ class HeadMaskedLinear(Linear):
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """The adapter's update of the weight, (out, in), with zero rows where it must not change the base."""
+        if adapter in self.lora_quantizer:
+            down, up = self.quantized_down(adapter), self.quantized_up(adapter)
+            wide = torch.promote_types(up.dtype, torch.float32)
+            delta = transpose(up.to(wide) @ down.to(wide), self.fan_in_fan_out) * self.scaling[adapter]
+            return self.mask_rows(adapter, delta.to(up.dtype))
         return self.mask_rows(adapter, super().get_delta_weight(adapter))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -214,9 +297,11 @@ class HeadMaskedLinear(Linear):
             tensor[off] = values.to(tensor)  # the model may have been cast or moved since
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        # PEFT converts the delta weight alone, neither DoRA's magnitude nor the bias of lora_B
+        # PEFT converts the delta weight alone, neither DoRA's magnitude nor the bias of lora_B, and copies the trained
+        # head's parameters, which are not what a head of few bits acts by
         beside = self.use_dora.get(adapter_name) or self.lora_bias.get(adapter_name)
-        return not beside and super().supports_lora_conversion(adapter_name)
+        few_bits = self.classifier_bits.get(adapter_name, FULL_PRECISION) != FULL_PRECISION
+        return not beside and not few_bits and super().supports_lora_conversion(adapter_name)
 
     def __repr__(self) -> str:
         return super().__repr__().replace("lora.", "head_masked_lora.", 1)

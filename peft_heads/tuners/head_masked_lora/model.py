@@ -17,8 +17,18 @@ from ..._compat import expand_all_linear
 from ...heads.maskable import read_masks
 from ...heads.resolve import default_targets, named_targets, task_head_names
 from ...sharding import whole
-from ..task_heads import check_mixed_batch, default_labels, fit_task_heads, get_labels, set_labels
-from .config import HeadMaskedLoraConfig
+from ..quantizer import WeightQuantizer
+from ..task_heads import (
+    check_mixed_batch,
+    check_quantizable,
+    default_labels,
+    fit_task_heads,
+    get_labels,
+    quantize_task_heads,
+    set_labels,
+    settle_task_heads,
+)
+from .config import FULL_PRECISION, HeadMaskedLoraConfig
 from .layer import HeadMaskedLinear
 from .state_dict import (
     BASE,
@@ -71,12 +81,24 @@ class HeadMaskedLoraModel(LoraModel):
                 raise unknown_architecture(self.model)
         if peft_config.modules_to_save is None:
             peft_config.modules_to_save = task_head_names(self.model) or None
+        if peft_config.classifier_bits != FULL_PRECISION:
+            check_quantizable(self.model, peft_config.modules_to_save, peft_config.classifier_bits)
         peft_config = super()._prepare_adapter_config(peft_config, model_config)
         expand_all_linear(peft_config, self.model)
         targets = [n for n, _ in named_targets(self.model) if self._check_target_module_exists(peft_config, n)]
         # of every projection, targeted or not: what is injected after a state dict follows its keys, not the config
         peft_config.head_layouts = find_head_layouts(self.model, peft_config, targets)
+        peft_config.quantizer = WeightQuantizer(peft_config.adapter_bits) if peft_config.quantizes else None
         return peft_config
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        bits = self.peft_config[adapter_name].classifier_bits
+        if bits != FULL_PRECISION:
+            quantize_task_heads(model, adapter_name, bits)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        return settle_task_heads(super()._unload_and_optionally_merge(*args, **kwargs))
 
     def _follow_renames(self, peft_config: HeadMaskedLoraConfig) -> None:
         keys = saved_keys(**peft_config.source)
@@ -97,13 +119,13 @@ class HeadMaskedLoraModel(LoraModel):
         self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs: Any
     ) -> None:
         if (
-            _needs_masks(lora_config, current_key)
+            (_needs_masks(lora_config, current_key) or lora_config.changes_lora)
             and isinstance(target, LoraLayer)
             and not isinstance(target, HeadMaskedLinear)
         ):
             raise ValueError(
-                f"{current_key} was given a plain LoRA layer by an earlier adapter, which cannot carry the head masks "
-                f"of adapter {adapter_name!r}; add the head-masked adapter first"
+                f"{current_key} was given a plain LoRA layer by an earlier adapter, which cannot carry the head masks, "
+                f"the k-bit weights or the bottleneck dropout of adapter {adapter_name!r}; add the head-masked adapter first"
             )
         super()._create_and_replace(
             lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
@@ -112,7 +134,8 @@ class HeadMaskedLoraModel(LoraModel):
     # Static upstream, but called through `self`, which is what makes dispatch by position in the model possible.
     def _create_new_module(self, lora_config, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
         name = kwargs.get("target_name")
-        if name not in lora_config.head_layouts or kwargs.get("parameter_name") is not None:
+        has_heads = name in lora_config.head_layouts
+        if not (has_heads or lora_config.changes_lora) or kwargs.get("parameter_name") is not None:
             return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if _is_plain_linear(base_layer):
@@ -129,6 +152,12 @@ class HeadMaskedLoraModel(LoraModel):
                 f"{name} is a {type(base_layer).__name__} with weights of type {type(base_layer.weight).__name__}, "
                 "for which head masks are not implemented (expected torch.nn.Linear); load the model without "
                 "quantization, exclude the module, or pass ne=0 (on a fused projection with fused_parts=qkv)"
+            )
+        if lora_config.changes_lora:
+            raise ValueError(
+                f"{name} is a {type(base_layer).__name__}, for which adapter_bits={lora_config.adapter_bits} and "
+                f"bottleneck_dropout={lora_config.bottleneck_dropout} are not implemented (expected torch.nn.Linear); "
+                "exclude the module, or pass adapter_bits=32, bottleneck_dropout=0"
             )
         return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
 
@@ -183,6 +212,12 @@ class HeadMaskedLoraModel(LoraModel):
         scopes = {getattr(self.peft_config.get(name), "mask_scope", "adapter") for name in adapters}
         if "head" in scopes:
             raise ValueError("adapters with mask_scope='head' cannot be combined: their update is not a sum of deltas")
+        bits = {name: self.peft_config[name].adapter_bits for name in adapters if name in self.peft_config}
+        if any(n != FULL_PRECISION for n in bits.values()):
+            raise ValueError(
+                f"k-bit adapters cannot be combined (adapter_bits: {bits}): the sum is no k-bit adapter; make plain "
+                "LoRA adapters of them first (peft.save_as_lora)"
+            )
         for name, layer in self.named_modules():
             if isinstance(layer, HeadMaskedLinear):
                 layouts = {layer.head_layout[adapter] for adapter in adapters if adapter in layer.head_layout}

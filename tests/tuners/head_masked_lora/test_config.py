@@ -52,6 +52,19 @@ def test_copies_and_pickles():
         ({"mask_scope": "q"}, "mask_scope must be one of adapter, head; got 'q'"),
         ({"granularity": "stage"}, "granularity must be one of global, layer; got 'stage'"),
         ({"num_heads": 0}, "positive integer.*got 0"),
+        ({"adapter_bits": 3}, "adapter_bits must be one of 1, 2, 4, 8, 32; got 3"),
+        ({"adapter_bits": True}, "adapter_bits must be one of 1, 2, 4, 8, 32; got True"),
+        ({"classifier_bits": "1"}, "classifier_bits must be one of 1, 2, 4, 8, 32; got '1'"),
+        ({"bottleneck_dropout": 1.0}, r"bottleneck_dropout must be in \[0, 1\); got 1.0"),
+        (
+            {"adapter_bits": 1, "use_dora": True},
+            "use_dora cannot be combined with adapter_bits=1: it applies lora_A and lora_B by code of its own",
+        ),
+        ({"ne": 0, "bottleneck_dropout": 0.1, "use_dora": True}, "use_dora cannot .* bottleneck_dropout=0.1"),
+        (
+            {"ne": 0, "adapter_bits": 1, "init_lora_weights": "orthogonal"},
+            "init_lora_weights='orthogonal' cannot be combined with adapter_bits=1: .* use True, 'gaussian' or False",
+        ),
         ({"num_heads": {"q": 1.5}}, "positive integer"),
         (
             {"init_lora_weights": "pissa"},

@@ -1,0 +1,176 @@
+"""Quantised weights of linear layers, decided once per optimizer step."""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
+
+from ..heads.layout import ProjectionLayout
+from ..quantization import Decision, code_book, decide, quantize_by_autograd, straight_through
+from ..sharding import is_dtensor
+
+
+# Optimizer steps of the process so far, of whatever optimizer: many write through `.data` or a pointer, which moves no
+# version counter.
+_steps = [0]
+
+
+def _count_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    _steps[0] += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+class WeightQuantizer:
+    """Gives the linear layers that share it the quantised values of their weights, with the straight-through gradient.
+
+    Which code an entry gets is decided when a weight is asked for whose layer, or its mask, has changed since, and then
+    for all the layers that have, matrices of one shape together: once per optimizer step, however many passes a step
+    takes. What is kept is a function of the weights alone, so copies and pickles leave it behind.
+
+    A change is seen by the identity, the version counter and the address of a tensor, and by any optimizer's step.
+    Whoever writes through `.data` otherwise, between two passes in the same mode, calls `forget()`; a layer that goes
+    from training to evaluation or back does so itself.
+
+    Args:
+        bits: 1, 2, 4 or 8.
+    """
+
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+        code_book(bits)  # so that no compiler comes across its computation
+        self._entries: weakref.WeakKeyDictionary[nn.Linear, _Entry] = weakref.WeakKeyDictionary()
+        self._listeners: weakref.WeakKeyDictionary[nn.Linear, OrderedDict] = weakref.WeakKeyDictionary()
+        self._heard = False
+        self._num_forgotten = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"bits": self.bits}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+    def __call__(
+        self, linear: nn.Linear, layout: ProjectionLayout | None = None, head_mask: nn.Module | None = None
+    ) -> torch.Tensor:
+        """The quantised weight, (out, in).
+
+        Args:
+            linear: The layer. Only its weight is read; it is not called.
+            layout, head_mask: The heads of its rows, and the module whose buffer `mask` says which are active: the
+                other rows are left out. None keeps all rows.
+
+        Raises:
+            ValueError: The weight is sharded or flattened, so that its mean and deviation cannot be known here.
+        """
+        weight = linear.weight
+        problem = _why_not(linear)
+        if problem is not None:
+            raise ValueError(
+                f"a weight with {self.bits} bits is quantised by the mean and deviation of the whole matrix "
+                f"({linear.out_features}, {linear.in_features}), but {problem}; use DistributedDataParallel or ZeRO 1 "
+                "or 2, or adapter_bits=32 and classifier_bits=32"
+            )
+        # A compiler traces the plain expression; weights that are no parameters are those of a replica or a functional
+        # call, and come anew each time.
+        if torch.compiler.is_compiling() or not isinstance(weight, nn.Parameter) or weight.is_inference():
+            rows = None if head_mask is None else layout.active_rows(head_mask.mask)
+            quantized = quantize_by_autograd(weight, self.bits, rows)
+        else:
+            entry = self._entries.get(linear)
+            if entry is None or entry.head_mask is not head_mask:
+                entry = self._entries[linear] = _Entry(layout, head_mask)
+            if entry.state != self._state(linear, entry):
+                self._decide()
+            quantized = straight_through(weight, entry.decision)
+        if self._heard:
+            self._let_hear(linear, quantized)
+        return quantized
+
+    def forget(self) -> None:
+        """Decide anew for all layers when they are asked next."""
+        self._num_forgotten += 1
+
+    def decision(self, linear: nn.Linear, **heads: Any) -> Decision:
+        """The decision that is in force for a layer: codes, mean and deviation. Arguments as for a call."""
+        with torch.no_grad():
+            self(linear, **heads)
+        return self._entries[linear].decision
+
+    def on_gradient(self, linear: nn.Linear, call: Callable[[torch.Tensor, bool], None]) -> RemovableHandle:
+        """Call `call(gradient, False)` with the gradient of the *quantised* weight in each backward pass from now on.
+
+        As `sharding.on_gradient`: this process's, of the micro-batch alone, before anything clips it.
+        """
+        calls = self._listeners.setdefault(linear, OrderedDict())
+        handle = RemovableHandle(calls)
+        calls[handle.id] = call
+        self._heard = True
+        return handle
+
+    # A compiler breaks its graph here, as long as somebody listens.
+    @torch.compiler.disable
+    def _let_hear(self, linear: nn.Linear, quantized: torch.Tensor) -> None:
+        self._heard = any(self._listeners.values())
+        if quantized.requires_grad:
+            for call in self._listeners.get(linear, {}).values():
+                quantized.register_hook(lambda grad, call=call: call(grad, False))
+
+    def _state(self, linear: nn.Linear, entry: _Entry) -> tuple:
+        """What a decision belongs to."""
+        weight, mask = linear.weight, getattr(entry.head_mask, "mask", None)
+        steps = _steps[0] if weight.requires_grad else None
+        return (_identity(weight), _identity(mask), steps, self._num_forgotten)
+
+    # Whatever the caller's mode: the decision is kept, and may serve a training pass.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _decide(self) -> None:
+        groups = defaultdict(list)
+        for linear, entry in self._entries.items():
+            weight, state = linear.weight, self._state(linear, entry)
+            if entry.state != state and _why_not(linear) is None:
+                entry.state = state
+                groups[weight.shape, weight.dtype, weight.device, entry.head_mask is None].append((linear, entry))
+        for (_, _, device, all_rows), members in groups.items():
+            with torch.autocast(device.type, enabled=False):
+                weights = torch.stack([linear.weight.detach() for linear, _ in members])
+                rows = None if all_rows else torch.stack([entry.active_rows() for _, entry in members])
+                decisions = decide(weights, self.bits, rows)
+            for index, (_, entry) in enumerate(members):
+                entry.decision = decisions.matrix(index)
+
+
+class _Entry:
+    """What is known of a layer; refers to its mask but never to the layer, whose end it must not put off."""
+
+    def __init__(self, layout: ProjectionLayout | None, head_mask: nn.Module | None) -> None:
+        self.layout = layout
+        self.head_mask = head_mask
+        self.state: tuple | None = None
+        self.decision: Decision | None = None
+
+    def active_rows(self) -> torch.Tensor:
+        return self.layout.active_rows(self.head_mask.mask)
+
+
+def _identity(tensor: torch.Tensor | None) -> tuple | None:
+    return None if tensor is None else (id(tensor), tensor._version, tensor.data_ptr(), tensor.device, tensor.dtype)
+
+
+def _why_not(linear: nn.Linear) -> str | None:
+    """What keeps a weight from being quantised, None if nothing does."""
+    weight = linear.weight
+    if is_dtensor(weight):
+        return "it is sharded over the processes (FSDP2)"
+    if tuple(weight.shape) != (linear.out_features, linear.in_features):
+        return f"this process holds a part of the shape {tuple(weight.shape)} (FSDP1, ZeRO 3)"
+    return "it is on the meta device (not loaded, or offloaded)" if weight.is_meta else None
