@@ -1,9 +1,9 @@
-"""Time of a training step with head masks against stock LoRA.
+"""Time of a training step with head masks, or with k-bit adapters, against stock LoRA of the same rank.
 
 Both sides in one process, interleaved step by step, so that they see the same machine; the ratio of the medians and
 the spread of the step-by-step ratios are printed. Random weights: nothing is downloaded.
 
-    python benchmarks/step_time.py [--hidden 768 --layers 12 --heads 12 --batch 8 --steps 20]
+    python benchmarks/step_time.py [--hidden 768 --layers 12 --heads 12 --batch 8 --steps 20 --adapter_bits 32 --accumulation 1]
 """
 
 import argparse
@@ -35,11 +35,12 @@ def make(config, args):
     return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 
 
-def step(model, optimizer, batch):
+def step(model, optimizer, batch, accumulation=1):
     synchronize = torch.cuda.synchronize if batch["labels"].is_cuda else lambda: None
     synchronize()
     start = time.perf_counter()
-    model(**batch).loss.backward()
+    for _ in range(accumulation):
+        model(**batch).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
     synchronize()
@@ -56,6 +57,8 @@ def main():
         "steps": 20,
         "rank": 8,
         "ne": 3,
+        "adapter_bits": 32,
+        "accumulation": 1,
     }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--mask_scope", default="adapter")
@@ -64,7 +67,9 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sides = {
         "stock LoRA": LoraConfig(r=args.rank, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"]),
-        "head-masked": HeadMaskedLoraConfig(r=args.rank, ne=args.ne, mask_scope=args.mask_scope),
+        "head-masked": HeadMaskedLoraConfig(
+            r=args.rank, ne=args.ne, mask_scope=args.mask_scope, adapter_bits=args.adapter_bits
+        ),
     }
     models = {name: make(config, args) for name, config in sides.items()}
     masked = models["head-masked"][0]
@@ -81,13 +86,14 @@ def main():
     for index in range(args.steps + 2):
         order = list(models) if index % 2 else list(reversed(models))
         for name in order:
-            seconds = step(*models[name], batch)
+            seconds = step(*models[name], batch, args.accumulation)
             if index >= 2:  # warm-up
                 times[name].append(seconds)
 
     print(
         f"ViT, hidden {args.hidden}, {args.layers} layers, {args.heads} heads, batch {args.batch}, r={args.rank}, "
-        f"ne={args.ne}, mask_scope={args.mask_scope}, {device}, {torch.get_num_threads()} threads"
+        f"ne={args.ne}, mask_scope={args.mask_scope}, adapter_bits={args.adapter_bits}, "
+        f"accumulation={args.accumulation}, {device}, {torch.get_num_threads()} threads"
     )
     for name, seconds in times.items():
         print(f"{name:12}  median {statistics.median(seconds) * 1e3:8.1f} ms   min {min(seconds) * 1e3:8.1f} ms")

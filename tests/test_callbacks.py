@@ -231,6 +231,27 @@ def test_resumed_run_equals_the_undisturbed_one(tmp_path, resume_at, restore):
         assert reports[0] == reports[1]
 
 
+@pytest.mark.parametrize("resume_at", [3, 6, 10])
+def test_resumed_k_bit_run_equals_the_undisturbed_one(tmp_path, resume_at):
+    """Checkpoints hold the full-precision weights behind the bits."""
+    settings = {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2, "num_train_epochs": 8}
+    trainers = []
+    for name in ("whole", "resumed"):
+        options = {"adapter_bits": 1, "classifier_bits": 1, "bottleneck_dropout": 0.1, "lora_dropout": 0.1}
+        model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=1, **options))
+        trainers.append(make_trainer(tmp_path / name, [TaylorHeadScorer(select_at=8)], model=model, **settings))
+    whole, resumed = trainers
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{resume_at}"))
+    assert off(resumed.model) == off(whole.model) != {()}
+    final = [load_file(trainer_file(t, tmp_path)) for t in trainers]
+    for name, tensor in final[0].items():
+        assert torch.equal(tensor, final[1][name]), name
+    model = PeftModel.from_pretrained(tiny.make("vit"), tmp_path / "whole" / "checkpoint-16").eval()
+    with torch.no_grad():
+        assert torch.equal(model(tiny.images()).logits, whole.model.eval()(tiny.images()).logits)
+
+
 def trainer_file(trainer, tmp_path):
     folder = tmp_path / f"final-{id(trainer)}"
     trainer.model.save_pretrained(folder)

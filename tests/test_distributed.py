@@ -84,11 +84,35 @@ def test_ddp(tmp_path, alone, accumulation):
     assert_same(run(tmp_path / "two", 2, "ddp", gradient_accumulation_steps=accumulation), alone)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_ddp_with_k_bits(tmp_path, accumulation):
+    """Every process quantises the same weights and gets the same codes."""
+    config = {"adapter_bits": 2, "classifier_bits": 4, "r": 4}
+    expected = run(tmp_path / "one", 1, "ddp", config=config)
+    assert_same(run(tmp_path / "two", 2, "ddp", gradient_accumulation_steps=accumulation, config=config), expected)
+
+
+def test_fsdp2_with_k_bits_is_refused(tmp_path):
+    with pytest.raises(
+        AssertionError, match=r"whole matrix .*sharded over the processes .FSDP2.; use DistributedData"
+    ):
+        run(tmp_path / "two", 2, "fsdp2", config={"adapter_bits": 1})
+
+
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_deepspeed(tmp_path, alone, stage):
     """Its engine steps before Trainer tells the callbacks, and keeps weights and optimizer state in parts."""
     assert_same(run(tmp_path / "two", 2, f"zero{stage}", gradient_accumulation_steps=2), alone)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@pytest.mark.parametrize("stage", [1, 2])
+def test_deepspeed_with_k_bits(tmp_path, stage):
+    """Its optimizer writes to the weights behind autograd's back."""
+    config = {"adapter_bits": 2, "r": 4}
+    expected = run(tmp_path / "one", 1, "ddp", config=config)
+    assert_same(run(tmp_path / "two", 2, f"zero{stage}", config=config), expected)
 
 
 def test_bf16_autocast(tmp_path):
