@@ -52,7 +52,7 @@ class MethodArguments:
     )
     r: int | None = field(default=None, metadata={"help": "LoRA rank (default 8)."})
     lora_alpha: float | None = field(default=None, metadata={"help": "LoRA's alpha (default 8); s = alpha / r."})
-    lora_dropout: float | None = field(default=None, metadata={"help": "LoRA dropout (default 0)."})
+    lora_dropout: float | None = field(default=None, metadata={"help": "Dropout before lora_A (default 0)."})
     bottleneck_dropout: float | None = field(
         default=None, metadata={"help": "Dropout between lora_A and lora_B, the papers' (default 0)."}
     )

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from peft import PeftConfig
 from PIL import Image as PIL
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -171,6 +172,13 @@ def test_scale_sets_lora_alpha(train, tmp_path):
     assert config.lora_alpha / config.r == pytest.approx(0.1)
 
 
+def test_k_bits(train, tmp_path):
+    words = ["--adapter_bits=1", "--classifier_bits=4", "--bottleneck_dropout=0.1", "--criterion=front"]
+    assert train("--max_steps=4", *words) == 0
+    config = PeftConfig.from_pretrained(tmp_path / "out")
+    assert (config.adapter_bits, config.classifier_bits, config.bottleneck_dropout) == (1, 4, 0.1)
+
+
 def test_same_seed_same_adapter(train, tmp_path):
     weights = []
     for seed in (3, 3, 4):
@@ -295,6 +303,7 @@ def test_wrong_config_file(train, tmp_path, capsys, text, message):
         (["--resume_from_checkpoint=/nowhere"], "is no checkpoint"),
         (["--learnin_rate=3"], "unknown argument: --learnin_rate (did you mean learning_rate?)"),
         (["surplus"], "unused words: surplus"),
+        (["--adapter_bits=3"], "adapter_bits must be one of 1, 2, 4, 8, 32; got 3"),
         (["--method=lorra"], "invalid choice: 'lorra'"),
         (["--fp16", "--bf16"], "fp16"),
         (["--do_train=false"], "nothing to do"),

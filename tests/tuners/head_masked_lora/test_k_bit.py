@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 
 from peft_heads import HeadMaskedLoraConfig, HeadScorer, set_head_masks
@@ -149,6 +150,41 @@ def test_an_optimizer_that_writes_through_data():
     WritesThroughData(params).step()
     assert versions == [p._version for p in params]
     assert not torch.equal(logits(model), before)
+
+
+def test_hotswap_is_seen(tmp_path):
+    """PEFT writes the new weights through `.data`."""
+    models = [make(1, modules_to_save=[]) for _ in range(3)]
+    for seed, model in enumerate(models):
+        tiny.randomize_lora(model, seed=seed)
+        set_head_masks(model, tiny.masks_off(model, seed))
+        model.eval().save_pretrained(tmp_path / str(seed))
+    expected = [logits(model) for model in models]
+    for swapped in (models[0], copy.deepcopy(models[0])):
+        for seed in (1, 2, 0):
+            hotswap_adapter(swapped, tmp_path / str(seed), adapter_name="default")
+            assert torch.equal(logits(swapped), expected[seed])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of the compiler, at the break of its graph
+def test_scorer_hears_a_compiled_model():
+    scores = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model = make(1)
+        tiny.randomize_lora(model, std=0.1)
+        scorer = HeadScorer(model)
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        for _ in range(2):
+            run(**tiny.batch()).loss.backward()
+        scorer.update()
+        scores.append(scorer.scores("absolute"))
+        scorer.close()
+        run(**tiny.batch()).loss.backward()
+    for name, score in scores[0].items():
+        torch.testing.assert_close(scores[1][name], score, rtol=1e-4, atol=1e-7)
+    torch._dynamo.reset()
 
 
 def test_kept_decisions_serve_any_mode():
