@@ -130,8 +130,6 @@ class WeightQuantizer:
         steps = _steps[0] if weight.requires_grad else None
         return (_identity(weight), _identity(mask), steps, self._num_forgotten)
 
-    # Whatever the caller's mode: the decision is kept, and may serve a training pass.
-    @torch.inference_mode(False)
     @torch.no_grad()
     def _decide(self) -> None:
         groups = defaultdict(list)
