@@ -84,7 +84,7 @@ def load_image_classifier(path_or_repo: str | os.PathLike, **kwargs: Any) -> tup
     else:
         image_processor = load_image_processor(base, **base_kwargs)
     support_peft_in_image_pipelines()
-    return PeftModel.from_pretrained(model, folder, config=adapter_config).eval(), image_processor
+    return PeftModel.from_pretrained(model, folder).eval(), image_processor
 
 
 @contextmanager
