@@ -56,7 +56,7 @@ def export_lora(
         ValueError: It cannot be said as plain LoRA, or adapter, base model or target are not as they should be;
             nothing is written then.
     """
-    with new_folder(target, overwrite, _sources(adapter, base_model)) as folder:
+    with new_folder(target, overwrite, sources(adapter, base_model)) as folder:
         source = fetch_adapter(adapter)
         settings = read_settings(source)
         if settings.get("peft_type") == "LORA":
@@ -92,7 +92,7 @@ def export_merged(
     With labels and image processor, for `AutoModelForImageClassification` and `AutoImageProcessor` alone. Arguments,
     result and errors as of [`export_lora`].
     """
-    with new_folder(target, overwrite, _sources(adapter, base_model)) as folder:
+    with new_folder(target, overwrite, sources(adapter, base_model)) as folder:
         source = fetch_adapter(adapter)
         check_type(source, read_settings(source))
         save_checkpoint(folder, merge(load_whole_model(source, base_model), source), source, base_model)
@@ -160,7 +160,8 @@ def check_type(source: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def _sources(adapter: str | os.PathLike, base_model: str | os.PathLike | None) -> tuple:
+def sources(adapter: str | os.PathLike, base_model: str | os.PathLike | None) -> tuple:
+    """What an export reads, which its target must not replace."""
     base = base_model
     if base is None and os.path.isfile(os.path.join(adapter, "adapter_config.json")):
         base = read_settings(adapter).get("base_model_name_or_path")

@@ -10,6 +10,10 @@ import importlib
 FORMATS = {
     "lora": ("a stock LoRA adapter, masks folded in (mask_scope=adapter)", "peft_heads.export:export_lora"),
     "merged": ("an ordinary checkpoint of transformers", "peft_heads.export:export_merged"),
+    "pruned": (
+        "a smaller checkpoint, deactivated heads removed (mask_scope=head, as many in every layer)",
+        "peft_heads.pruning:export_pruned",
+    ),
 }
 
 

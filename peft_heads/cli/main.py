@@ -26,7 +26,9 @@ COMMANDS = {
     "migrate": Command(
         "peft_heads.cli.migrate", "rewrite a LoRA adapter for the module names of the installed transformers"
     ),
-    "export": Command("peft_heads.cli.export", "write an adapter as stock LoRA or as an ordinary checkpoint"),
+    "export": Command(
+        "peft_heads.cli.export", "write an adapter as stock LoRA or as an ordinary, also smaller, checkpoint"
+    ),
     "demo": Command("peft_heads.cli.demo", "LoRA and head-masked LoRA side by side on a small model, without network"),
 }
 
