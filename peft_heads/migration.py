@@ -58,7 +58,7 @@ def migrate_adapter(folder: str | os.PathLike, base_model: str | os.PathLike | N
     trained = list(dict.fromkeys(module_of(key) for key in keys if not is_lora_key(key)))
     if not adapted:
         raise ValueError(f"{folder} has no LoRA weights in {SAFETENSORS_WEIGHTS_NAME}; other formats are not read")
-    model = _empty_base_model(folder, settings, base_model)
+    model = empty_base_model(folder, settings, base_model)
     with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
         metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in keys}
 
@@ -84,7 +84,7 @@ def migrate_adapter(folder: str | os.PathLike, base_model: str | os.PathLike | N
     return names
 
 
-def _empty_base_model(folder: Path, settings: dict[str, Any], base_model: str | os.PathLike | None) -> nn.Module:
+def empty_base_model(folder: Path, settings: dict[str, Any], base_model: str | os.PathLike | None) -> nn.Module:
     """The base model without weights: its names are all that is wanted."""
     import transformers
 
