@@ -70,7 +70,7 @@ def inspect_adapter(adapter: str | os.PathLike, base_model: str | os.PathLike | 
     folder = fetch_adapter(adapter)
     settings, files = read_settings(folder), sorted(path for path in folder.iterdir() if path.is_file())
     for path in files:
-        error = read_error(path)
+        error = read_error(path) if path.suffix in (".json", ".safetensors") else None
         if error is not None:
             raise ValueError(f"{path} is damaged: {error}")
     read_labels(folder)

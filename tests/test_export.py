@@ -62,6 +62,8 @@ for path in sorted(Path(sys.argv[1]).glob("*/images.pt")):
         merged = AutoModelForImageClassification.from_pretrained(folder / "merged").eval()
         assert merged.config.id2label == {0: "ant", 1: "bee", 2: "cat"}, merged.config.id2label
         logits["merged"] = merged(images).logits
+        if (folder / "pruned").exists():
+            logits["pruned"] = AutoModelForImageClassification.from_pretrained(folder / "pruned").eval()(images).logits
     torch.save(logits, folder / "logits.pt")
 """
 
@@ -116,7 +118,8 @@ def exported(tmp_path_factory):
         torch.save(images(name), folder / "images.pt")
         with torch.no_grad():
             expected[name] = model(images(name)).logits
-        for form in ["merged", "lora"] if name in AS_LORA else ["merged"]:
+        forms = {"lora": name in AS_LORA, "merged": True, "pruned": name == "vit head"}
+        for form in [form for form, possible in forms.items() if possible]:
             assert main(["export", str(folder / "adapter"), "--to", form, str(folder / form)]) == 0
     done = subprocess.run([sys.executable, "-c", STRANGER, root], capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr
@@ -135,9 +138,11 @@ def test_lora_has_the_same_logits_without_this_package(exported, name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_merged_has_the_same_logits_without_this_package(exported, name):
+def test_merged_and_pruned_have_the_same_logits_without_this_package(exported, name):
     folder, expected, logits = exported[name]
     torch.testing.assert_close(logits["merged"], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits.get("pruned", expected), expected, rtol=0, atol=1e-5)
+    assert ("pruned" in logits) == (name == "vit head")
     has_processor = name != "vit stock"  # neither adapter nor base model brings one
     assert (folder / "merged" / "preprocessor_config.json").exists() == has_processor
 
