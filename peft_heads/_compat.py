@@ -75,6 +75,29 @@ def allow_hotswap(name: str, *keys: str) -> None:
     hotswap.CONFIG_KEYS_TO_CHECK[PeftType[name.upper()]] = [*hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LORA], *keys]
 
 
+def delegate_config_loading() -> None:
+    """Let `PeftConfig.from_pretrained` hand over to the `from_pretrained` of the class that it finds in the file.
+
+    It only constructs that class, so that one which reads more than `adapter_config.json` would miss the rest.
+
+    Delete when PEFT delegates.
+    """
+    load = PeftConfig.from_pretrained.__func__
+    if hasattr(load, "extended_by_peft_heads"):
+        return
+
+    @functools.wraps(load)
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
+        config = load(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        own = type(config).from_pretrained.__func__
+        if cls is PeftConfig and own is not from_pretrained:
+            return type(config).from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        return config
+
+    from_pretrained.extended_by_peft_heads = True
+    PeftConfig.from_pretrained = classmethod(from_pretrained)
+
+
 def extend_hotswap_check(check: Callable[[PeftConfig, PeftConfig], None]) -> None:
     """Call `check(old config, new config)` whenever PEFT has found two adapters fit for hot-swapping.
 

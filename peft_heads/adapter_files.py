@@ -52,7 +52,9 @@ class AdapterFiles:
     Attributes:
         masks: The adapter's head masks, as of the last time its weights were collected.
         model_class: Class name of the base model.
-        id2label: Label names of the adapter; those of the model's configuration while it is the active one.
+        id2label: Label names of the adapter, as of the last time its weights were collected.
+        labels_in_file: Those that stand beside the weights of the file that the configuration was read from, until the
+            weights are loaded.
         image_processor: `preprocessor_config.json` of the image processor as it is used.
         head_scores: Contents of `head_scores.json` and `head_scores.png`, by file name, once heads were selected by
             scores. They are written as long as the masks are those that the scores have led to.
@@ -63,6 +65,7 @@ class AdapterFiles:
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
     model_class: str = ""
     id2label: dict[int, str] | None = None
+    labels_in_file: dict[int, str] | None = None
     image_processor: str | None = None
     head_scores: dict[str, bytes] = field(default_factory=dict)
     selection_pending: bool = False

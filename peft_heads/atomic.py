@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+
+# By one of these a folder shows that it holds an adapter or a checkpoint, and may be replaced.
+OUTPUTS = ("adapter_config.json", "config.json")
 
 
 def write_atomically(path: str | os.PathLike, content: str | bytes) -> Path:
@@ -20,11 +27,77 @@ def write_atomically(path: str | os.PathLike, content: str | bytes) -> Path:
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes files that only their owner can read; give it the rights an ordinary new file would have
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
+
+
+@contextmanager
+def new_folder(target: str | os.PathLike, overwrite: bool = False, sources: tuple = ()) -> Iterator[Path]:
+    """A folder to be filled inside the block, which becomes `target` at its end, complete or not at all.
+
+    It is written beside and renamed. A folder that is overwritten stays whole until then; should the power go between
+    the two renamings, it lies beside, in a folder whose name begins with `_{name}.`.
+
+    Args:
+        target: The new folder.
+        overwrite: Whether an adapter or a checkpoint that is there is replaced; other folders never are.
+        sources: Files and folders that are read meanwhile, which `target` must not contain.
+
+    Raises:
+        ValueError: `target` exists and is not to be, or must not be, replaced. Nothing is changed then, nor after an
+            error in the block.
+    """
+    target = Path(os.path.abspath(target))
+    _check_target(target, overwrite, sources)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Trainer leaves names with an underscore out when it uploads the folder meanwhile
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"_{target.name}."))
+    folder, old = temporary / "new", temporary / "old"
+    try:
+        folder.mkdir()  # with the rights of an ordinary new folder
+        yield folder
+        for path in folder.rglob("*"):
+            if path.is_file():
+                _flush_to_disk(path)
+        if target.exists():
+            os.rename(target, old)
+        try:
+            os.rename(folder, target)
+        except BaseException:
+            if old.exists():
+                os.rename(old, target)
+            raise
+    finally:
+        if target.exists() or not old.exists():
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_target(target: Path, overwrite: bool, sources: tuple) -> None:
+    for source in sources:
+        path = Path(os.path.realpath(source))
+        if path.exists() and path.is_relative_to(os.path.realpath(target)):
+            raise ValueError(f"{target} must be another folder: it holds {source}, which is read")
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not overwrite:
+        raise ValueError(f"{target} exists already and nothing was changed; --overwrite replaces it")
+    if not any((target / name).is_file() for name in OUTPUTS):
+        raise ValueError(
+            f"{target} holds neither an adapter nor a checkpoint (no {' or '.join(OUTPUTS)}) and is not replaced; "
+            "name another folder"
+        )
+
+
+def _flush_to_disk(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask

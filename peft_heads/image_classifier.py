@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._compat import support_peft_in_image_pipelines
+from ._compat import mismatched_keys, support_peft_in_image_pipelines
 from .adapter_files import read_labels, read_settings
 
 
@@ -33,15 +34,31 @@ def load_image_classifier(path_or_repo: str | os.PathLike, **kwargs: Any) -> tup
         FileNotFoundError: There is neither a folder nor a repository of that name and revision, or it cannot be read.
         ValueError: It holds no adapter, or one that does not name its base model.
     """
-    from huggingface_hub import snapshot_download
-    from peft import PeftConfig, PeftModel
-    from transformers import AutoModelForImageClassification
-
     from .data.images import load_image_processor
+
+    folder = fetch_adapter(path_or_repo, **kwargs)
+    base_kwargs = {key: value for key, value in kwargs.items() if key in ("token", "cache_dir")}
+    model, _ = load_adapter(folder, **base_kwargs)
+    if (folder / "preprocessor_config.json").exists():
+        image_processor = load_image_processor(folder)
+    else:
+        config = model.active_peft_config
+        base_kwargs["revision"] = config.revision or "main"
+        image_processor = load_image_processor(config.base_model_name_or_path, **base_kwargs)
+    support_peft_in_image_pipelines()
+    return model, image_processor
+
+
+def fetch_adapter(path_or_repo: str | os.PathLike, subfolder: str | None = None, **kwargs: Any) -> Path:
+    """The local folder of an adapter, downloaded if it is a repository's; its small files are known to be readable.
+
+    Args and errors as of [`load_image_classifier`].
+    """
+    from huggingface_hub import snapshot_download
+
     from .tuners.head_masked_lora.state_dict import saved_keys
 
     folder = os.fspath(path_or_repo)
-    subfolder = kwargs.pop("subfolder", None)
     if not os.path.isdir(folder):
         # the small files of an adapter, once; afterwards everything is local
         names = ("*.json", "*.safetensors", "README.md")
@@ -64,27 +81,59 @@ def load_image_classifier(path_or_repo: str | os.PathLike, **kwargs: Any) -> tup
         )
     read_settings(folder)  # errors that name the file, before anything is loaded
     saved_keys(folder)
-    adapter_config = PeftConfig.from_pretrained(folder)
-    base = adapter_config.base_model_name_or_path
+    return Path(folder)
+
+
+def load_adapter(
+    folder: str | os.PathLike, base_model: str | os.PathLike | None = None, **base_kwargs: Any
+) -> tuple[PeftModel, list[str]]:
+    """An adapter on its base model, in evaluation mode, with the adapter's labels.
+
+    Args:
+        folder: The adapter's folder.
+        base_model: Folder or repository of the base model; what the adapter names if None.
+        base_kwargs: Passed to the base model's `from_pretrained`.
+
+    Returns:
+        The model, and the names of the weights that neither the base model's checkpoint nor the adapter holds.
+
+    Raises:
+        ValueError: The adapter does not name its base model.
+    """
+    from peft import PeftConfig, PeftModel
+
+    from .tuners.head_masked_lora.state_dict import is_lora_key, module_of, saved_keys
+
+    adapter_config = PeftConfig.from_pretrained(os.fspath(folder))
+    base = base_model or adapter_config.base_model_name_or_path
     if not base:
         raise ValueError(
-            f"the adapter in {path_or_repo} does not say which base model it belongs to; load the base model yourself "
-            "and use PeftModel.from_pretrained(base_model, path)"
+            f"the adapter in {folder} does not say which base model it belongs to; load the base model yourself "
+            "and use PeftModel.from_pretrained(base_model, path), or name it for a command (--base_model)"
         )
-    base_kwargs = {key: value for key, value in kwargs.items() if key in ("token", "cache_dir")}
-    base_kwargs["revision"] = adapter_config.revision or "main"
+    if base_model is None:
+        base_kwargs["revision"] = adapter_config.revision or "main"
     labels = read_labels(folder)
     label_kwargs = {"id2label": labels, "label2id": {label: i for i, label in labels.items()}} if labels else {}
     with quiet_loading():  # the adapter brings the trained classifier
-        model = AutoModelForImageClassification.from_pretrained(
-            base, ignore_mismatched_sizes=True, **label_kwargs, **base_kwargs
+        model, info = base_model_class(read_settings(folder)).from_pretrained(
+            base, ignore_mismatched_sizes=True, output_loading_info=True, **label_kwargs, **base_kwargs
         )
-    if os.path.exists(os.path.join(folder, "preprocessor_config.json")):
-        image_processor = load_image_processor(folder)
-    else:
-        image_processor = load_image_processor(base, **base_kwargs)
-    support_peft_in_image_pipelines()
-    return PeftModel.from_pretrained(model, folder, config=adapter_config).eval(), image_processor
+    trained = {module_of(key) + "." for key in saved_keys(folder) if not is_lora_key(key)}
+    untrained = sorted({*info["missing_keys"], *mismatched_keys(info)})
+    model = PeftModel.from_pretrained(model, os.fspath(folder)).eval()
+    return model, [name for name in untrained if not name.startswith(tuple(trained))]
+
+
+def base_model_class(settings: dict[str, Any]) -> Any:
+    """The class of transformers that an adapter was made for, by its settings; where they do not say, an Auto class.
+
+    A ViT-MAE checkpoint, say, has no image classifier of its own and is read as a ViT's.
+    """
+    import transformers
+
+    name = (settings.get("auto_mapping") or {}).get("base_model_class")
+    return getattr(transformers, name or "", None) or transformers.AutoModelForImageClassification
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from torch import nn
 
 from .adapter_files import read_settings
 from .atomic import write_atomically
+from .image_classifier import base_model_class
 from .tuners.head_masked_lora.state_dict import is_lora_key, module_of, renamed_keys, saved_keys
 from .tuners.head_masked_lora.targets import RENAMED_OPTIONS, follow_renames
 
@@ -57,7 +58,7 @@ def migrate_adapter(folder: str | os.PathLike, base_model: str | os.PathLike | N
     trained = list(dict.fromkeys(module_of(key) for key in keys if not is_lora_key(key)))
     if not adapted:
         raise ValueError(f"{folder} has no LoRA weights in {SAFETENSORS_WEIGHTS_NAME}; other formats are not read")
-    model = _empty_base_model(folder, settings, base_model)
+    model = empty_base_model(folder, settings, base_model)
     with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
         metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in keys}
 
@@ -83,7 +84,7 @@ def migrate_adapter(folder: str | os.PathLike, base_model: str | os.PathLike | N
     return names
 
 
-def _empty_base_model(folder: Path, settings: dict[str, Any], base_model: str | os.PathLike | None) -> nn.Module:
+def empty_base_model(folder: Path, settings: dict[str, Any], base_model: str | os.PathLike | None) -> nn.Module:
     """The base model without weights: its names are all that is wanted."""
     import transformers
 
@@ -94,9 +95,6 @@ def _empty_base_model(folder: Path, settings: dict[str, Any], base_model: str | 
         config = transformers.AutoConfig.from_pretrained(base, revision=settings.get("revision") or "main")
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder}: the base model's configuration cannot be read from {base!r}: {error}") from error
-    name = (settings.get("auto_mapping") or {}).get("base_model_class")
-    model_class = getattr(transformers, name or "", None)
+    model_class = base_model_class(settings)
     with torch.device("meta"):
-        if model_class is None:
-            return transformers.AutoModelForImageClassification.from_config(config)
-        return model_class(config)
+        return getattr(model_class, "from_config", model_class)(config)  # an Auto class, a class

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from peft_heads.atomic import write_atomically
+from peft_heads.atomic import new_folder, write_atomically
 
 
 def test_writes_text_and_bytes(tmp_path):
@@ -26,3 +26,38 @@ def test_a_crash_leaves_the_old_file(tmp_path, monkeypatch, where):
     with pytest.raises(OSError, match="disk full"):
         write_atomically(path, "new")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_new_folder_has_ordinary_rights(tmp_path):
+    with new_folder(tmp_path / "a" / "b") as folder:
+        (folder / "config.json").write_text("{}")
+        assert not (tmp_path / "a" / "b").exists()
+    (tmp_path / "ordinary").mkdir()
+    assert (tmp_path / "a" / "b").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+    assert os.listdir(tmp_path / "a") == ["b"]
+    (tmp_path / "empty").mkdir()
+    with new_folder(tmp_path / "empty") as folder:
+        (folder / "x").touch()
+    assert os.listdir(tmp_path / "empty") == ["x"]
+
+
+@pytest.mark.parametrize("crash_at", [0, 1, 2, 3])
+def test_a_crash_leaves_the_old_folder(tmp_path, monkeypatch, crash_at):
+    """In the block, while the files are flushed, at the first renaming, at the second."""
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "config.json").write_text("old")
+    rename, calls = os.rename, []
+
+    def crash(*args):
+        calls.append(args)
+        if crash_at == 1 or len(calls) == crash_at - 1:
+            raise OSError("disk full")
+        return rename(*args)
+
+    monkeypatch.setattr("os.fsync" if crash_at == 1 else "os.rename", crash)
+    with pytest.raises(OSError, match="disk full"), new_folder(target, overwrite=True) as folder:
+        (folder / "config.json").write_text("new")
+        if crash_at == 0:
+            raise OSError("disk full")
+    assert os.listdir(tmp_path) == ["target"] and (target / "config.json").read_text() == "old"

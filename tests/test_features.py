@@ -970,3 +970,12 @@ def test_hotswap_of_another_number_of_heads(tmp_path):
     other.save_pretrained(tmp_path)
     hotswap_adapter(model, tmp_path, adapter_name="default")
     assert torch.equal(logits(model), logits(other))
+
+
+def test_add_weighted_adapter_under_a_name_that_exists():
+    """PEFT leaves it alone, so its heads stay as they are."""
+    model = create(CASES["plain"])
+    model.add_adapter("sum", HeadMaskedLoraConfig(ne=1))
+    set_head_masks(model, tiny.masks_off(model, 3), "sum")
+    model.add_weighted_adapter(["default"], [1.0], "sum")
+    assert {tuple(mask.tolist()).index(False) for mask in get_head_masks(model, "sum").values()} == {3}

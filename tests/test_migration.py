@@ -6,14 +6,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import transformers
 from packaging.version import Version
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 
-from peft_heads import HeadMaskedLoraConfig, get_head_masks, migration
+from peft_heads import HeadMaskedLoraConfig, get_head_masks, load_image_classifier, migration
 from peft_heads.atomic import write_atomically
 from peft_heads.cli.main import main
 from peft_heads.migration import migrate_adapter
@@ -269,3 +270,15 @@ def test_weights_without_a_module_are_not_dropped_in_silence(tmp_path):
     save_file({**tensors, **extra}, weights, metadata={"format": "pt"})
     with pytest.warns(UserWarning, match=r"under no known name, which are ignored: vit.encoder.layer.\*.attention"):
         PeftModel.from_pretrained(base(OLD), folder, config=HeadMaskedLoraConfig.from_lora(folder))
+
+
+@pytest.mark.parametrize("name", ["4.57.6/vit/ours", "5.23.0/vit/ours", "4.57.6/swin/ours", "4.57.6/dinov2/ours"])
+def test_every_way_of_loading_follows_the_names(name, copy_of):
+    folder = copy_of(name)
+    tiny.ViTProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    before = contents(folder)
+    model, _ = load_image_classifier(folder)
+    assert torch.allclose(logits(model), expected(name), atol=1e-5)
+    model = PeftModel.from_pretrained(base(name), folder, config=PeftConfig.from_pretrained(folder))
+    assert torch.allclose(logits(model), expected(name), atol=1e-5)
+    assert contents(folder) == before

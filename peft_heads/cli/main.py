@@ -26,6 +26,10 @@ COMMANDS = {
     "migrate": Command(
         "peft_heads.cli.migrate", "rewrite a LoRA adapter for the module names of the installed transformers"
     ),
+    "export": Command(
+        "peft_heads.cli.export", "write an adapter as stock LoRA or as an ordinary, also smaller, checkpoint"
+    ),
+    "inspect": Command("peft_heads.cli.inspect", "what a LoRA adapter is: settings, heads, parameters, bytes"),
     "demo": Command("peft_heads.cli.demo", "LoRA and head-masked LoRA side by side on a small model, without network"),
 }
 

@@ -155,6 +155,20 @@ def bypassed_projections(model: nn.Module) -> list[str]:
     ]
 
 
+def interleaved_projections(model: nn.Module) -> list[str]:
+    """Fused projections whose rows are q, k and v of the first head, then of the second, …: not laid out part by part.
+
+    timm's MaxViT (`head_first`), TinyViT and LeViT (`key_dim`) have them.
+    """
+    return [
+        f"{name}.{child_name}"
+        for name, attention in model.named_modules()
+        for child_name in FUSED_PROJECTIONS
+        if isinstance(getattr(attention, child_name, None), nn.Module)
+        and (getattr(attention, "head_first", False) or hasattr(attention, "key_dim"))
+    ]
+
+
 def named_targets(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The model's own modules: what adapters have put inside is left out."""
     inside: list[str] = []

@@ -1,12 +1,21 @@
 import copy
+import shutil
 
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from peft_heads import HeadMaskedLoraConfig, set_head_masks
+from peft_heads import HeadMaskedLoraConfig, set_head_masks, set_image_processor
+from peft_heads.adapter_files import read_labels
 
 
 ANIMALS = {0: "cat", 1: "dog", 2: "eel"}
@@ -234,3 +243,60 @@ def test_other_mismatches_are_peft_s_to_report(adapters):
     wider.classifier = torch.nn.Linear(25, 3)
     with pytest.raises(RuntimeError, match="size mismatch.*classifier"):
         PeftModel.from_pretrained(wider, animals)
+
+
+def labelled(names):
+    model = tiny.make("vit", num_labels=len(names))
+    model.config.id2label = dict(enumerate(names))
+    return model
+
+
+def test_a_configuration_that_serves_for_several_models(tmp_path):
+    """What one model has left in it is not the next one's: neither labels nor image processor."""
+    config = HeadMaskedLoraConfig(ne=1)
+    for names in (["cat", "dog", "eel"], ["a", "b", "c"], ["oak", "pea", "rye", "fig", "yew"]):
+        model = get_peft_model(labelled(names), config)
+        assert config.adapter_files.image_processor is None
+        set_image_processor(model, tiny.ViTProcessor())
+        set_head_masks(model, tiny.masks_off(model, 0))
+        assert labels_of(model) == dict(enumerate(names)) and model.get_base_model().num_labels == len(names)
+        model(**tiny.batch()).loss.backward()
+        model.save_pretrained(tmp_path / names[0])
+        assert read_labels(tmp_path / names[0]) == dict(enumerate(names))
+
+
+def test_a_configuration_for_two_adapters_of_one_model(tmp_path):
+    config = HeadMaskedLoraConfig(ne=0)
+    model = get_peft_model(labelled(["cat", "dog", "eel"]), config)
+    model.add_adapter("other", config)
+    model.set_adapter("other")
+    model.get_base_model().config.id2label = {0: "a", 1: "b", 2: "c"}
+    model.save_pretrained(tmp_path)
+    assert read_labels(tmp_path) == {0: "cat", 1: "dog", 2: "eel"}
+    assert read_labels(tmp_path / "other") == {0: "a", 1: "b", 2: "c"}
+
+
+@pytest.mark.parametrize("how", ["get_peft_model", "add_adapter"])
+def test_a_saved_configuration_for_a_new_adapter(tmp_path, how):
+    """The labels in the folder are those of the weights in it, which are not loaded; and it may be gone."""
+    get_peft_model(labelled(["cat", "dog", "eel"]), HeadMaskedLoraConfig(ne=0)).save_pretrained(tmp_path / "saved")
+    config = HeadMaskedLoraConfig.from_pretrained(tmp_path / "saved")
+    base = labelled(["oak", "pea", "rye", "fig", "yew"])
+    if how == "get_peft_model":
+        model = get_peft_model(base, config)
+    else:
+        model = get_peft_model(base, HeadMaskedLoraConfig(ne=0))
+        model.add_adapter("new", config)
+        model.set_adapter("new")
+    assert labels_of(model)[0] == "oak" and len(labels_of(model)) == model.get_base_model().num_labels == 5
+    shutil.rmtree(tmp_path / "saved")
+    get_peft_model(labelled(["a", "b", "c"]), config)
+
+
+def test_injected_with_another_number_of_classes():
+    source = inject_adapter_in_model(HeadMaskedLoraConfig(ne=0), tiny.make("vit", num_labels=7))
+    state_dict = get_peft_model_state_dict(source)
+    model = inject_adapter_in_model(HeadMaskedLoraConfig(ne=0), tiny.make("vit"))
+    set_peft_model_state_dict(model, state_dict)
+    assert model.num_labels == model.config.num_labels == 7
+    assert model(**tiny.batch()).loss.isfinite()

@@ -1,6 +1,6 @@
 """Head-masked LoRA (HEAT, Heart-LoRA)."""
 
-from ..._compat import allow_hotswap, extend_hotswap_check, extend_model_card, register_tuner
+from ..._compat import allow_hotswap, delegate_config_loading, extend_hotswap_check, extend_model_card, register_tuner
 from ...adapter_files import update_card
 from .config import HeadMaskedLoraConfig, check_hotswap
 from .layer import HeadMaskedLinear
@@ -12,4 +12,5 @@ __all__ = ["HeadMaskedLinear", "HeadMaskedLoraConfig", "HeadMaskedLoraModel"]
 register_tuner(name="head_masked_lora", config_cls=HeadMaskedLoraConfig, model_cls=HeadMaskedLoraModel)
 allow_hotswap("head_masked_lora", "mask_scope", "num_heads", "fused_parts", "adapter_bits", "classifier_bits")
 extend_hotswap_check(check_hotswap)
+delegate_config_loading()
 extend_model_card(update_card)

@@ -220,7 +220,7 @@ class HeadMaskedLoraConfig(LoraConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if isinstance(config, HeadMaskedLoraConfig):
             config.source = _source(cls, pretrained_model_name_or_path, subfolder, kwargs)
-            config.adapter_files.id2label = find_labels(**config.source)
+            config.adapter_files.labels_in_file = find_labels(**config.source)
         return config
 
     @classmethod

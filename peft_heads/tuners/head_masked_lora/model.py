@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..._compat import expand_all_linear
+from ...adapter_files import AdapterFiles
 from ...heads.maskable import read_masks
 from ...heads.resolve import default_targets, named_targets, task_head_names
 from ...sharding import whole
@@ -70,12 +72,17 @@ class HeadMaskedLoraModel(LoraModel):
     def _prepare_adapter_config(self, peft_config: HeadMaskedLoraConfig, model_config: dict) -> HeadMaskedLoraConfig:
         if not hasattr(self, "base_labels"):
             self.base_labels = get_labels(self.model)
+            self.adapter_labels: dict[str, dict[int, str] | None] = {}
             self._labels_of: str | None = None  # the adapter whose labels the model's configuration shows
+        if sum(config is peft_config for config in self.peft_config.values()) == 1:
+            # what another model has left in a configuration that serves a second time is not this one's
+            peft_config.adapter_files = AdapterFiles(labels_in_file=peft_config.adapter_files.labels_in_file)
         if peft_config.source is not None:
             self._follow_renames(peft_config)
+            peft_config.source = None  # read; the folder may be gone when the configuration serves again
         if peft_config.target_modules is None and not peft_config.target_parameters:
             # PEFT's own table of defaults is asked for architectures without a recognisable attention layer
-            peft_config.target_modules = set(default_targets(self.model)) or None
+            peft_config.target_modules = set(self._default_targets(peft_config)) or None
             model_type = self.get_model_config(self.model).get("model_type")
             if not peft_config.target_modules and model_type not in self.target_module_mapping:
                 raise unknown_architecture(self.model)
@@ -99,6 +106,15 @@ class HeadMaskedLoraModel(LoraModel):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         return settle_task_heads(super()._unload_and_optionally_merge(*args, **kwargs))
+
+    def _default_targets(self, peft_config: HeadMaskedLoraConfig) -> list[str]:
+        """Where they are full names, those of `layers_to_transform`, which PEFT asks about the ends of names alone."""
+        names = default_targets(self.model)
+        if peft_config.layers_to_transform is None:
+            return names
+        by_ending = copy.copy(peft_config)
+        by_ending.target_modules = {name.rpartition(".")[2] for name in names}
+        return [name for name in names if "." not in name or self._check_target_module_exists(by_ending, name)]
 
     def _follow_renames(self, peft_config: HeadMaskedLoraConfig) -> None:
         keys = saved_keys(**peft_config.source)
@@ -170,6 +186,7 @@ class HeadMaskedLoraModel(LoraModel):
     def delete_adapter(self, adapter_name: str) -> None:
         self._remember_labels()
         super().delete_adapter(adapter_name)
+        self.adapter_labels.pop(adapter_name, None)
         self._show_labels()
 
     def disable_adapter_layers(self) -> None:
@@ -187,14 +204,14 @@ class HeadMaskedLoraModel(LoraModel):
         """Before others are shown: the model's labels may have been renamed since the adapter's were."""
         shown = self.peft_config.get(self._labels_of)
         if shown is not None and shown.modules_to_save:
-            shown.adapter_files.id2label = get_labels(self.model)
+            self.adapter_labels[self._labels_of] = get_labels(self.model)
 
     def _show_labels(self) -> None:
         """Let the model's configuration name the classes of the first active adapter, if it has a head of its own."""
         self._labels_of = next(iter(self.active_adapters), None)
         shown = self.peft_config.get(self._labels_of)
         if shown is not None:
-            own = shown.adapter_files.id2label if shown.modules_to_save else None
+            own = self.adapter_labels.get(self._labels_of) if shown.modules_to_save else None
             set_labels(self.model, own or self.base_labels)
 
     @contextmanager
@@ -207,6 +224,8 @@ class HeadMaskedLoraModel(LoraModel):
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
+        if adapter_name in self.peft_config:
+            return  # as the parent does
         # The parent reads lora_B as it stands. Rows of deactivated heads do nothing whatever their value, so writing
         # zeros there changes no adapter and makes the sum right.
         scopes = {getattr(self.peft_config.get(name), "mask_scope", "adapter") for name in adapters}
@@ -259,9 +278,11 @@ class HeadMaskedLoraModel(LoraModel):
         base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
         config.adapter_files.masks = read_masks(layers, adapter_name)
         config.adapter_files.model_class = type(base_model).__name__
-        shown = getattr(getattr(model, "base_model", None), "_labels_of", adapter_name)
-        if shown == adapter_name:
+        tuner = getattr(model, "base_model", None)
+        if getattr(tuner, "_labels_of", adapter_name) == adapter_name:
             config.adapter_files.id2label = get_labels(base_model)
+        else:
+            config.adapter_files.id2label = tuner.adapter_labels.get(adapter_name)
         return to_return
 
     @classmethod
@@ -269,12 +290,17 @@ class HeadMaskedLoraModel(LoraModel):
         state_dict = rename_modules(model, state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         num_labels = fit_task_heads(model, adapter_name, remapped)
-        if num_labels is not None:
-            if len(config.adapter_files.id2label or {}) != num_labels:
-                config.adapter_files.id2label = default_labels(num_labels)
-            tuner = getattr(model, "base_model", None)
-            if isinstance(tuner, HeadMaskedLoraModel) and tuner._labels_of == adapter_name:
+        # with the weights they come into force, once: labels that are given later are not overwritten
+        labels, config.adapter_files.labels_in_file = config.adapter_files.labels_in_file, None
+        if num_labels is not None and len(labels or {}) != num_labels:
+            labels = default_labels(num_labels)
+        tuner = getattr(model, "base_model", None)
+        if labels and isinstance(tuner, HeadMaskedLoraModel):
+            tuner.adapter_labels[adapter_name] = labels
+            if tuner._labels_of == adapter_name:
                 tuner._show_labels()
+        elif num_labels is not None:  # injected, without a PeftModel around it
+            set_labels(model, labels)
         check_state_dict(model, config, adapter_name, remapped)
         return remapped
 

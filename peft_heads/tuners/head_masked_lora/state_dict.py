@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -19,6 +20,7 @@ from ...heads.maskable import check_mask, deactivated_heads
 from ...heads.renames import match_renamed
 from ...heads.resolve import named_targets
 from ...sharding import whole
+from ..task_heads import QuantizedLinear
 from .config import HeadMaskedLoraConfig
 from .layer import HeadMaskedLinear
 from .targets import module_patterns
@@ -129,6 +131,21 @@ def make_plain_lora(
             weight = whole(model_state_dict.get(f"{name}.base_layer.weight", layer.get_base_layer().weight.detach()))
             norm = torch.linalg.norm(weight, dim=1).to(magnitude)
             state_dict[key] = torch.where(active.to(magnitude.device), magnitude, norm)
+
+
+def write_quantized(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
+    """Write into an adapter's `state_dict` the values by which k-bit weights act, for a reader that quantises nothing.
+
+    They are no state to train on from: quantised again, they would be others.
+    """
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, HeadMaskedLinear) and adapter_name in module.lora_quantizer:
+                state_dict[f"{name}.lora_A.weight"] = module.quantized_down(adapter_name)
+                state_dict[f"{name}.lora_B.weight"] = module.quantized_up(adapter_name)
+            head = getattr(module, "modules_to_save", {})
+            if isinstance(module, ModulesToSaveWrapper) and isinstance(head[adapter_name], QuantizedLinear):
+                state_dict[f"{name}.weight"] = head[adapter_name].quantized_weight()
 
 
 def check_state_dict(

@@ -16,6 +16,7 @@ from ...heads.resolve import (
     NUM_HEADS_ATTRIBUTES,
     PROJECTION_ROLES,
     bypassed_projections,
+    interleaved_projections,
     matches_pattern,
     named_targets,
     resolve_heads,
@@ -101,11 +102,18 @@ def find_head_layouts(
     if bypassed:
         raise ValueError(
             f"{module_patterns(bypassed)}: the attention layer reads the weight of this projection instead of calling "
-            "it, because it keeps a bias of its own, so that no adapter can work there. With timm, create the model "
-            "with qkv_bias_separate=True where it has that option (BEiT, EVA)"
+            "it, because it keeps a bias of its own, so that no adapter can work there. With timm, set "
+            "qkv_bias_separate = True on each of these attention layers first; the outputs stay the same"
         )
     # again, and with what is known of the model: options may have been set since the configuration was made
     config.check_compatible(freezes_rows=any(not layouts[n].covers_all_rows for n in targets if n in layouts))
+    interleaved = [name for name in interleaved_projections(model) if name in targets and name in layouts]
+    if interleaved and (config.masks_heads or not all(layouts[name].covers_all_rows for name in interleaved)):
+        raise ValueError(
+            f"{module_patterns(interleaved)}: the rows of this projection are q, k and v of one head after the other, "
+            "which head masks do not know (expected all of q, then k, then v); exclude the module, or pass ne=0 with "
+            'fused_parts="qkv"'
+        )
     if config.masks_heads:
         _check_parameters(config, layouts)
         _check_targets(config, layouts, targets)

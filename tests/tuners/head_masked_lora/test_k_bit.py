@@ -12,6 +12,7 @@ from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 
 from peft_heads import HeadMaskedLoraConfig, HeadScorer, set_head_masks
+from peft_heads.export import export_lora
 from peft_heads.heads.maskable import head_layers
 from peft_heads.quantization import BITS, quantize_by_autograd
 from peft_heads.tuners import quantizer
@@ -258,6 +259,18 @@ def test_bottleneck_dropout_is_between_the_factors():
     assert (hidden == 0).any()
     model.eval()
     torch.testing.assert_close(layer(x), layer.base_layer(x) + x @ down.T @ up.T * layer.scaling["default"])
+
+
+def test_export_to_stock_lora(tmp_path):
+    model = make(1, classifier_bits=2)
+    tiny.train(model)
+    set_head_masks(model, tiny.masks_off(model, 1))
+    tiny.make("vit").save_pretrained(tmp_path / "base")
+    model.eval().save_pretrained(tmp_path / "adapter")
+    export_lora(tmp_path / "adapter", tmp_path / "lora", base_model=tmp_path / "base")
+    stock = PeftModel.from_pretrained(tiny.make("vit"), tmp_path / "lora").eval()
+    assert type(stock.peft_config["default"]) is LoraConfig
+    torch.testing.assert_close(logits(stock), logits(model), rtol=0, atol=1e-6)
 
 
 # The classification head

@@ -1,0 +1,191 @@
+"""What a saved adapter is, from its files alone: method, heads, parameters, bytes. Nothing is written."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+from safetensors import safe_open
+
+from .adapter_files import read_labels, read_settings
+from .checkpoints import read_error
+from .heads.layout import HeadLayout, ProjectionLayout
+from .heads.maskable import check_mask
+from .heads.renames import match_renamed
+from .heads.resolve import resolve_heads
+from .image_classifier import fetch_adapter
+from .migration import empty_base_model
+from .tuners.head_masked_lora.state_dict import is_lora_key, module_of
+
+
+MASK_KEY = "lora_head_mask"
+PARTS = ("adapter", "classification head", "masks and header")
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """What [`inspect_adapter`] finds.
+
+    Attributes:
+        folder: Where the adapter lies.
+        settings: Its `adapter_config.json`.
+        masks: `{projection: bool (num_heads,)}`, True = active; empty for a stock LoRA adapter. Parts of a fused
+            projection have entries of their own (`…qkv.q`) if the number of heads is known.
+        norms: `{projection: float64 (num_heads,)}`, the Frobenius norm of each head's part of the update
+            `scaling · B · A` (DoRA's magnitude left out); empty if the number of heads is not known.
+        no_norms: Why it is not known; empty if it is.
+        parameters: Trained numbers in the file, by part: `"adapter"`, `"classification head"`.
+        bytes: Of the weights' file, by `PARTS`.
+        other_files: Bytes of the other files of the folder, by name.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    masks: dict[str, torch.Tensor]
+    norms: dict[str, torch.Tensor]
+    no_norms: str
+    parameters: dict[str, int]
+    bytes: dict[str, int]
+    other_files: dict[str, int]
+
+
+def inspect_adapter(adapter: str | os.PathLike, base_model: str | os.PathLike | None = None) -> AdapterReport:
+    """Read an adapter's files: ours, or stock LoRA.
+
+    Args:
+        adapter: Folder or repository of the adapter.
+        base_model: Folder or repository of the base model, of which only the configuration is read, for the number of
+            heads; what the adapter names if None. Where that cannot be read, the report says so.
+
+    Raises:
+        FileNotFoundError: There is no such adapter.
+        ValueError: A file is damaged or contradicts another, or `base_model` was given and cannot be read.
+    """
+    folder = fetch_adapter(adapter)
+    settings, files = read_settings(folder), sorted(path for path in folder.iterdir() if path.is_file())
+    for path in files:
+        error = read_error(path) if path.suffix in (".json", ".safetensors") else None
+        if error is not None:
+            raise ValueError(f"{path} is damaged: {error}")
+    read_labels(folder)
+    weights = folder / SAFETENSORS_WEIGHTS_NAME
+    if not weights.exists():
+        raise ValueError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}; other formats are not read")
+    with safe_open(weights, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+
+    layouts, no_norms = _layouts(folder, settings, tensors, base_model)
+    masks = _masks(tensors, layouts, weights)
+    norms = _norms(tensors, layouts, settings)
+    for name, mask in masks.items():
+        if name in norms and norms[name][~mask].count_nonzero():
+            heads = (~mask & (norms[name] != 0)).nonzero().flatten().tolist()
+            raise ValueError(
+                f"{weights} contradicts itself: the mask of {name} deactivates heads {heads}, whose update is not "
+                "zero; the mask or the weights were edited"
+            )
+    numbers, sizes = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
+    for key, tensor in tensors.items():
+        numbers[_part_of(key)] += tensor.numel()
+        sizes[_part_of(key)] += tensor.nbytes
+    sizes[PARTS[2]] += weights.stat().st_size - sum(sizes.values())  # what is no tensor
+    return AdapterReport(
+        folder,
+        settings,
+        masks,
+        norms,
+        no_norms,
+        parameters={part: numbers[part] for part in PARTS[:2]},
+        bytes=sizes,
+        other_files={path.name: path.stat().st_size for path in files if path != weights},
+    )
+
+
+def update_norms(lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float, layout: HeadLayout) -> torch.Tensor:
+    """Frobenius norm of each head's rows of `scaling · B · A`.
+
+    The product, which is as large as the frozen weight, is never formed.
+
+    Args:
+        lora_A: (r, in_features).
+        lora_B: (out_features, r).
+        scaling: What the update is multiplied by.
+        layout: The heads.
+
+    Returns:
+        float64 (num_heads,).
+
+    Example:
+        >>> layout = HeadLayout("query", num_heads=2, head_dim=1)
+        >>> update_norms(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]]), 2.0, layout).tolist()
+        [10.0, 0.0]
+    """
+    A, B = lora_A.double(), layout.rows(lora_B).double()
+    squares = ((B @ (A @ A.T)) * B).sum(dim=1).clamp(min=0)  # (num_rows,)
+    return scaling * layout.sum_rows(squares).sqrt()
+
+
+def _layouts(
+    folder: Path, settings: dict[str, Any], tensors: dict[str, torch.Tensor], base_model: str | os.PathLike | None
+) -> tuple[dict[str, ProjectionLayout], str]:
+    """`{module as the file names it: its heads}`, and why there is none."""
+    try:
+        model = empty_base_model(folder, settings, base_model)
+    except ValueError as error:
+        if base_model is not None:
+            raise
+        return {}, " ".join(str(error).split())
+    found = resolve_heads(model, settings.get("num_heads"), settings.get("fused_parts") or "qkv")
+    modules = dict.fromkeys(module_of(key) for key in tensors if is_lora_key(key))
+    renamed = match_renamed(modules, [name for name, _ in model.named_modules()])
+    layouts = {name: found[renamed.get(name, name)] for name in modules if renamed.get(name, name) in found}
+    return layouts, "" if layouts else f"{type(model).__name__} has no attention heads where the adapter is"
+
+
+def _masks(
+    tensors: dict[str, torch.Tensor], layouts: dict[str, ProjectionLayout], weights: Path
+) -> dict[str, torch.Tensor]:
+    masks = {}
+    for key, mask in tensors.items():
+        if MASK_KEY in key:
+            name = module_of(key)
+            layout = layouts.get(name)
+            try:
+                check_mask(name, mask, mask.numel() if layout is None else layout.num_heads)
+            except ValueError as error:
+                raise ValueError(f"{weights}: {error}") from error
+            if layout is None:
+                masks[name] = mask
+            else:
+                masks.update(zip(layout.named_parts(name), layout.split(mask), strict=True))
+    return masks
+
+
+def _norms(
+    tensors: dict[str, torch.Tensor], layouts: dict[str, ProjectionLayout], settings: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    norms = {}
+    for key, lora_A in tensors.items():
+        name = module_of(key)
+        lora_B = tensors.get(key.replace("lora_A", "lora_B"))
+        if not key.endswith("lora_A.weight") or name not in layouts or lora_B is None:
+            continue
+        rank = lora_A.shape[0]
+        alphas = settings.get("alpha_pattern") or {}
+        alpha = alphas.get(get_pattern_key(alphas, name), settings.get("lora_alpha", rank))
+        scaling = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+        for part_name, part in layouts[name].named_parts(name).items():
+            norms[part_name] = update_norms(lora_A, lora_B, scaling, part)
+    return norms
+
+
+def _part_of(key: str) -> str:
+    if MASK_KEY in key:
+        return PARTS[2]
+    return PARTS[0] if is_lora_key(key) else PARTS[1]

@@ -1,0 +1,188 @@
+"""What is said of a saved adapter, against the adapter itself."""
+
+import json
+import shutil
+from pathlib import Path
+
+import backbones
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageClassification
+
+from peft_heads import HeadMaskedLoraConfig, get_head_masks, set_head_masks
+from peft_heads.cli.main import main
+from peft_heads.inspection import inspect_adapter
+
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:ne=1. . group.s. with no more heads"),
+    pytest.mark.filterwarnings("ignore:these targets have no attention heads"),
+]
+CONFIGS = {
+    "vit": HeadMaskedLoraConfig(ne=1, use_rslora=True, alpha_pattern={tiny.now("v_proj"): 3}),
+    "hiera": HeadMaskedLoraConfig(ne=1),  # one projection for q, k and v
+    "stock": LoraConfig(r=4, target_modules=tiny.now(["q_proj", "o_proj"]), modules_to_save=["classifier"]),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """`{name: (model, folder of its adapter)}`"""
+    adapters = {}
+    for name, config in CONFIGS.items():
+        root = tmp_path_factory.mktemp(name)
+        (backbones.FAMILIES["hiera"].make() if name == "hiera" else tiny.make("vit")).save_pretrained(root / "base")
+        model = get_peft_model(AutoModelForImageClassification.from_pretrained(root / "base"), config)
+        tiny.randomize_lora(model)
+        if name != "stock":
+            masks = {key: mask for key, mask in get_head_masks(model).items() if len(mask) > 1}
+            for mask in masks.values():
+                mask[1] = False
+            set_head_masks(model, masks)
+        model.save_pretrained(root / "adapter")
+        adapters[name] = model, root / "adapter"
+    return adapters
+
+
+@pytest.fixture
+def copy_of(saved, tmp_path):
+    return lambda name: shutil.copytree(saved[name][1], tmp_path / name)
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_norms_are_those_of_the_update(saved, name):
+    model, folder = saved[name]
+    report = inspect_adapter(folder)
+    assert report.no_norms == ""
+    seen = set()
+    for module_name, module in model.get_base_model().named_modules():
+        if not hasattr(module, "lora_A") or module_name.endswith(tiny.now("attention.o_proj")):
+            continue
+        layout = getattr(module, "head_layout", {}).get("default")
+        if layout is None:  # stock
+            parts = {module_name: slice(0, 24)}
+        else:
+            parts = {
+                key: slice(p.first_row, p.first_row + p.num_rows) for key, p in layout.named_parts(module_name).items()
+            }
+        delta = module.get_delta_weight("default").detach().double()
+        for key, rows in parts.items():
+            heads = delta[rows].reshape(len(report.norms[key]), -1)
+            torch.testing.assert_close(report.norms[key], heads.norm(dim=1), rtol=1e-5, atol=1e-7)
+            seen.add(key)
+    assert seen == set(report.norms)
+
+
+@pytest.mark.parametrize("name", ["vit", "hiera"])
+def test_masks_are_those_of_the_adapter(saved, name):
+    model, folder = saved[name]
+    masks = inspect_adapter(folder).masks
+    expected = get_head_masks(model)
+    assert masks.keys() == expected.keys()
+    assert all(torch.equal(masks[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parameters_and_bytes(saved, name):
+    model, folder = saved[name]
+    report = inspect_adapter(folder)
+    trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
+    head = sum(number for n, number in trained.items() if "lora_" not in n)
+    assert report.parameters == {"adapter": sum(trained.values()) - head, "classification head": head}
+    assert report.bytes["adapter"] == 4 * report.parameters["adapter"]
+    assert report.bytes["classification head"] == 4 * head
+    assert sum(report.bytes.values()) == (folder / "adapter_model.safetensors").stat().st_size
+    in_masks = sum(mask.numel() for mask in get_head_masks(model).values()) if name != "stock" else 0
+    assert report.bytes["masks and header"] > in_masks
+    others = {path.name: path.stat().st_size for path in folder.iterdir() if path.name != "adapter_model.safetensors"}
+    assert report.other_files == others
+
+
+@pytest.mark.skipif(tiny.OLD_NAMES, reason="is about names of 4.57 under later versions")
+def test_names_of_another_transformers():
+    fixtures = Path(__file__).parent / "fixtures"
+    report = inspect_adapter(fixtures / "adapters" / "4.57.6" / "vit" / "ours", base_model=fixtures / "base" / "vit")
+    assert report.norms.keys() == report.masks.keys()
+    assert "vit.encoder.layer.0.attention.attention.query" in report.norms
+
+
+def test_command(saved, capsys, tmp_path):
+    folder = saved["vit"][1]
+    before = contents(folder)
+    assert main(["inspect", str(folder), "--plot", str(tmp_path / "heads.png")]) == 0
+    output = capsys.readouterr().out
+    assert "HEAD_MASKED_LORA" in output and "ne=1, granularity=global" in output
+    assert f"  {tiny.now('vit.layers.1.attention.v_proj')}: 1 of 6\n" in output
+    assert f"{inspect_adapter(folder).bytes['adapter']:,} adapter\n" in output
+    assert (tmp_path / "heads.png").read_bytes().startswith(b"\x89PNG")
+    assert contents(folder) == before
+    assert main(["inspect", str(folder), "--plot", str(tmp_path / "heads.png")]) == 2
+    assert "heads.png exists already" in capsys.readouterr().err
+    assert main(["inspect", str(folder), "--plot", str(tmp_path / "heads.png"), "--overwrite"]) == 0
+    assert main(["inspect", str(folder), "--plot", str(tmp_path / "heads.jpg")]) == 2
+
+
+def test_stock_lora(saved, capsys):
+    assert main(["inspect", str(saved["stock"][1])]) == 0
+    output = capsys.readouterr().out
+    assert "LORA\n" in output and "none: the file has no head masks" in output
+    norms = next(line for line in output.splitlines() if tiny.now("vit.layers.0.attention.q_proj") in line)
+    assert len(norms.partition(": ")[2].split()) == 6
+    assert tiny.now("o_proj") not in output.partition("norm of the update")[2]  # not made of heads
+
+
+def test_without_the_base_model(copy_of, saved, capsys, tmp_path):
+    folder = copy_of("hiera")
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "/gone"}))
+    assert main(["inspect", str(folder)]) == 0
+    output = capsys.readouterr().out
+    assert "norm of the update   not known: " in output and "'/gone'" in output
+    assert "qkv: 1, " in output  # the heads of both parts, one after the other
+    assert main(["inspect", str(folder), "--plot", str(tmp_path / "heads.png")]) == 2
+    assert "nothing to plot" in capsys.readouterr().err
+    assert main(["inspect", str(folder), "--base_model", "/also/gone"]) == 2
+    assert "'/also/gone'" in capsys.readouterr().err
+    report = inspect_adapter(folder, base_model=saved["hiera"][1].parent / "base")
+    assert report.norms and all(name.endswith((".q", ".v")) for name in report.masks)
+
+
+FILES = ["adapter_config.json", "adapter_model.safetensors", "labels.json", "head_scores.json"]
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("fault", [b"", b"[1, 2]", None], ids=["empty", "foreign", "truncated"])
+def test_damaged_files(copy_of, capsys, file, fault):
+    folder = copy_of("vit")
+    if file == "head_scores.json":  # what it says is of no interest
+        fault = b"{" if fault != b"" else fault
+        (folder / file).touch()
+    (folder / file).write_bytes((folder / file).read_bytes()[:30] if fault is None else fault)
+    before = contents(folder)
+    assert main(["inspect", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("peft-heads inspect: error: ") and error.count("\n") == 1 and str(folder / file) in error
+    assert contents(folder) == before
+
+
+def test_files_that_contradict_themselves(copy_of):
+    folder = copy_of("vit")
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next(key for key in tensors if "lora_head_mask" in key)
+    save_file({**tensors, key: torch.tensor([True, False, False, True, True, True])}, path)
+    with pytest.raises(ValueError, match=r"contradicts itself: the mask of .* deactivates heads \[2\], whose update"):
+        inspect_adapter(folder)
+    save_file({**tensors, key: torch.ones(4, dtype=torch.bool)}, path)
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors: the head mask .* shape \(6,\)"):
+        inspect_adapter(folder)
+    save_file({**tensors, key: torch.ones(6)}, path)
+    with pytest.raises(ValueError, match="must be a bool tensor"):
+        inspect_adapter(folder)
