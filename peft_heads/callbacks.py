@@ -79,6 +79,7 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
         self.window = window
         self.masks = None
         self.progress: dict[str, Any] = {}
+        self._training = False  # between the beginning and the end of a run
         self._scorer: HeadScorer | None = None
         self._trainer = None
 
@@ -98,11 +99,11 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         model = kwargs["model"]
-        _check_precision(args)
         self.close()  # auto_find_batch_size begins again; or an earlier run broke off
-        begins_again = args.auto_find_batch_size and self.masks is not None and not state.global_step
-        self.masks = None
+        begins_again = self._training and self.masks is not None
+        self.masks, self._training = None, True
         self._scorer = self._new_scorer(model, state)
+        _check_deepspeed(args, self._scorer.config)
         first, last = self._plan(args, state, kwargs.get("train_dataloader"))
 
         saved = _saved_progress(state) if state.global_step else {}
@@ -128,6 +129,7 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
             self._scorer.close()
             return
 
+        self._scorer.check()
         self._restore_scores(saved)
         self._scorer.config.adapter_files.selection_pending = True
         if state.global_step >= last:
@@ -154,6 +156,7 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
             self._select(args, state, control, kwargs.get("optimizer"))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self._training = False
         self._scorer.config.adapter_files.selection_pending = False
         self._scorer.close()
         if self.masks is None and self._scorer.config.masks_heads:
@@ -324,9 +327,16 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
         config.adapter_files.write_head_scores(output_dir)
 
 
-def _check_precision(args: TrainingArguments) -> None:
-    """DeepSpeed keeps its loss scale to itself, and has changed it by the time a callback could ask."""
-    if args.fp16 and AcceleratorState().distributed_type == DistributedType.DEEPSPEED:
+def _check_deepspeed(args: TrainingArguments, config: Any) -> None:
+    """Raise ValueError for what does not work with DeepSpeed."""
+    state = AcceleratorState()
+    if state.distributed_type != DistributedType.DEEPSPEED:
+        return
+    if getattr(config, "use_dora", False) and state.deepspeed_plugin.zero_stage == 3:
+        # saving needs the norms of frozen rows, and one process alone saves
+        raise ValueError("DoRA with ZeRO 3: the adapter could not be saved; use ZeRO 1 or 2, or use_dora=False")
+    # DeepSpeed keeps its loss scale to itself, and has changed it by the time a callback could ask
+    if args.fp16 or state.mixed_precision == "fp16":
         raise ValueError(
             "fp16=True with DeepSpeed: the heads' scores would be those of a scaled loss; train with bf16=True, or with "
             "fp16=True without DeepSpeed"

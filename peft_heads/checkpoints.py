@@ -32,7 +32,8 @@ def last_complete_checkpoint(output_dir: str | os.PathLike, save_only_model: boo
 
     A run that was killed while it saved leaves a newest checkpoint that lacks files or has half-written ones. Such
     checkpoints are skipped with a warning that names the file; nothing is deleted or changed, and the resumed run
-    writes them anew. For adapters and whole models, also of FSDP and DeepSpeed.
+    writes them anew. For adapters and whole models, also of FSDP and DeepSpeed. What cannot be told: whether the files of
+    a folder that a run wrote over another run's are all of the same run; give each run a folder of its own.
 
     Args:
         output_dir: Trainer's output folder, with the folders `checkpoint-N`.
@@ -97,9 +98,15 @@ def read_error(path: Path) -> str | None:
             with zipfile.ZipFile(path):
                 pass
         elif path.suffix == ".json":
-            json.loads(path.read_text("utf-8"))
+            content = json.loads(path.read_text("utf-8"))
+            if path.name.endswith(".index.json"):
+                files = content["weight_map"].values()
+                if not files or not all(isinstance(name, str) and Path(name).name == name for name in files):
+                    return "its weight_map names no files"
     except (OSError, ValueError, NotImplementedError, SafetensorError, zipfile.BadZipFile) as error:
         return str(error)
+    except (KeyError, TypeError, AttributeError):
+        return "it has no weight_map"
     return None
 
 

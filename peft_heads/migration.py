@@ -31,8 +31,9 @@ ADAPTER_TYPES = ("LORA", "HEAD_MASKED_LORA")
 def migrate_adapter(folder: str | os.PathLike, base_model: str | os.PathLike | None = None) -> dict[str, str]:
     """Rename the adapted modules in a folder's weights and configuration to what the base model calls them now.
 
-    Both files are written beside the old ones and then renamed, the configuration first: should that be all that was
-    done before the power went, running it again does the rest. Otherwise running it again does nothing.
+    Both files are written beside the old ones and then renamed. Meanwhile the old weights stand aside, so that nobody
+    reads them with the new configuration; should the power go then, running it again does the rest. Otherwise running
+    it again does nothing.
 
     Args:
         folder: The adapter's folder: stock LoRA, or one of ours.
@@ -48,6 +49,9 @@ def migrate_adapter(folder: str | os.PathLike, base_model: str | os.PathLike | N
     """
     folder = Path(folder)
     settings = read_settings(folder)
+    weights_file, aside = folder / SAFETENSORS_WEIGHTS_NAME, folder / f"_{SAFETENSORS_WEIGHTS_NAME}.old"
+    if aside.exists():  # of a migration that was interrupted
+        os.replace(aside, weights_file) if not weights_file.exists() else aside.unlink()
     peft_type = settings.get("peft_type")
     if peft_type not in ADAPTER_TYPES:
         raise ValueError(
@@ -77,10 +81,12 @@ def migrate_adapter(folder: str | os.PathLike, base_model: str | os.PathLike | N
         if config.target_modules is not None and not isinstance(config.target_modules, str):
             options["target_modules"] = sorted(config.target_modules)
         weights = save({new_keys[key]: tensor for key, tensor in tensors.items()}, metadata=metadata)
+        os.replace(weights_file, aside)
         write_atomically(
             folder / CONFIG_NAME, json.dumps({**settings, **options}, indent=2, sort_keys=True, default=sorted)
         )
-        write_atomically(folder / SAFETENSORS_WEIGHTS_NAME, weights)
+        write_atomically(weights_file, weights)
+        aside.unlink()
     return names
 
 

@@ -71,6 +71,7 @@ class HeadScorer:
         self.layers: dict[str, HeadMaskable] = head_layers(model, adapter_name)
         # a fused projection is one layer, and one entry here per adapted part
         self.layouts = named_layouts(self.layers, adapter_name)
+        self._trained = [param for param in model.parameters() if param.requires_grad]
         self._module_of = {
             key: name
             for name, layer in self.layers.items()
@@ -99,16 +100,22 @@ class HeadScorer:
         """Listen to the adapter's gradients from the next backward pass on."""
         if self.recording:
             return
+        self.check()
         # The hooks know the scorer weakly: one that is dropped without close() stops listening.
         this = weakref.ref(self)
+        for layer in self.layers.values():
+            for param in layer.head_parameters(self.adapter_name):
+                hook = _accumulate_into(this, layer, param)
+                self._handles.append(layer.on_scored_gradient(self.adapter_name, param, hook))
+
+    def check(self) -> None:
+        """Raise ValueError, and let another scorer have the adapter, if its heads cannot be scored."""
         for name, layer in self.layers.items():
             for param in layer.head_parameters(self.adapter_name):
                 problem = self._why_not(name, layer, param)
                 if problem is not None:
                     self.close()
                     raise ValueError(f"the heads of adapter {self.adapter_name!r} cannot be scored: {problem}")
-                hook = _accumulate_into(this, layer, param)
-                self._handles.append(layer.on_scored_gradient(self.adapter_name, param, hook))
 
     def stop(self) -> None:
         """Stop listening; what has been gathered stays."""
@@ -133,15 +140,15 @@ class HeadScorer:
             loss_scale: The factor the loss was multiplied by (`GradScaler.get_scale()`).
 
         Returns:
-            Whether the step counts. A step whose gradient is not finite is skipped, on every process alike.
+            Whether the step counts. A step is skipped, on every process alike, if a gradient of the heads or of
+            anything else that is trained is not finite: a loss scaler skips it too.
 
         Raises:
             RuntimeError: No gradient has reached the adapter since the last update.
         """
         if not self.recording:
             raise RuntimeError("HeadScorer.update() while it is not recording; call start() before the backward pass")
-        grads, values = self._global_gradients(), self._values_of_the_step()
-        finite = all(bool(torch.isfinite(grad).all()) for grad in grads.values())
+        (grads, finite), values = self._global_gradients(), self._values_of_the_step()
         if finite:
             for name, layout in self.layouts.items():
                 module = self._module_of[name]
@@ -333,8 +340,11 @@ class HeadScorer:
             for name, layer in self.layers.items()
         }
 
-    def _global_gradients(self) -> dict[str, torch.Tensor]:
-        """`{module name: float32 (out_features, n)}`, the mean over processes; one reduction for all projections."""
+    def _global_gradients(self) -> tuple[dict[str, torch.Tensor], bool]:
+        """`{module name: float32 (out_features, n)}`, the mean over processes, and whether everything is finite.
+
+        One reduction for all projections.
+        """
         grads = {
             name: _side_by_side(
                 # a process whose batch ran short takes part with zeros
@@ -345,21 +355,26 @@ class HeadScorer:
             )
             for name, layer in self.layers.items()
         }
-        num_gradients = torch.tensor([float(self._num_gradients)], device=next(iter(grads.values())).device)
+        others = [param.grad for param in self._trained if param.grad is not None]
+        local = [(grad.to_local() if is_dtensor(grad) else grad) for grad in others]
+        broken = any(not bool(torch.isfinite(grad).all()) for grad in local)
+        flags = [float(self._num_gradients), float(broken)]
+        flags = torch.tensor(flags, device=next(iter(grads.values())).device)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             # FSDP2 has reduced its gradients already
             mine = {name: grad for name, grad in grads.items() if not self._is_sharded_by_fsdp(name)}
-            flat = torch.cat([num_gradients, *(grad.flatten().to(num_gradients.device) for grad in mine.values())])
+            flat = torch.cat([flags, *(grad.flatten().to(flags.device) for grad in mine.values())])
             torch.distributed.all_reduce(flat)
             flat /= torch.distributed.get_world_size()
-            num_gradients, *parts = flat.split([1, *(grad.numel() for grad in mine.values())])
+            flags, *parts = flat.split([2, *(grad.numel() for grad in mine.values())])
             grads |= {name: part.view_as(grad) for (name, grad), part in zip(mine.items(), parts, strict=True)}
-        if not num_gradients.any():
+        if not flags[0]:
             raise RuntimeError(
                 f"no gradient has reached adapter {self.adapter_name!r} since the last update: is it the active "
                 "adapter, was backward() called, and was update() called only once for the step?"
             )
-        return {name: grad.to(_statistics_device(grad.device)) for name, grad in grads.items()}
+        finite = not flags[1] and all(bool(torch.isfinite(grad).all()) for grad in grads.values())
+        return {name: grad.to(_statistics_device(grad.device)) for name, grad in grads.items()}, finite
 
     def _is_sharded_by_fsdp(self, name: str) -> bool:
         return any(is_dtensor(param) for param in self.layers[name].head_parameters(self.adapter_name))

@@ -256,3 +256,12 @@ def test_adapters_in_folders_of_their_own(run):
     (other / "adapter_config.json").unlink()
     (other / "adapter_model.safetensors").unlink()
     assert_skipped(run, "adapter_model.safetensors or model.safetensors is missing")
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[1]", "null", '{"weight_map": [1]}', '{"weight_map": {"a": 3}}', '{"weight_map": {}}']
+)
+def test_foreign_index(tmp_path, content):
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(content)
+    assert "weight_map" in checkpoint_fault(tmp_path) and path.name in checkpoint_fault(tmp_path)

@@ -43,6 +43,8 @@ def run(folder, processes, layout, **options):
     assert set(written) == (TRAINER_FILES if (folder / "head_scores.json").exists() else {"labels.json", "README.md"})
     assert all(rank == ranks[0] for rank in ranks)  # on masks, scores and weights the ranks agree
     assert ranks[0]["deactivated_rows"] == ranks[0]["their_states"] == 0
+    saved = load_file(folder / "adapter_model.safetensors")
+    ranks[0]["saved"] = {key: value.double().sum().item() for key, value in saved.items()}
     if "scores" not in ranks[0]:
         ranks[0]["scores"] = json.loads((folder / "head_scores.json").read_text())["scores"]
     return ranks[0]
@@ -62,8 +64,10 @@ def assert_same(actual, expected):
             for joint in (True, False):
                 masks = [masks_of(run["scores"][criterion], granularity, joint) for run in (actual, expected)]
                 assert masks[0] == masks[1], (criterion, granularity, joint)
-    for name, total in expected["weights"].items():
-        assert actual["weights"][name] == pytest.approx(total, rel=1e-4, abs=1e-5)
+    for what in ("weights", "saved"):
+        assert actual[what].keys() == expected[what].keys()
+        for name, total in expected[what].items():
+            assert actual[what][name] == pytest.approx(total, rel=1e-4, abs=1e-4)
 
 
 def masks_of(scores, granularity, joint):
@@ -149,6 +153,11 @@ def test_a_process_without_data(tmp_path):
     """It takes part in the reduction with zeros: nobody waits for it, and all agree."""
     result = run(tmp_path / "two", 2, "loop", short=True)
     assert sum(not on for mask in result["masks"].values() for on in mask) == 2 * 4
+
+
+def test_a_process_whose_gradient_overflows(tmp_path):
+    """The step counts on none of them."""
+    assert run(tmp_path / "two", 2, "loop", overflow=True)["steps"] == [2, 1]
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,10 @@ def scores_of(dtype=None, scale=None, clip=None, micro_batches=1, steps=3):
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(params, clip)
         counted.append(scorer.update(loss_scale=scaler.get_scale()))
+        before = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
+        assert counted[-1] is (scaler.get_scale() == before)  # it halves its scale where it skips a step
         optimizer.zero_grad()
     return {criterion: scorer.scores(criterion) for criterion in GRADIENT_CRITERIA}, counted
 
@@ -72,14 +74,14 @@ def test_fp16_with_a_loss_scaler():
 
 
 def test_overflowing_steps_do_not_count():
-    scores, counted = scores_of(torch.float16, scale=OVERFLOWS, steps=12)
+    scores, counted = scores_of(torch.float16, scale=OVERFLOWS, steps=24)
     assert counted[0] is False and counted[-1] is True
-    assert sorted(counted) == counted  # the scaler halves its scale until it fits
-    first = counted.index(True)
-    scale = OVERFLOWS / 2**first
     model = make()
     scorer = HeadScorer(model)
-    for step in range(first, 12):
+    for step in range(24):
+        if not counted[step]:
+            continue
+        scale = OVERFLOWS / 2 ** counted[:step].count(False)
         with torch.autocast("cpu", dtype=torch.float16):
             loss = model(**tiny.batch(8, seed=step)).loss
         (loss * scale).backward()
@@ -152,7 +154,22 @@ def test_trainer_in_bf16(tmp_path):
 
 
 def test_fp16_with_deepspeed_is_refused(monkeypatch):
-    deepspeed = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
-    monkeypatch.setattr(callbacks, "AcceleratorState", lambda: deepspeed)
-    with pytest.raises(ValueError, match="fp16=True with DeepSpeed.*bf16=True"):
-        TaylorHeadScorer().on_train_begin(SimpleNamespace(fp16=True), None, None, model=None)
+    plugin = SimpleNamespace(zero_stage=3)
+    for fp16, precision in ((True, "no"), (False, "fp16")):  # by TrainingArguments, by Accelerate's launcher
+        state = SimpleNamespace(
+            distributed_type=DistributedType.DEEPSPEED, mixed_precision=precision, deepspeed_plugin=plugin
+        )
+        monkeypatch.setattr(callbacks, "AcceleratorState", lambda state=state: state)
+        with pytest.raises(ValueError, match="fp16=True with DeepSpeed.*bf16=True"):
+            callbacks._check_deepspeed(SimpleNamespace(fp16=fp16), HeadMaskedLoraConfig())
+        with pytest.raises(ValueError, match="DoRA with ZeRO 3"):
+            callbacks._check_deepspeed(SimpleNamespace(fp16=False), HeadMaskedLoraConfig(use_dora=True))
+
+
+def test_a_step_counts_only_if_everything_is_finite():
+    """The loss scaler skips it as well where something other than the heads has overflowed."""
+    model = make()
+    scorer = HeadScorer(model)
+    model(**tiny.batch()).loss.backward()
+    next(p for n, p in model.named_parameters() if "classifier" in n and p.grad is not None).grad[0] = float("inf")
+    assert scorer.update() is False and (scorer.num_steps, scorer.num_skipped) == (0, 1)

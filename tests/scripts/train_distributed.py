@@ -72,7 +72,7 @@ def run_trainer(folder, layout, model, examples=32, **arguments):
     return {"world_size": args.world_size, **checks(scorer._scorer, trainer.optimizer)}
 
 
-def run_loop(folder, layout, model, accumulation=1, short=False):
+def run_loop(folder, layout, model, accumulation=1, short=False, overflow=False):
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if world_size > 1:
         dist.init_process_group("gloo")
@@ -87,22 +87,23 @@ def run_loop(folder, layout, model, accumulation=1, short=False):
         for micro in range(accumulation):
             part = slice(micro * world_size + rank, None, world_size * accumulation)
             if not (short and step == 1 and rank == 1):  # a process whose data has run out
-                (model(**{key: value[part] for key, value in batch.items()}).loss / accumulation).backward()
+                loss = model(**{key: value[part] for key, value in batch.items()}).loss / accumulation
+                (loss * float("inf") if overflow and step == 1 and rank == 1 else loss).backward()
         if layout == "loop" and world_size > 1:
             for param in trained:
                 param.grad = torch.zeros_like(param) if param.grad is None else param.grad
                 dist.all_reduce(param.grad)
                 param.grad /= world_size
         torch.nn.utils.clip_grad_norm_(trained, 0.05)
-        if step < SELECT_AT:
-            scorer.update()
-        optimizer.step()
+        if step >= SELECT_AT or scorer.update():
+            optimizer.step()
         optimizer.zero_grad()
         if step == SELECT_AT - 1:
             scores = {c: {n: s.tolist() for n, s in by_name.items()} for c, by_name in scorer.all_scores().items()}
             scorer.apply(optimizer)
     model.save_pretrained(folder, is_main_process=rank == 0)
-    return {"world_size": world_size, "scores": scores, **checks(scorer, optimizer)}
+    steps = [scorer.num_steps, scorer.num_skipped]
+    return {"world_size": world_size, "scores": scores, "steps": steps, **checks(scorer, optimizer)}
 
 
 def shard(model, units):

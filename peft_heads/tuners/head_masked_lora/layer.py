@@ -87,7 +87,10 @@ class HeadMaskVariant(LoraVariant):
         if active_adapter in module.lora_quantizer:
             bias = None if lora_B.bias is None else module.mask_rows(active_adapter, lora_B.bias)
             return F.linear(hidden, module.mask_rows(active_adapter, module.quantized_up(active_adapter)), bias)
-        if type(lora_B) is nn.Linear and not lora_B._forward_pre_hooks and not lora_B._forward_hooks:
+        hooked = (
+            lora_B._forward_pre_hooks or lora_B._forward_hooks or "forward" in vars(lora_B)
+        )  # the last: Accelerate
+        if type(lora_B) is nn.Linear and not hooked:
             bias = None if lora_B.bias is None else module.mask_rows(active_adapter, lora_B.bias)
             return F.linear(hidden, module.mask_rows(active_adapter, lora_B.weight), bias)
         # It must be called: it is a unit of FSDP, which gathers its weight then, or is cast or moved by its hooks.
