@@ -67,7 +67,7 @@ def assert_same(actual, expected):
     for what in ("weights", "saved"):
         assert actual[what].keys() == expected[what].keys()
         for name, total in expected[what].items():
-            assert actual[what][name] == pytest.approx(total, rel=1e-4, abs=1e-4)
+            assert actual[what][name] == pytest.approx(total, rel=1e-4, abs=1e-5)
 
 
 def masks_of(scores, granularity, joint):
