@@ -209,7 +209,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """
     per_byte = 8 // bits
     flat = codes.flatten()
-    flat = torch.cat([flat, flat.new_zeros(-flat.numel() % per_byte)]).view(-1, per_byte)
+    flat = torch.cat([flat, flat.new_zeros(-flat.numel() % per_byte)]).unflatten(0, (-1, per_byte))
     shifts = torch.arange(0, 8, bits, device=codes.device)
     return (flat.int() << shifts).sum(dim=1).to(torch.uint8)
 

@@ -1,0 +1,160 @@
+"""k-bit matrices as bytes: the codes, `μ` and `σ` of a module in one uint8 tensor.
+
+A tensor holds, little-endian,
+
+    version (1 byte), bits (1), num_heads (2), the head mask (1 bit per head, filled up to whole bytes), then per matrix
+    rows (4 bytes), columns (4), mean (float32), std (float32), codes of the rows that are there
+
+with codes and mask bits from the least significant bit on. Rows of deactivated heads have no codes. All matrices but the
+last have all their rows.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from .quantization import BITS, Decision, dequantize, latents, pack, unpack
+
+
+VERSION = 1
+_MODULE, _MATRIX = struct.Struct("<BBH"), struct.Struct("<IIff")
+
+
+class PackedWeight(NamedTuple):
+    """A k-bit matrix as it is stored, and the weight that stands for it while nobody trains it.
+
+    Attributes:
+        bits: 1, 2, 4 or 8.
+        codes: uint8 (rows, columns), 0 in rows that are left out.
+        mean, std: float32 (1, 1), `μ` and `σ`.
+        rows: bool (rows,), False where a row is left out; None if none is.
+        latents: float32 (rows, columns), from which training goes on.
+    """
+
+    bits: int
+    codes: torch.Tensor
+    mean: torch.Tensor
+    std: torch.Tensor
+    rows: torch.Tensor | None
+    latents: torch.Tensor
+
+    @classmethod
+    def from_codes(
+        cls, bits: int, codes: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, rows: torch.Tensor | None = None
+    ) -> PackedWeight:
+        """Shapes as of the attributes; `mean` and `std` are rounded to float32, as they are stored."""
+        mean, std = mean.float(), std.float()
+        return cls(bits, codes, mean, std, rows, latents(codes, mean, std, bits, rows))
+
+    @classmethod
+    def from_decision(cls, decision: Decision, bits: int) -> PackedWeight:
+        rows = None if decision.rows is None else decision.rows.squeeze(-1)
+        # its tensors may be parts of the stack that was decided together
+        parts = [None if x is None else x.clone() for x in (decision.codes, decision.mean, decision.std, rows)]
+        return cls.from_codes(bits, *parts)
+
+    def values(self) -> torch.Tensor:
+        """float32 (rows, columns), the weight by which the codes act."""
+        return dequantize(self.codes, self.mean, self.std, self.bits, self.rows)
+
+    def is_behind(self, weight: torch.Tensor, rows: torch.Tensor | None) -> bool:
+        """Whether `weight` is still what these codes were unpacked to, with the same rows left out."""
+        same_rows = rows is None if self.rows is None else rows is not None and torch.equal(rows, self.rows.to(rows))
+        return same_rows and self.codes.shape == weight.shape and torch.equal(weight, self.latents.to(weight))
+
+
+def pack_module(matrices: Sequence[PackedWeight], mask: torch.Tensor | None = None) -> torch.Tensor:
+    """uint8 (number of bytes,).
+
+    Args:
+        matrices: One or two of the same bits; only the last may leave rows out.
+        mask: bool (num_heads,), True = active; None where there is none.
+    """
+    bits = matrices[0].bits
+    heads = torch.zeros(0, dtype=torch.uint8) if mask is None else mask.cpu().to(torch.uint8)
+    parts = [_bytes(_MODULE.pack(VERSION, bits, len(heads))), pack(heads, 1)]
+    for matrix in matrices:
+        header = _MATRIX.pack(*matrix.codes.shape, matrix.mean.item(), matrix.std.item())
+        codes = matrix.codes if matrix.rows is None else matrix.codes[matrix.rows]
+        parts += [_bytes(header), pack(codes.cpu(), bits)]
+    return torch.cat(parts)
+
+
+def unpack_module(
+    data: torch.Tensor,
+    num_matrices: int,
+    find_rows: Callable[[tuple[int, int], torch.Tensor | None], torch.Tensor | None] = lambda shape, mask: None,
+) -> tuple[list[PackedWeight], torch.Tensor | None]:
+    """What `pack_module` has packed: the matrices, and the mask.
+
+    Args:
+        data: uint8 (number of bytes,).
+        num_matrices: As many are expected.
+        find_rows: Shape of the last matrix and mask to bool (rows,), True for rows that are there, or None for all of
+            them.
+
+    Raises:
+        ValueError: The bytes are not of this form. Sizes are looked at before anything is unpacked.
+    """
+    if data.dtype != torch.uint8 or data.dim() != 1:
+        raise ValueError(f"a packed module is a flat uint8 tensor; got {data.dtype} of shape {tuple(data.shape)}")
+    reader = _Reader(data.cpu())
+    version, bits, num_heads = reader.struct(_MODULE)
+    if version != VERSION or bits not in BITS:
+        raise ValueError(
+            f"packed with format {version} and {bits} bits; this peft_heads reads format {VERSION} and bits "
+            f"{', '.join(map(str, BITS))}"
+        )
+    mask = unpack(reader.take(-(-num_heads // 8)), 1, (num_heads,)).bool() if num_heads else None
+    matrices = []
+    for index in range(num_matrices):
+        *shape, mean, std = reader.struct(_MATRIX)
+        shape = tuple(shape)
+        rows = find_rows(shape, mask) if index == num_matrices - 1 else None
+        kept = shape[0] if rows is None else int(rows.sum())
+        part = unpack(reader.take(-(-kept * shape[1] * bits // 8)), bits, (kept, shape[1]))
+        codes = part
+        if rows is not None:
+            codes = part.new_zeros(shape)
+            codes[rows] = part
+        mean, std = torch.tensor([[mean]]), torch.tensor([[std]])
+        if not (mean.isfinite() and std.isfinite() and std >= 0):
+            raise ValueError(f"a packed matrix of shape {shape} has mean {mean.item()} and deviation {std.item()}")
+        matrices.append(PackedWeight.from_codes(bits, codes, mean, std, rows))
+    if reader.left:
+        raise ValueError(f"{reader.left} bytes more than {num_matrices} matrices take; the last is {shape}")
+    return matrices, mask
+
+
+def read_mask(data: torch.Tensor) -> torch.Tensor | None:
+    """The head mask of a packed module, bool (num_heads,); None where it has none."""
+    reader = _Reader(data)
+    _, _, num_heads = reader.struct(_MODULE)
+    return unpack(reader.take(-(-num_heads // 8)), 1, (num_heads,)).bool() if num_heads else None
+
+
+class _Reader:
+    def __init__(self, data: torch.Tensor) -> None:
+        self.data = data
+        self.at = 0
+
+    @property
+    def left(self) -> int:
+        return len(self.data) - self.at
+
+    def take(self, size: int) -> torch.Tensor:
+        if size > self.left:
+            raise ValueError(f"{size} bytes were to follow at byte {self.at}, but only {self.left} are left")
+        self.at += size
+        return self.data[self.at - size : self.at]
+
+    def struct(self, form: struct.Struct) -> tuple:
+        return form.unpack(bytes(self.take(form.size).tolist()))
+
+
+def _bytes(content: bytes) -> torch.Tensor:
+    return torch.tensor(list(content), dtype=torch.uint8)
