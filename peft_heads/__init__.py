@@ -9,7 +9,7 @@ from .checkpoints import last_complete_checkpoint
 from .heads import get_head_masks, set_head_masks
 from .image_classifier import load_image_classifier
 from .scoring import HeadScorer
-from .tuners import HeadMaskedLoraConfig, HeadMaskedLoraModel
+from .tuners import HeadMaskedLoraConfig, HeadMaskedLoraModel, pack_adapter
 
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "get_head_masks",
     "last_complete_checkpoint",
     "load_image_classifier",
+    "pack_adapter",
     "set_head_masks",
     "set_image_processor",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import fields
@@ -14,12 +15,13 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from .adapter_files import read_labels, read_settings, write_labels
+from .adapter_files import HEAT_MAP_FILE, SCORES_FILE, read_labels, read_settings, write_labels
 from .atomic import new_folder
 from .checkpoints import read_error
 from .data.images import load_image_processor
 from .image_classifier import fetch_adapter, load_adapter, quiet_loading
 from .migration import ADAPTER_TYPES
+from .tuners import pack_adapter
 from .tuners.head_masked_lora.state_dict import write_quantized
 
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-PROCESSOR_FILE = "preprocessor_config.json"
+PROCESSOR_FILE, MODEL_CARD = "preprocessor_config.json", "README.md"
 # What makes a warning of a loaded adapter must not be exported: weights that were drawn anew, or left out.
 _INCOMPLETE = ("Found missing adapter keys", "the adapter file has weights for modules that the model has under no")
 
@@ -69,6 +71,7 @@ def export_lora(
                 "frozen weights and biases included; use --to merged, or --to pruned for a smaller model"
             )
         model, _ = load_complete_adapter(source, base_model)
+        model.active_peft_config.packed = False  # plain LoRA knows no codes
         weights = get_peft_model_state_dict(model, save_embedding_layers=False)
         write_quantized(model, model.active_adapter, weights)
         weights = {key: tensor.contiguous() for key, tensor in weights.items() if "lora_head_mask" not in key}
@@ -98,6 +101,34 @@ def export_merged(
         source = fetch_adapter(adapter)
         check_type(source, read_settings(source))
         save_checkpoint(folder, merge(load_whole_model(source, base_model), source), source, base_model)
+    return Path(target)
+
+
+def export_packed(
+    adapter: str | os.PathLike,
+    target: str | os.PathLike,
+    base_model: str | os.PathLike | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a k-bit adapter with its codes instead of its full-precision weights: `adapter_bits` per weight.
+
+    It remains a head-masked adapter, with everything else that its folder holds. Arguments, result and errors as of
+    [`export_lora`].
+    """
+    with new_folder(target, overwrite, sources(adapter, base_model)) as folder:
+        source = fetch_adapter(adapter)
+        settings = read_settings(source)
+        if settings.get("peft_type") != "HEAD_MASKED_LORA":
+            raise ValueError(
+                f"{source} holds an adapter of type {settings.get('peft_type')}, which has no k-bit weights (expected "
+                "HEAD_MASKED_LORA)"
+            )
+        model, _ = load_complete_adapter(source, base_model)
+        pack_adapter(model, model.active_adapter)
+        for name in (MODEL_CARD, PROCESSOR_FILE, SCORES_FILE, HEAT_MAP_FILE):
+            if (source / name).exists():
+                shutil.copyfile(source / name, folder / name)
+        model.save_pretrained(str(folder))
     return Path(target)
 
 

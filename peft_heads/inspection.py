@@ -21,6 +21,10 @@ from .heads.renames import match_renamed
 from .heads.resolve import resolve_heads
 from .image_classifier import fetch_adapter
 from .migration import empty_base_model
+from .packing import unpack_module
+from .quantization import quantize
+from .tuners.head_masked_lora.config import FULL_PRECISION
+from .tuners.head_masked_lora.packed import PACKED
 from .tuners.head_masked_lora.state_dict import is_lora_key, module_of
 
 
@@ -38,7 +42,8 @@ class AdapterReport:
         masks: `{projection: bool (num_heads,)}`, True = active; empty for a stock LoRA adapter. Parts of a fused
             projection have entries of their own (`…qkv.q`) if the number of heads is known.
         norms: `{projection: float64 (num_heads,)}`, the Frobenius norm of each head's part of the update
-            `scaling · B · A` (DoRA's magnitude left out); empty if the number of heads is not known.
+            `scaling · B · A` (DoRA's magnitude left out), of k-bit adapters with the quantised factors; empty if the
+            number of heads is not known.
         no_norms: Why it is not known; empty if it is.
         parameters: Trained numbers in the file, by part: `"adapter"`, `"classification head"`.
         bytes: Of the weights' file, by `PARTS`.
@@ -81,8 +86,10 @@ def inspect_adapter(adapter: str | os.PathLike, base_model: str | os.PathLike | 
         tensors = {key: file.get_tensor(key) for key in file.keys()}
 
     layouts, no_norms = _layouts(folder, settings, tensors, base_model)
+    stored, tensors = tensors, _unpacked(tensors, layouts, weights)
     masks = _masks(tensors, layouts, weights)
-    norms = _norms(tensors, layouts, settings)
+    bits = FULL_PRECISION if _is_packed(stored) else settings.get("adapter_bits") or FULL_PRECISION
+    norms = _norms(tensors if bits == FULL_PRECISION else _quantized(tensors, layouts, bits), layouts, settings)
     for name, mask in masks.items():
         if name in norms and norms[name][~mask].count_nonzero():
             heads = (~mask & (norms[name] != 0)).nonzero().flatten().tolist()
@@ -93,6 +100,7 @@ def inspect_adapter(adapter: str | os.PathLike, base_model: str | os.PathLike | 
     numbers, sizes = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
     for key, tensor in tensors.items():
         numbers[_part_of(key)] += tensor.numel()
+    for key, tensor in stored.items():
         sizes[_part_of(key)] += tensor.nbytes
     sizes[PARTS[2]] += weights.stat().st_size - sum(sizes.values())  # what is no tensor
     return AdapterReport(
@@ -129,6 +137,57 @@ def update_norms(lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float, lay
     A, B = lora_A.double(), layout.rows(lora_B).double()
     squares = ((B @ (A @ A.T)) * B).sum(dim=1).clamp(min=0)  # (num_rows,)
     return scaling * layout.sum_rows(squares).sqrt()
+
+
+def _unpacked(
+    tensors: dict[str, torch.Tensor], layouts: dict[str, ProjectionLayout], weights: Path
+) -> dict[str, torch.Tensor]:
+    """The tensors of an unpacked file, with the values that the codes of a packed one stand for."""
+    unpacked = {}
+    for key, tensor in tensors.items():
+        layout = layouts.get(module_of(key))
+
+        def find_rows(shape, mask, layout=layout):
+            if mask is None:
+                return None
+            if layout is not None and (len(mask), shape[0]) == (layout.num_heads, layout.out_features):
+                return layout.active_rows(mask)
+            if layout is not None or shape[0] % len(mask):
+                raise ValueError(f"it has {len(mask)} heads in {shape[0]} rows; the base model has {layout}")
+            return mask.repeat_interleave(shape[0] // len(mask))
+
+        is_lora = key.endswith(PACKED)
+        if not is_lora and tensor.dtype != torch.uint8:
+            unpacked[key] = tensor
+            continue
+        try:
+            matrices, mask = unpack_module(tensor, 2 if is_lora else 1, find_rows)
+        except ValueError as error:
+            # of a fused projection only the model knows the parts
+            hint = "" if layout else " (which rows belong to heads is guessed: --base_model could not be read)"
+            raise ValueError(f"{weights}: {key} cannot be unpacked: {error}{hint}") from error
+        prefix = key.removesuffix(PACKED)
+        names = [f"{prefix}lora_A.weight", f"{prefix}lora_B.weight"] if is_lora else [key]
+        unpacked |= {name: matrix.values() for name, matrix in zip(names, matrices, strict=True)}
+        if mask is not None:
+            unpacked[f"{prefix}{MASK_KEY}.mask"] = mask
+    return unpacked
+
+
+def _quantized(
+    tensors: dict[str, torch.Tensor], layouts: dict[str, ProjectionLayout], bits: int
+) -> dict[str, torch.Tensor]:
+    """The factors as a k-bit adapter acts by them; what stands in rows of deactivated heads stays to be seen."""
+    quantized = dict(tensors)
+    for key, tensor in tensors.items():
+        mask = tensors.get(key.replace("lora_B.weight", f"{MASK_KEY}.mask"))
+        layout = layouts.get(module_of(key))
+        if key.endswith("lora_A.weight") or (key.endswith("lora_B.weight") and mask is None):
+            quantized[key] = quantize(tensor, bits)
+        elif key.endswith("lora_B.weight") and layout is not None:
+            rows = layout.active_rows(mask)
+            quantized[key] = torch.where(rows.unsqueeze(-1), quantize(tensor, bits, rows), tensor)
+    return quantized
 
 
 def _layouts(
@@ -183,6 +242,10 @@ def _norms(
         for part_name, part in layouts[name].named_parts(name).items():
             norms[part_name] = update_norms(lora_A, lora_B, scaling, part)
     return norms
+
+
+def _is_packed(tensors: dict[str, torch.Tensor]) -> bool:
+    return any(key.endswith(PACKED) for key in tensors)
 
 
 def _part_of(key: str) -> str:

@@ -18,6 +18,7 @@ from peft_heads import (
     HeadMaskedLoraConfig,
     get_head_masks,
     load_image_classifier,
+    pack_adapter,
     set_head_masks,
     set_image_processor,
 )
@@ -37,6 +38,7 @@ CASES = {
     "swin": {"rank_pattern": {tiny.now("q_proj"): 3}},
     "hiera": {},  # one projection for q, k and v
     "hiera dora": {"use_dora": True},
+    "vit packed": {"adapter_bits": 1, "classifier_bits": 4},
     "vit head": {"mask_scope": "head"},
     "hiera head": {"mask_scope": "head"},
     "vit stock": None,
@@ -94,6 +96,8 @@ def save_adapter(root, name):
     if settings is not None:
         set_head_masks(model, masks_off(model))
         set_image_processor(model, PROCESSOR)
+    if name.endswith("packed"):
+        pack_adapter(model)
     model.save_pretrained(root / "adapter")
     if settings is None:  # as `peft-heads train --method lora` does
         (root / "adapter" / "labels.json").write_text(json.dumps({"id2label": LABELS}))

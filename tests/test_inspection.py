@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 
-from peft_heads import HeadMaskedLoraConfig, get_head_masks, set_head_masks
+from peft_heads import HeadMaskedLoraConfig, get_head_masks, pack_adapter, set_head_masks
 from peft_heads.cli.main import main
 from peft_heads.inspection import inspect_adapter
 
@@ -24,6 +24,9 @@ pytestmark = [
 CONFIGS = {
     "vit": HeadMaskedLoraConfig(ne=1, use_rslora=True, alpha_pattern={tiny.now("v_proj"): 3}),
     "hiera": HeadMaskedLoraConfig(ne=1),  # one projection for q, k and v
+    "vit 2 bits": HeadMaskedLoraConfig(ne=1, adapter_bits=2),
+    "vit packed": HeadMaskedLoraConfig(ne=1, adapter_bits=1, classifier_bits=2),
+    "hiera packed": HeadMaskedLoraConfig(ne=1, adapter_bits=4),
     "stock": LoraConfig(r=4, target_modules=tiny.now(["q_proj", "o_proj"]), modules_to_save=["classifier"]),
 }
 
@@ -34,7 +37,7 @@ def saved(tmp_path_factory):
     adapters = {}
     for name, config in CONFIGS.items():
         root = tmp_path_factory.mktemp(name)
-        (backbones.FAMILIES["hiera"].make() if name == "hiera" else tiny.make("vit")).save_pretrained(root / "base")
+        (backbones.FAMILIES["hiera"].make() if "hiera" in name else tiny.make("vit")).save_pretrained(root / "base")
         model = get_peft_model(AutoModelForImageClassification.from_pretrained(root / "base"), config)
         tiny.randomize_lora(model)
         if name != "stock":
@@ -42,6 +45,8 @@ def saved(tmp_path_factory):
             for mask in masks.values():
                 mask[1] = False
             set_head_masks(model, masks)
+        if name.endswith("packed"):
+            pack_adapter(model)
         model.save_pretrained(root / "adapter")
         adapters[name] = model, root / "adapter"
     return adapters
@@ -80,7 +85,7 @@ def test_norms_are_those_of_the_update(saved, name):
     assert seen == set(report.norms)
 
 
-@pytest.mark.parametrize("name", ["vit", "hiera"])
+@pytest.mark.parametrize("name", ["vit", "hiera", "vit packed", "hiera packed"])
 def test_masks_are_those_of_the_adapter(saved, name):
     model, folder = saved[name]
     masks = inspect_adapter(folder).masks
@@ -96,10 +101,17 @@ def test_parameters_and_bytes(saved, name):
     trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
     head = sum(number for n, number in trained.items() if "lora_" not in n)
     assert report.parameters == {"adapter": sum(trained.values()) - head, "classification head": head}
-    assert report.bytes["adapter"] == 4 * report.parameters["adapter"]
-    assert report.bytes["classification head"] == 4 * head
+    if name == "vit packed":
+        # r = 8, q and v of two layers, one bit; the head's three rows of two bits and its bias
+        in_adapter = 2 * 2 * (8 * 24 + 8 * 20) // 8
+        assert in_adapter < report.bytes["adapter"] <= in_adapter + 4 * (4 + 1 + 2 * 16)
+        assert report.bytes["classification head"] == 4 + 16 + 3 * 24 * 2 // 8 + 3 * 4
+    elif name != "hiera packed":
+        assert report.bytes["adapter"] == 4 * report.parameters["adapter"]
+        assert report.bytes["classification head"] == 4 * head
     assert sum(report.bytes.values()) == (folder / "adapter_model.safetensors").stat().st_size
-    in_masks = sum(mask.numel() for mask in get_head_masks(model).values()) if name != "stock" else 0
+    stored_apart = name != "stock" and "packed" not in name
+    in_masks = sum(mask.numel() for mask in get_head_masks(model).values()) if stored_apart else 0
     assert report.bytes["masks and header"] > in_masks
     others = {path.name: path.stat().st_size for path in folder.iterdir() if path.name != "adapter_model.safetensors"}
     assert report.other_files == others
@@ -152,6 +164,18 @@ def test_without_the_base_model(copy_of, saved, capsys, tmp_path):
     assert "'/also/gone'" in capsys.readouterr().err
     report = inspect_adapter(folder, base_model=saved["hiera"][1].parent / "base")
     assert report.norms and all(name.endswith((".q", ".v")) for name in report.masks)
+
+
+def test_packed_without_the_base_model(copy_of, capsys):
+    for name in ("vit packed", "hiera packed"):
+        path = copy_of(name) / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "/gone"}))
+    assert main(["inspect", str(path.parents[1] / "vit packed")]) == 0
+    output = capsys.readouterr().out
+    assert f"  {tiny.now('vit.layers.1.attention.v_proj')}: 1 of 6\n" in output
+    assert "adapter_bits=1, classifier_bits=2, packed=True" in output
+    assert main(["inspect", str(path.parent)]) == 2  # which rows of a fused projection are there, only the model says
+    assert "rows belong to heads is guessed: --base_model" in capsys.readouterr().err
 
 
 FILES = ["adapter_config.json", "adapter_model.safetensors", "labels.json", "head_scores.json"]

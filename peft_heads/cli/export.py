@@ -1,4 +1,4 @@
-"""`peft-heads export`: a saved adapter in a form that other tools read without this package."""
+"""`peft-heads export`: a saved adapter in another form, most of which other tools read without this package."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import importlib
 FORMATS = {
     "lora": ("a stock LoRA adapter, masks folded in (mask_scope=adapter)", "peft_heads.export:export_lora"),
     "merged": ("an ordinary checkpoint of transformers", "peft_heads.export:export_merged"),
+    "packed": ("the adapter itself with k bits per weight (adapter_bits < 32)", "peft_heads.export:export_packed"),
     "pruned": (
         "a smaller checkpoint, deactivated heads removed (mask_scope=head, as many in every layer)",
         "peft_heads.pruning:export_pruned",
@@ -20,7 +21,7 @@ FORMATS = {
 def run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="peft-heads export",
-        description="Writes a saved adapter in a form that needs no peft_heads. FORMAT is one of: "
+        description="Writes a saved adapter in another form. FORMAT is one of: "
         + "; ".join(f"{name}, {text}" for name, (text, _) in FORMATS.items())
         + ". The folder appears when it is complete.",
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 
 SETTINGS = ("ne", "ratio", "granularity", "joint", "criterion", "mask_scope", "r", "lora_alpha", "use_dora")
+BITS = ("adapter_bits", "classifier_bits", "packed")
 
 
 def run(argv: list[str]) -> int:
@@ -44,6 +45,7 @@ def describe(report) -> list[str]:
     """The report as lines of text."""
     settings = report.settings
     known = [f"{name}={settings[name]}" for name in SETTINGS if settings.get(name) is not None]
+    known += [f"{name}={settings[name]}" for name in BITS if settings.get(name) not in (None, False, 32)]
     lines = [
         f"adapter              {report.folder}",
         f"method               {settings.get('peft_type')}",

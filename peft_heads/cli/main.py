@@ -27,7 +27,7 @@ COMMANDS = {
         "peft_heads.cli.migrate", "rewrite a LoRA adapter for the module names of the installed transformers"
     ),
     "export": Command(
-        "peft_heads.cli.export", "write an adapter as stock LoRA or as an ordinary, also smaller, checkpoint"
+        "peft_heads.cli.export", "write an adapter as stock LoRA, as an ordinary, also smaller, checkpoint, or packed"
     ),
     "inspect": Command("peft_heads.cli.inspect", "what a LoRA adapter is: settings, heads, parameters, bytes"),
     "demo": Command("peft_heads.cli.demo", "LoRA and head-masked LoRA side by side on a small model, without network"),

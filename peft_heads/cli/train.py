@@ -20,7 +20,7 @@ from ..data.images import ImageTransform, collate, label_names, load_image_datas
 from ..heads.maskable import describe_masks, get_head_masks
 from ..heads.resolve import task_head_names
 from ..metrics.accuracy import compute_metrics
-from ..tuners import HeadMaskedLoraConfig
+from ..tuners import HeadMaskedLoraConfig, pack_adapter
 from .arguments import DataArguments, ModelArguments, parse_arguments
 from .methods import apply_method, check_method_arguments
 
@@ -72,6 +72,7 @@ def run(argv: list[str]) -> int:
 
     if training_args.do_train:
         result = trainer.train(resume_from_checkpoint=checkpoint)
+        pack(trainer.model)
         save(trainer)
         _report(trainer, "train", result.metrics)
         trainer.save_state()
@@ -181,6 +182,13 @@ def load_model(args: ModelArguments, names: list[str]):
             "--ignore_mismatched_sizes draws them anew"
         )
     return model
+
+
+def pack(model) -> None:
+    """From now on a k-bit adapter is its codes; the checkpoints hold the weights behind them."""
+    for name, config in getattr(model, "peft_config", {}).items():
+        if isinstance(config, HeadMaskedLoraConfig) and config.has_few_bits:
+            pack_adapter(model, name)
 
 
 def save(trainer: Trainer) -> None:

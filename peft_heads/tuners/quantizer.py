@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from ..heads.layout import ProjectionLayout
+from ..packing import PackedWeight
 from ..quantization import Decision, code_book, decide, quantize_by_autograd, straight_through
 from ..sharding import is_dtensor
 
@@ -39,6 +40,9 @@ class WeightQuantizer:
     A change is seen by the identity, the version counter and the address of a tensor, and by any optimizer's step.
     Whoever writes through `.data` otherwise, between two passes in the same mode, calls `forget()`; a layer that goes
     from training to evaluation or back does so itself.
+
+    A layer whose attribute `packed_weight` is a [`PackedWeight`] has these codes, mean and deviation as they stand, as
+    long as its weight is the one behind them; with the first other weight they are dropped.
 
     Args:
         bits: 1, 2, 4 or 8.
@@ -83,7 +87,7 @@ class WeightQuantizer:
         # call, and come anew each time.
         if torch.compiler.is_compiling() or not isinstance(weight, nn.Parameter) or weight.is_inference():
             rows = None if head_mask is None else layout.active_rows(head_mask.mask)
-            quantized = quantize_by_autograd(weight, self.bits, rows)
+            quantized = _as_packed(linear, rows, quantize_by_autograd(weight, self.bits, rows))
         else:
             entry = self._entries.get(linear)
             if entry is None or entry.head_mask is not head_mask:
@@ -143,8 +147,31 @@ class WeightQuantizer:
                 weights = torch.stack([linear.weight.detach() for linear, _ in members])
                 rows = None if all_rows else torch.stack([entry.active_rows() for _, entry in members])
                 decisions = decide(weights, self.bits, rows)
-            for index, (_, entry) in enumerate(members):
+            for index, (linear, entry) in enumerate(members):
                 entry.decision = decisions.matrix(index)
+                packed = packed_weight(linear, None if all_rows else rows[index])
+                if packed is not None:
+                    names = ("codes", "mean", "std")
+                    stored = {name: getattr(packed, name).to(device) for name in names}
+                    entry.decision = entry.decision._replace(values=packed.values().to(device), **stored)
+
+
+def packed_weight(linear: nn.Linear, rows: torch.Tensor | None) -> PackedWeight | None:
+    """The codes by which the layer acts, if it was packed or loaded so and nothing has changed its weight since."""
+    packed = getattr(linear, "packed_weight", None)
+    if packed is not None and not packed.is_behind(linear.weight.detach(), rows):
+        packed = linear.packed_weight = None
+    return packed
+
+
+def _as_packed(linear: nn.Linear, rows: torch.Tensor | None, quantized: torch.Tensor) -> torch.Tensor:
+    """What a compiler can trace: the packed values where they are in force, with the gradient of `quantized`."""
+    packed = getattr(linear, "packed_weight", None)
+    if packed is None:
+        return quantized
+    weight = linear.weight.detach()
+    same = (weight == packed.latents.to(weight)).all()
+    return quantized + torch.where(same, packed.values().to(weight) - quantized.detach(), 0)
 
 
 class _Entry:

@@ -83,6 +83,25 @@ def saved_tensors(folder):
 # methods
 
 
+def test_k_bit_adapters_are_packed_at_the_end(train, tmp_path, capsys):
+    assert train("--adapter_bits", 1, "--classifier_bits", 2, "--ne", 1, "--save_strategy", "epoch") == 0
+    final, checkpoints = saved_tensors(tmp_path / "out"), sorted((tmp_path / "out").glob("checkpoint-*"))
+    assert sum(key.endswith("lora_packed") for key in final) == 4
+    assert f"bytes               {(tmp_path / 'out' / 'adapter_model.safetensors').stat().st_size:,}\n" in (
+        capsys.readouterr().out
+    )
+    # a run that goes on needs the weights behind the codes
+    assert len(checkpoints) == 4
+    assert not any("packed" in key for folder in checkpoints for key in saved_tensors(folder))
+    model, _ = peft_heads.load_image_classifier(tmp_path / "out")
+    assert model.peft_config["default"].packed
+    assert (
+        train("--adapter_bits", 1, "--classifier_bits", 2, "--ne", 1, "--resume_from_checkpoint", checkpoints[1]) == 0
+    )
+    resumed = saved_tensors(tmp_path / "out")
+    assert resumed.keys() == final.keys() and all(torch.equal(resumed[key], final[key]) for key in final)
+
+
 def test_head_masked_lora_from_folders_to_reloaded_adapter(train, tmp_path, capsys):
     assert train("--ne=1", "--criterion=front") == 0
     out = capsys.readouterr().out

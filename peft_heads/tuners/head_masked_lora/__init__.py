@@ -5,9 +5,10 @@ from ...adapter_files import update_card
 from .config import HeadMaskedLoraConfig, check_hotswap
 from .layer import HeadMaskedLinear
 from .model import HeadMaskedLoraModel
+from .packed import pack_adapter
 
 
-__all__ = ["HeadMaskedLinear", "HeadMaskedLoraConfig", "HeadMaskedLoraModel"]
+__all__ = ["HeadMaskedLinear", "HeadMaskedLoraConfig", "HeadMaskedLoraModel", "pack_adapter"]
 
 register_tuner(name="head_masked_lora", config_cls=HeadMaskedLoraConfig, model_cls=HeadMaskedLoraModel)
 allow_hotswap("head_masked_lora", "mask_scope", "num_heads", "fused_parts", "adapter_bits", "classifier_bits")

@@ -106,6 +106,10 @@ class HeadMaskedLoraConfig(LoraConfig):
         bottleneck_dropout (`float`):
             Dropout between `lora_A` and `lora_B`, on the r values of a token, as in Bi-LoRA and HEAT (0.1 there), with
             any `adapter_bits`. PEFT's `lora_dropout` drops the input of `lora_A`; both may be given.
+        packed (`bool`):
+            Whether the adapter is what its packed file says, codes, mean and deviation, and is saved so; set by
+            [`pack_adapter`] and by loading, never by hand. Ends with the first step of training, which goes on from
+            full-precision weights with the same codes.
 
     Raises:
         ValueError: An argument is out of its range, or an option of LoRA is asked for that head masks would make
@@ -140,6 +144,7 @@ class HeadMaskedLoraConfig(LoraConfig):
     bottleneck_dropout: float = field(
         default=0.0, metadata={"help": "Dropout between lora_A and lora_B; lora_dropout is the one before lora_A."}
     )
+    packed: bool = field(default=False, metadata={"help": "Set by pack_adapter: codes are saved, a byte for eight."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -184,6 +189,11 @@ class HeadMaskedLoraConfig(LoraConfig):
     def quantizes(self) -> bool:
         """Whether the adapter acts by quantised weights."""
         return self.adapter_bits != FULL_PRECISION
+
+    @property
+    def has_few_bits(self) -> bool:
+        """Whether anything of the adapter is quantised: its factors, or the classification head."""
+        return self.quantizes or self.classifier_bits != FULL_PRECISION
 
     @property
     def changes_lora(self) -> bool:
@@ -311,6 +321,11 @@ def check_hotswap(old: PeftConfig, new: PeftConfig) -> None:
         raise ValueError(
             "hot-swapping adapters with mask_scope='head' needs the same target_modules, got "
             f"{sorted(old.target_modules)} and {sorted(new.target_modules)}; use load_adapter and set_adapter"
+        )
+    if getattr(new, "packed", False):
+        raise ValueError(
+            "hot-swapping writes full-precision weights where the old ones were, and the new adapter is packed; use "
+            "load_adapter and set_adapter"
         )
     if getattr(old, "quantizer", None) is not None:
         old.quantizer.forget()  # PEFT writes the new weights where the old ones were

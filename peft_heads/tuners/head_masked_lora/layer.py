@@ -183,9 +183,13 @@ class HeadMaskedLinear(Linear):
 
     def quantized_up(self, adapter_name: str) -> torch.Tensor:
         """`lora_B` as a k-bit adapter has it, (out, r), with zeros in the rows that the adapter must not change."""
-        mask = self.lora_head_mask[adapter_name] if adapter_name in self.lora_head_mask else None
-        layout = self.head_layout.get(adapter_name)
-        return self.lora_quantizer[adapter_name](self.lora_B[adapter_name], layout, mask)
+        return self.lora_quantizer[adapter_name](self.lora_B[adapter_name], **self.heads_of_rows(adapter_name))
+
+    def heads_of_rows(self, adapter_name: str) -> dict[str, Any]:
+        """What tells the quantiser which rows `lora_B` has; empty if all of them."""
+        if adapter_name not in self.lora_head_mask:
+            return {}
+        return {"layout": self.head_layout[adapter_name], "head_mask": self.lora_head_mask[adapter_name]}
 
     def train(self, mode: bool = True) -> HeadMaskedLinear:
         if mode != self.training:

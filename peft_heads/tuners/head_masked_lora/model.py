@@ -32,6 +32,7 @@ from ..task_heads import (
 )
 from .config import FULL_PRECISION, HeadMaskedLoraConfig
 from .layer import HeadMaskedLinear
+from .packed import is_packed, read_packed, write_packed
 from .state_dict import (
     BASE,
     check_state_dict,
@@ -274,6 +275,9 @@ class HeadMaskedLoraModel(LoraModel):
         to_return = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         to_return = {key: whole(value) for key, value in to_return.items()}  # biases of the base model
         make_plain_lora(model, adapter_name, to_return, state_dict)
+        config.packed = config.packed and is_packed(model, adapter_name, state_dict)
+        if config.packed:
+            write_packed(model, adapter_name, to_return, state_dict)
         layers = {name.removeprefix(BASE): x for name, x in masked_layers(model, adapter_name)}
         base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
         config.adapter_files.masks = read_masks(layers, adapter_name)
@@ -288,6 +292,7 @@ class HeadMaskedLoraModel(LoraModel):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         state_dict = rename_modules(model, state_dict)
+        state_dict, config.packed = read_packed(model, adapter_name, state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         num_labels = fit_task_heads(model, adapter_name, remapped)
         # with the weights they come into force, once: labels that are given later are not overwritten

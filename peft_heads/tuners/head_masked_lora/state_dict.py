@@ -12,7 +12,6 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from peft.utils.other import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -144,7 +143,7 @@ def write_quantized(model: nn.Module, adapter_name: str, state_dict: dict[str, t
                 state_dict[f"{name}.lora_A.weight"] = module.quantized_down(adapter_name)
                 state_dict[f"{name}.lora_B.weight"] = module.quantized_up(adapter_name)
             head = getattr(module, "modules_to_save", {})
-            if isinstance(module, ModulesToSaveWrapper) and isinstance(head[adapter_name], QuantizedLinear):
+            if adapter_name in head and isinstance(head[adapter_name], QuantizedLinear):
                 state_dict[f"{name}.weight"] = head[adapter_name].quantized_weight()
 
 

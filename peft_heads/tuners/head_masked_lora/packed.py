@@ -1,0 +1,225 @@
+"""Packed adapters: k-bit weights saved as their codes, one uint8 tensor per module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+
+from ...heads.layout import ProjectionLayout
+from ...packing import PackedWeight, pack_module, unpack_module
+from ..quantizer import WeightQuantizer, packed_weight
+from ..task_heads import QuantizedLinear
+from .config import FULL_PRECISION
+from .layer import HeadMaskedLinear
+
+
+PACKED = "lora_packed"
+
+
+def pack_adapter(model: nn.Module, adapter_name: str = "default") -> None:
+    """Make an adapter's codes, means and deviations what it is: from now on it is saved packed, `bits` per weight.
+
+    Logits stay as they are, bit for bit, also after saving and loading. The full-precision weights behind the codes are
+    replaced by others that give the same codes, as a packed file will when it is loaded; with the first step of training
+    the adapter is no longer packed, and is saved in full precision again. Rows of deactivated heads are not stored. What
+    is not quantised (biases, a classification head with `classifier_bits=32`) is saved as it is.
+
+    Args:
+        model: A [`PeftModel`], or its tuner.
+        adapter_name: The adapter.
+
+    Raises:
+        ValueError: There is nothing to pack, or no such adapter.
+    """
+    configs = getattr(model, "peft_config", {})
+    if adapter_name not in configs:
+        raise ValueError(f"there is no adapter {adapter_name!r}; the model has {', '.join(configs) or 'none'}")
+    config = configs[adapter_name]
+    if not getattr(config, "has_few_bits", False):
+        raise ValueError(
+            f"adapter {adapter_name!r} ({config.peft_type.value}) has no k-bit weights to pack; it needs adapter_bits "
+            f"or classifier_bits below {FULL_PRECISION}"
+        )
+    with torch.no_grad():
+        for _, linear, quantizer, heads in _quantized(model, adapter_name):
+            if _in_force(linear, heads) is None:
+                decision = quantizer.decision(linear, **heads)
+                packed = PackedWeight.from_decision(decision, quantizer.bits)
+                linear.packed_weight = packed
+                linear.weight.copy_(packed.latents)
+            quantizer.forget()
+    config.packed = True
+
+
+def is_packed(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> bool:
+    """Whether all k-bit weights of the adapter are as they were packed or loaded, in the model and in `state_dict`.
+
+    False where there are none.
+    """
+    linears = list(_quantized(model, adapter_name))
+    for name, linear, _, heads in linears:
+        saved = state_dict.get(f"{name}.weight")
+        if (
+            _in_force(linear, heads) is None
+            or saved is None
+            or not torch.equal(linear.weight, saved.to(linear.weight))
+        ):
+            return False
+    return bool(linears)
+
+
+def write_packed(
+    model: nn.Module,
+    adapter_name: str,
+    state_dict: dict[str, torch.Tensor],
+    model_state_dict: dict[str, torch.Tensor],
+) -> None:
+    """Write into an adapter's `state_dict` the codes of its k-bit weights instead of the weights.
+
+    Args:
+        model: The model with the adapter in it, which is packed.
+        adapter_name: The adapter.
+        state_dict: Its weights, without what it trains in full.
+        model_state_dict: The model's, from which PEFT goes on to take what is trained in full.
+    """
+    for name, layer in _layers(model, adapter_name):
+        if adapter_name in layer.lora_quantizer:
+            factors = [layer.lora_A[adapter_name].packed_weight, layer.lora_B[adapter_name].packed_weight]
+            mask = layer.get_head_mask(adapter_name) if adapter_name in layer.lora_head_mask else None
+            for key in (
+                f"lora_A.{adapter_name}.weight",
+                f"lora_B.{adapter_name}.weight",
+                f"lora_head_mask.{adapter_name}.mask",
+            ):
+                state_dict.pop(f"{name}.{key}", None)
+            state_dict[f"{name}.{PACKED}.{adapter_name}"] = pack_module(factors, mask)
+    for name, head in _heads(model, adapter_name):
+        model_state_dict[f"{name}.weight"] = pack_module([head.packed_weight])
+
+
+def read_packed(
+    model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], bool]:
+    """A file's weights with full-precision ones in place of the codes, which the layers take note of.
+
+    And whether there were any codes.
+
+    Args:
+        model: The model with the adapter in it.
+        adapter_name: The adapter that is being loaded.
+        state_dict: The file's weights; LoRA's by the names that the file gives them (without the adapter's), those of
+            modules that are trained in full by the model's.
+
+    Raises:
+        ValueError: Packed weights do not fit the adapter, or are damaged.
+    """
+    unpacked, found = dict(state_dict), False
+    for name, layer in _layers(model, adapter_name):
+        key = next((key for key in (f"{name}.{PACKED}", f"base_model.model.{name}.{PACKED}") if key in unpacked), None)
+        factors = [layer.lora_A[adapter_name], layer.lora_B[adapter_name]]
+        if key is None:
+            for linear in factors:
+                linear.packed_weight = None
+            continue
+        found = True
+        expected = [(linear.out_features, linear.in_features) for linear in factors]
+        bits = layer.lora_quantizer[adapter_name].bits if adapter_name in layer.lora_quantizer else FULL_PRECISION
+        matrices, mask = _unpack(key, unpacked.pop(key), bits, expected, layer.head_layout.get(adapter_name))
+        prefix = key.removesuffix(PACKED)
+        for factor, linear, matrix in zip(("lora_A", "lora_B"), factors, matrices, strict=True):
+            linear.packed_weight = matrix
+            unpacked[f"{prefix}{factor}.weight"] = matrix.latents.to(linear.weight.dtype)
+        if mask is not None:
+            unpacked[f"{prefix}lora_head_mask.mask"] = mask
+        if adapter_name in layer.lora_quantizer:
+            layer.lora_quantizer[adapter_name].forget()
+    for key, value in unpacked.items():
+        if value.dtype == torch.uint8 and f".modules_to_save.{adapter_name}." in key:
+            unpacked[key], found = _read_head(model, key, value), True
+    return unpacked, found
+
+
+def _unpack(
+    key: str,
+    data: torch.Tensor,
+    bits: int,
+    expected: list[tuple[int | None, int]],
+    layout: ProjectionLayout | None = None,
+) -> tuple[list[PackedWeight], torch.Tensor | None]:
+    """`expected`: the shapes; None for rows of which there may be any number."""
+
+    def find_rows(shape: tuple[int, int], mask: torch.Tensor | None) -> torch.Tensor | None:
+        if mask is None:
+            return None
+        if layout is None or (len(mask), shape[0]) != (layout.num_heads, layout.out_features):
+            heads = "none" if layout is None else f"{layout.num_heads} in {layout.out_features} rows"
+            raise ValueError(f"it has {len(mask)} heads in {shape[0]} rows, but the adapter's layer has {heads}")
+        return layout.active_rows(mask)
+
+    try:
+        matrices, mask = unpack_module(data, len(expected), find_rows)
+    except ValueError as error:
+        raise ValueError(f"{key} of the adapter file cannot be unpacked: {error}") from error
+    found = [tuple(matrix.codes.shape) for matrix in matrices]
+    fits = all(b == d and a in (None, c) for (a, b), (c, d) in zip(expected, found, strict=True))
+    if matrices[0].bits != bits or not fits:
+        raise ValueError(
+            f"{key} of the adapter file does not fit: it is packed with {matrices[0].bits} bits and shapes {found}, "
+            f"but the adapter was created with {bits} bits and shapes {expected}; create it with the settings it was "
+            "saved with (adapter_bits, classifier_bits, r)"
+        )
+    return matrices, mask
+
+
+def _read_head(model: nn.Module, key: str, data: torch.Tensor) -> torch.Tensor:
+    name = key.removesuffix(".weight")
+    head = dict(model.named_modules()).get(name)
+    if not isinstance(head, QuantizedLinear):
+        raise ValueError(
+            f"{key} of the adapter file is packed, but the adapter's head is in full precision; create it with the "
+            "classifier_bits it was saved with"
+        )
+    (matrix,), _ = _unpack(key, data, head.quantizer.bits, [(None, head.in_features)])
+    head.packed_weight = matrix
+    head.quantizer.forget()
+    return matrix.latents.to(head.weight.dtype)
+
+
+def _quantized(
+    model: nn.Module, adapter_name: str
+) -> Iterator[tuple[str, nn.Linear, WeightQuantizer, dict[str, Any]]]:
+    """All k-bit weights of an adapter.
+
+    By name in the model's state dict: the linear layer, its quantiser, and the arguments that say which rows it has.
+    """
+    for name, layer in _layers(model, adapter_name):
+        if adapter_name in layer.lora_quantizer:
+            quantizer, heads = layer.lora_quantizer[adapter_name], layer.heads_of_rows(adapter_name)
+            yield f"{name}.lora_A.{adapter_name}", layer.lora_A[adapter_name], quantizer, {}
+            yield f"{name}.lora_B.{adapter_name}", layer.lora_B[adapter_name], quantizer, heads
+    for name, head in _heads(model, adapter_name):
+        yield name, head, head.quantizer, {}
+
+
+def _in_force(linear: nn.Linear, heads: dict[str, Any]) -> PackedWeight | None:
+    mask = heads.get("head_mask")
+    return packed_weight(linear, None if mask is None else heads["layout"].active_rows(mask.mask))
+
+
+def _layers(model: nn.Module, adapter_name: str) -> Iterable[tuple[str, HeadMaskedLinear]]:
+    for name, module in model.named_modules():
+        if isinstance(module, HeadMaskedLinear) and adapter_name in module.lora_A:
+            yield name, module
+
+
+def _heads(model: nn.Module, adapter_name: str) -> Iterable[tuple[str, QuantizedLinear]]:
+    """`(name in the model's state dict, head)`."""
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            head = module.modules_to_save[adapter_name]
+            if isinstance(head, QuantizedLinear):
+                yield f"{name}.modules_to_save.{adapter_name}", head
