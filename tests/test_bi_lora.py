@@ -338,6 +338,7 @@ SETTINGS = {
     "backbone": ("patch16", "patch32", "backbone must be vit_base_patch16_224_in21k; got 'vit_base_patch32"),
     "other method": ("lora-bihead", "adaptformer", "method must be lora or lora-bihead; got 'adaptformer'"),
     "scale": ("100.0", "1e-5", "scale must be a positive number .*; got '1e-5'"),
+    "true scale": ("100.0", "true", "scale must be a positive number .*; got True"),
     "no scale": ("100.0", ".nan", "scale must be a positive number .*; got nan"),
     "missing": ("scale: 100.0\n", "", "must have the keys backbone, bit, .*; got backbone, bit, dataset, dim, method"),
     "more": ("bit: 1", "bit: 1\nseed: 1", "must have the keys .*; got .*, seed"),
@@ -357,6 +358,13 @@ def test_settings_that_do_not_fit(kitti, refused, tmp_path, name):
     path.write_text(path.read_text().replace(old, new, 1))
     error = refused("import", "bi-lora", kitti, tmp_path / "adapter")
     assert path.name in error and re.search(message, error)
+
+
+def test_a_scale_without_a_point(kitti, tmp_path):
+    path = kitti.with_suffix(".yaml")
+    path.write_text(path.read_text().replace("100.0", "100"))
+    export_bi_lora(import_bi_lora(kitti, tmp_path / "adapter"), tmp_path / "new" / kitti.name)
+    assert (tmp_path / "new" / path.name).read_text() == path.read_text().replace("100", "100.0")
 
 
 def test_sizes_are_looked_at_before_anything_is_read(kitti, refused, tmp_path):
