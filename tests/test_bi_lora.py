@@ -1,6 +1,7 @@
 """The files of Bi-LoRA's authors, against a plain reading of their bytes and explicitly edited weights."""
 
 import json
+import os
 import re
 import shutil
 import struct
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTForImageClassification
 
 from peft_heads import HeadMaskedLoraConfig
+from peft_heads.adapter_files import read_labels
 from peft_heads.bi_lora import export_bi_lora, import_bi_lora
 from peft_heads.bi_lora_files import BASE_MODEL, shortest_scale
 from peft_heads.cli.main import main
@@ -184,6 +186,7 @@ def test_what_the_folder_holds(files, tmp_path):
     expected |= {"bottleneck_dropout": 0.1, "modules_to_save": ["classifier"], "inference_mode": True}
     expected["base_model_name_or_path"] = "google/vit-base-patch16-224-in21k"
     assert {name: config[name] for name in expected} == expected
+    assert read_labels(folder) == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2", 3: "LABEL_3"}
     tensors = load_file(folder / "adapter_model.safetensors")
     modules = [f"base_model.model.{name}.lora_packed" for role in ("q_proj", "v_proj") for name in names(role)]
     assert set(tensors) == {*modules, "base_model.model.classifier.weight", "base_model.model.classifier.bias"}
@@ -360,6 +363,11 @@ def test_settings_that_do_not_fit(kitti, refused, tmp_path, name):
     assert path.name in error and re.search(message, error)
 
 
+def test_settings_that_are_none(kitti, refused, tmp_path):
+    kitti.with_suffix(".yaml").write_text("5")
+    assert "must have the keys backbone, bit, " in refused("import", "bi-lora", kitti, tmp_path / "adapter")
+
+
 def test_a_scale_without_a_point(kitti, tmp_path):
     path = kitti.with_suffix(".yaml")
     path.write_text(path.read_text().replace("100.0", "100"))
@@ -464,6 +472,7 @@ OTHER = {
     "scope": (None, {"mask_scope": "head", "ne": 1}, "mask_scope='head' .*--to merged"),
     "scale": (None, {"lora_alpha": 0}, "scale must be a positive number"),
     "no scale": (None, {"lora_alpha": None}, "lora_alpha=None"),
+    "no rank": (None, {"r": None}, "r=None"),
     "type": (None, {"peft_type": "IA3"}, "type IA3"),
 }
 
@@ -495,6 +504,24 @@ def test_existing_files(adapter, refused, tmp_path, there):
     file.unlink()
     file.mkdir()
     assert "is a folder" in refused("export", adapter, "--to", "bi-lora", file, "--overwrite")
+
+
+def test_both_files_or_none(adapter, tmp_path, monkeypatch):
+    file = tmp_path / "a.bin"
+    for path in (file, file.with_suffix(".yaml")):
+        path.write_text("mine")
+    replace, calls = os.replace, []
+
+    def crash(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError("disk full")
+        replace(*args)
+
+    monkeypatch.setattr("os.replace", crash)
+    with pytest.raises(OSError, match="disk full"):
+        export_bi_lora(adapter, file, overwrite=True)
+    assert both(file) == (b"mine", b"mine")
 
 
 def test_a_name_that_is_wrong(adapter, refused, tmp_path):
