@@ -96,7 +96,10 @@ class HeadMaskedLoraModel(LoraModel):
         targets = [n for n, _ in named_targets(self.model) if self._check_target_module_exists(peft_config, n)]
         # of every projection, targeted or not: what is injected after a state dict follows its keys, not the config
         peft_config.head_layouts = find_head_layouts(self.model, peft_config, targets)
-        peft_config.quantizer = WeightQuantizer(peft_config.adapter_bits) if peft_config.quantizes else None
+        if peft_config.quantizes:
+            peft_config.quantizer = WeightQuantizer(peft_config.adapter_bits, awaits_codes=peft_config.packed)
+        else:
+            peft_config.quantizer = None
         return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:

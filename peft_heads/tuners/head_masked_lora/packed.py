@@ -119,6 +119,8 @@ def read_packed(
     """
     unpacked, found = dict(state_dict), False
     for name, layer in _layers(model, adapter_name):
+        if adapter_name in layer.lora_quantizer:
+            layer.lora_quantizer[adapter_name].awaits_codes = False
         key = next((key for key in (f"{name}.{PACKED}", f"base_model.model.{name}.{PACKED}") if key in unpacked), None)
         factors = [layer.lora_A[adapter_name], layer.lora_B[adapter_name]]
         if key is None:

@@ -289,6 +289,16 @@ def test_files_of_other_settings(settings, message, tmp_path):
         load(folder)
 
 
+def test_without_its_codes(tmp_path):
+    """transformers loads adapters by code of its own, which fills what it does not find with random numbers."""
+    folder = saved(tmp_path, modules_to_save=[], classifier_bits=32)
+    model = tiny.make("vit")
+    model.load_adapter(str(folder))
+    for one in (model, copy.deepcopy(model)):
+        with pytest.raises(ValueError, match="packed, but no codes have been loaded: transformers' own load_adapter"):
+            one(tiny.images())
+
+
 def test_nothing_to_pack():
     model = make(adapter_bits=32, classifier_bits=32)
     with pytest.raises(ValueError, match=r"'default' \(HEAD_MASKED_LORA\) has no k-bit weights to pack"):
