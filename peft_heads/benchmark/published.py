@@ -1,4 +1,4 @@
-"""The papers' VTAB-1K rows, typed in from their tables (`published.csv`), in percent."""
+"""The papers' rows, typed in from their tables (`published.csv`), in percent."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ class PublishedRow:
     """One row of a paper's table.
 
     Args:
+        suite: As `data.tasks` names it.
         paper, table: Where it stands.
         backbone, checkpoint: `"ViT-B/16"`, `"ImageNet-21k"`, …
         averaging: Which average the paper says it prints, one of AVERAGING.
@@ -32,6 +33,7 @@ class PublishedRow:
         note: What the figures are, where that is not plain.
     """
 
+    suite: str
     paper: str
     table: str
     backbone: str
@@ -53,7 +55,7 @@ class PublishedRow:
         """`averages` of the row; from the printed group means, weighted by their tasks, where it has no tasks.
 
         Args:
-            groups: `{task: group}` of the 19 tasks.
+            groups: `{task: group}` of the suite's tasks.
         """
         return averages(self.tasks or {task: self.groups[group] for task, group in groups.items()}, groups)
 
@@ -69,33 +71,34 @@ class Disagreement:
 
 
 @cache
-def published_rows() -> tuple[PublishedRow, ...]:
-    """All rows, in the order of the file."""
+def published_rows(suite: str) -> tuple[PublishedRow, ...]:
+    """The rows of a suite, in the order of the file."""
     text = files(__package__).joinpath("published.csv").read_text(encoding="utf-8")
-    return tuple(map(_row, csv.DictReader(text.splitlines())))
+    return tuple(_row(fields) for fields in csv.DictReader(text.splitlines()) if fields["suite"] == suite)
 
 
-def disagreements(groups: dict[str, str], tolerance: float = 0.1) -> list[Disagreement]:
-    """The printed averages that differ from the recomputed ones by more than `tolerance` (points).
+def disagreements(suite: str, groups: dict[str, str], tolerance: float = 0.1) -> list[Disagreement]:
+    """The printed averages that differ from the recomputed ones by `tolerance` points or more.
 
     Args:
-        groups: `{task: group}` of the 19 tasks.
-        tolerance: Figures with one decimal leave 0.1: some papers round, some cut off.
+        suite: Whose rows.
+        groups: `{task: group}` of its tasks.
+        tolerance: An average cut off after its first decimal, as some papers do, is less than 0.1 away.
     """
     found = []
-    for row in published_rows():
+    for row in published_rows(suite):
         recomputed = row.recomputed(groups)
         printed = row.groups | {AVERAGING[row.averaging]: row.average}
         found += [
             Disagreement(row, name, value, recomputed[name])
             for name, value in printed.items()
-            if abs(value - recomputed[name]) > tolerance
+            if abs(value - recomputed[name]) > tolerance - 1e-9
         ]
     return found
 
 
 def _row(fields: dict[str, str]) -> PublishedRow:
-    own = ("paper", "table", "backbone", "checkpoint", "averaging", "method", "note")
+    own = ("suite", "paper", "table", "backbone", "checkpoint", "averaging", "method", "note")
     numbers = {name: float(value) for name, value in fields.items() if name not in own and value}
     rest = (*GROUPS, "average", "size_mb", "parameters_m")
     return PublishedRow(

@@ -173,6 +173,17 @@ def common_and_own(rows: list[Row], apart: tuple[str, ...] = ("method",)) -> tup
     return common, [{name: settings.get(name) for name in names if name not in common} for settings in flat]
 
 
+def row_labels(rows: list[Row]) -> list[str]:
+    """A label for every row: its own or its method, and the settings in which the rows differ."""
+    _, own = common_and_own(rows)
+    labels = []
+    for row, settings in zip(rows, own, strict=True):
+        unofficial = settings.pop("official", True) is False
+        words = [row.label or describe_method(row.method), *(f"{name}={value}" for name, value in settings.items())]
+        labels.append(", ".join(words) + (" (unofficial)" if unofficial else ""))
+    return labels
+
+
 def _accuracy(run: Run, best: bool) -> float | None:
     return run.result.best_on_test if best else run.result.accuracy
 
