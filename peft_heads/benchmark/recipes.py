@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..data.augmentation import FEW_SHOT, FGVC
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -20,7 +22,7 @@ class Recipe:
         drop_last: Whether the last, incomplete batch of an epoch is left out; never if it is the only one.
         head_warmup_epochs: Epochs before the heads are selected.
         train_images, eval_images: Arguments of `data.preprocessing.Preprocessing`.
-        augmentation: Random changes of training images, by name.
+        augmentation: Arguments of `data.augmentation.Augmentation`; empty for none.
     """
 
     name: str
@@ -38,7 +40,7 @@ class Recipe:
     head_warmup_epochs: int = 10
     train_images: dict[str, Any] = field(default_factory=dict)
     eval_images: dict[str, Any] = field(default_factory=dict)
-    augmentation: tuple[str, ...] = ()
+    augmentation: dict[str, Any] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
         """What changes the numbers, for a result."""
@@ -72,13 +74,13 @@ RECIPES = {
         learning_rate=5e-3,
         train_images={**_CENTRE_CROP, "resize": "squash"},
         eval_images=_CENTRE_CROP,
-        augmentation=("color_jitter", "rand_augment"),
+        augmentation=FEW_SHOT,
     ),
     "fgvc": Recipe(
         name="fgvc",
         paper="FGVC as in VPT and its successors: resize to 256, random crop of 224 and flip; the rest as for VTAB-1K",
         train_images={**_CENTRE_CROP, "crop": "random"},
         eval_images=_CENTRE_CROP,
-        augmentation=("horizontal_flip",),
+        augmentation=FGVC,
     ),
 }

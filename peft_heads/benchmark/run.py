@@ -14,6 +14,7 @@ from accelerate import PartialState
 from transformers import AutoConfig
 
 from ..checkpoints import last_complete_checkpoint
+from ..data.augmentation import Augmentation
 from ..data.preprocessing import Preprocessing
 from ..data.tasks import Task
 from ..methods import check_method_arguments
@@ -66,6 +67,7 @@ def make_spec(
     if recipe.drop_path:
         settings["drop_path_by"] = "config" if has_drop_path(config) else "hooks"
     size = {"size": config.image_size} if isinstance(getattr(config, "image_size", None), int) else {}
+    augmentation = Augmentation(**recipe.augmentation | size).to_dict() if recipe.augmentation else None
     train_split, eval_split = PROTOCOL[task.suite][final]
     return RunSpec(
         suite=task.suite,
@@ -80,7 +82,7 @@ def make_spec(
         preprocessing={
             "train": Preprocessing(**recipe.train_images | size).to_dict(),
             "eval": Preprocessing(**recipe.eval_images | size).to_dict(),
-            "augmentation": list(recipe.augmentation),
+            "augmentation": augmentation,
         },
         shots=shots,
         list_seed=list_seed,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from ..adapter_files import SCORES_FILE
-from ..checkpoints import content_hash
+from ..data.augmentation import Augmentation
 from ..data.cache import open_images
 from ..data.images import collate
 from ..data.preprocessing import Preprocessing
@@ -90,7 +91,7 @@ class Training:
         backbone = self.spec.backbone
         revision = getattr(AutoConfig.from_pretrained(backbone), "_commit_hash", None)
         if revision is None and os.path.isdir(backbone):
-            revision = content_hash(backbone)
+            revision = folder_hash(backbone)
         return describe_environment(
             data_fingerprint={part: split.fingerprint for part, split in self.splits.items()},
             image_format="+".join(sorted({split.image_format for split in self.splits.values()})),
@@ -186,24 +187,29 @@ class Training:
         return model, callbacks
 
     def _images(self, part: str) -> torch.utils.data.Dataset:
-        settings = dict(self.spec.preprocessing[part])
+        settings, augmentation = dict(self.spec.preprocessing[part]), self.spec.preprocessing["augmentation"]
         if settings["normalization"] != "checkpoint":  # the names say it, and more is refused
             settings |= {"mean": None, "std": None}
         return open_images(
             self.splits[part],
             Preprocessing(**settings),
             cache=True if self.places.cache_test_images else None,
-            augment=self._augmentation(settings["size"]) if part == "train" else None,
+            augment=Augmentation(**augmentation) if part == "train" and augmentation else None,
             cache_dir=self.places.cache_dir,
         )
 
-    def _augmentation(self, size: int) -> Callable | None:
-        names = self.spec.preprocessing["augmentation"]
-        if not names:
-            return None
-        from ..data.augmentation import make_augmentation
 
-        return make_augmentation(names, size)
+@lru_cache
+def folder_hash(folder: str | os.PathLike) -> str:
+    """The beginning of a SHA-256 over configuration and weights of a local checkpoint."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix in (".json", ".safetensors", ".bin") and path.name != "preprocessor_config.json":
+            digest.update(path.name.encode())
+            with open(path, "rb") as file:
+                while chunk := file.read(1 << 24):
+                    digest.update(chunk)
+    return digest.hexdigest()[:16]
 
 
 def method_arguments(method: dict[str, Any], recipe: dict[str, Any]) -> MethodArguments:
