@@ -77,14 +77,17 @@ class Sweep:
 
     def search(self) -> list[RunSpec]:
         """The runs by which settings are chosen; none where there is no choice."""
-        if len(self.methods()) == 1:
-            return []
+        methods = self.methods()
+        return self.runs(methods, self.search_seeds, final=False) if len(methods) > 1 else []
+
+    def runs(self, methods: list[dict[str, Any]], seeds: tuple[int, ...], *, final: bool) -> list[RunSpec]:
+        """All of these methods, on every task and list, with every seed."""
         return [
-            self._spec(task, method, seed, shots, list_seed, final=False)
+            self._spec(task, method, seed, shots, list_seed, final=final)
             for task, shots in self.cells()
-            for seed in self.search_seeds
+            for seed in seeds
             for list_seed in self.list_seeds
-            for method in self.methods()
+            for method in methods
         ]
 
     def final(self, results: Callable[[RunSpec], Run | None]) -> list[RunSpec]:
@@ -122,9 +125,7 @@ class Sweep:
         return candidates[max(means, key=means.get)] if means else None
 
     def _spec(self, task, method, seed, shots, list_seed, *, final: bool) -> RunSpec:
-        return make_spec(
-            task, method, self.recipe, self.backbone, seed, final=final, shots=shots, list_seed=list_seed
-        )
+        return make_spec(task, method, self.recipe, self.backbone, seed, final=final, shots=shots, list_seed=list_seed)
 
 
 @dataclass
@@ -141,7 +142,7 @@ def run_sweep(
     *,
     share_warmup: bool = True,
     test_every: int = 0,
-    progress: Callable[[list[RunSpec], str], Any] | None = None,
+    progress: Callable[[int, str], Any] | None = None,
 ) -> Outcome:
     """Run what has no result yet. A run that fails is recorded, and the others go on.
 
@@ -151,7 +152,8 @@ def run_sweep(
         share_warmup: Whether runs that differ in the selection of heads alone train the epochs before it once. The
             results are the same.
         test_every: As for `run`, for the runs on test images.
-        progress: Called with the runs to be done and a title; gives an object with `update()` and `close()`.
+        progress: Called with the number of runs to be done and a title; gives an object with `update()` and `close()`,
+            such as a tqdm.
     """
     outcome = Outcome()
     execute(sweep.search(), places, outcome, share_warmup=share_warmup, progress=progress, title="search")
@@ -169,17 +171,20 @@ def execute(
     *,
     share_warmup: bool = True,
     test_every: int = 0,
-    progress: Callable[[list[RunSpec], str], Any] | None = None,
+    progress: Callable[[int, str], Any] | None = None,
     title: str = "",
 ) -> None:
     """Runs in groups that share a beginning; see `run_sweep`."""
     groups: dict[str, list[RunSpec]] = {}
     for spec in specs:
         groups.setdefault(trunk_key(spec), []).append(spec)
-    bar = progress([spec for group in groups.values() for spec in group], title) if progress else None
-    for group in groups.values():
-        trunk = None
-        missing = [spec for spec in group if find_result(places.output_dir, spec, unofficial=True) is None]
+    missing_of = {
+        key: [spec for spec in group if find_result(places.output_dir, spec, unofficial=True) is None]
+        for key, group in groups.items()
+    }
+    bar = progress(sum(map(len, missing_of.values())), title) if progress else None
+    for key, group in groups.items():
+        trunk, missing = None, missing_of[key]
         if share_warmup and len(missing) > 1 and trunk_epochs(missing[0]) > 0:
             # a run without masks can go on from a checkpoint with them, in which all heads are active, not vice versa
             first = max(missing, key=lambda spec: bool(spec.method.get("ne", 1)))
@@ -194,7 +199,7 @@ def execute(
             if done is not None:
                 outcome.runs[spec.run_id] = done[0]
                 outcome.failed.pop(spec.run_id, None)
-            if bar is not None:
+            if bar is not None and spec in missing:
                 bar.update()
         if trunk is not None and PartialState().is_main_process:
             shutil.rmtree(trunk.parent, ignore_errors=True)

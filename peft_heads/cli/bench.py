@@ -8,6 +8,11 @@ import importlib
 
 # Sub-command: its line in --help, and the function `(argv: list[str]) -> int` that runs it.
 COMMANDS = {
+    "run": ("train and evaluate one setting on one or more tasks", "peft_heads.cli.bench_run:run"),
+    "sweep": (
+        "compare settings: choose on validation images, report on test images",
+        "peft_heads.cli.bench_run:sweep",
+    ),
     "report": ("tables and figures of a folder of results", "peft_heads.cli.bench_report:run"),
 }
 

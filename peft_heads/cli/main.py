@@ -23,6 +23,7 @@ COMMANDS = {
     "train": Command(
         "peft_heads.cli.train", "fine-tune an image classifier (head-masked LoRA, LoRA, linear, full, …)"
     ),
+    "bench": Command("peft_heads.cli.bench", "the papers' benchmarks: run, sweep, report"),
     "migrate": Command(
         "peft_heads.cli.migrate", "rewrite a LoRA adapter for the module names of the installed transformers"
     ),
