@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,8 @@ def train_trunk(spec: RunSpec, places: Places) -> Path:
     checkpoint = last_complete_checkpoint(folder)
     PartialState().wait_for_everyone()
     if checkpoint != os.fspath(end):
-        training.trainer(folder, stop_after=epochs).train(resume_from_checkpoint=checkpoint)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="training ended at step .*, before the selection")
+            training.trainer(folder, stop_after=epochs).train(resume_from_checkpoint=checkpoint)
         PartialState().wait_for_everyone()
     return end

@@ -136,7 +136,7 @@ class Training:
         )
         set_seed(self.spec.seed)
         model, callbacks = self._model()
-        trainer = Trainer(
+        trainer = _Trainer(
             model,
             args,
             collate,
@@ -197,6 +197,13 @@ class Training:
             augment=Augmentation(**augmentation) if part == "train" and augmentation else None,
             cache_dir=self.places.cache_dir,
         )
+
+
+class _Trainer(Trainer):
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As Trainer's, but what is drawn later is the same with it and without: a DataLoader draws a seed."""
+        with torch.random.fork_rng(devices=[]):
+            return super().evaluate(*args, **kwargs)
 
 
 @lru_cache
