@@ -201,9 +201,16 @@ class Training:
 
 class _Trainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As Trainer's, but what is drawn later is the same with it and without: a DataLoader draws a seed."""
-        with torch.random.fork_rng(devices=[]):
-            return super().evaluate(*args, **kwargs)
+        """As Trainer's, but on all images: `dataloader_drop_last` is meant for training and taken for evaluation, too.
+
+        And what is drawn later is the same with it and without: a DataLoader draws a seed.
+        """
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            with torch.random.fork_rng(devices=[]):
+                return super().evaluate(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
 
 @lru_cache
