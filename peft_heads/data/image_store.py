@@ -105,7 +105,7 @@ def cached_entry(
         fingerprint: Of the list that the rows come from.
         description: For people who ask what takes up their disk.
         cache_dir: The folder of entries; default `default_cache_dir()`.
-        workers: Threads that decode; default one per core.
+        workers: Threads that decode; default: those of `ThreadPoolExecutor`.
 
     Raises:
         ValueError: An image cannot be decoded (the message names its file), or `cache_dir` cannot be written.
@@ -170,7 +170,7 @@ def _write_entry(rows, preprocessing: Preprocessing, description: str, target: P
 
 def _write_pixels(images, preprocessing: Preprocessing, path: Path, workers: int | None) -> list[tuple[int, int]]:
     shapes = []
-    with open(path, "wb") as file, ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+    with open(path, "wb") as file, ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(images), CHUNK):
             chunk = images[start : start + CHUNK]
             for pixels in pool.map(lambda image: preprocessing.pixels(decode_image(image)), chunk):

@@ -93,10 +93,10 @@ def test_streamed_images_are_the_same_bit_for_bit(tmp_path, cache_dir, preproces
 
 
 def test_batches_in_worker_processes(split, cache_dir):
-    images = CachedImages(split, SMALL)
+    images = CachedImages(split, Preprocessing(size=64))
     expected = collate([images[i] for i in range(8)])
     copy = pickle.loads(pickle.dumps(images))
-    assert len(pickle.dumps(images)) < 20_000  # the pixels stay on disk
+    assert len(pickle.dumps(images)) < images.entry.size / 4  # the pixels stay on disk
     for batch in DataLoader(copy, batch_size=8, collate_fn=collate, num_workers=1):
         assert torch.equal(batch["pixel_values"], expected["pixel_values"])
         assert torch.equal(batch["labels"], expected["labels"])
@@ -124,6 +124,9 @@ def test_plain_image_folders_and_bytes(tmp_path, cache_dir):
     images = CachedImages(rows["train"], SMALL)
     assert images.labels == [0, 0, 1, 1]
     assert torch.equal(images[1]["pixel_values"], StreamedImages(rows["train"], SMALL)[1]["pixel_values"])
+    shutil.copytree(tmp_path / "folder", tmp_path / "copy")  # with the times of the files
+    copy = load_image_dataset(train_dir=str(tmp_path / "copy"), train_val_split=0, cache_dir=str(tmp_path / "c"))
+    assert CachedImages(copy["train"], SMALL).entry.path != images.entry.path
     embedded = [
         datasets.Dataset.from_dict(
             {"image": [trees.picture(label, 4)], "label": [label]},
@@ -135,7 +138,7 @@ def test_plain_image_folders_and_bytes(tmp_path, cache_dir):
         assert torch.equal(
             CachedImages(rows, SMALL)[0]["pixel_values"], StreamedImages(rows, SMALL)[0]["pixel_values"]
         )
-    assert len(cache_entries()) == 3
+    assert len(cache_entries()) == 4
     with pytest.raises(ValueError, match="class_encode_column"):
         StreamedImages(datasets.Dataset.from_dict({"image": [None], "label": ["cat"]}), SMALL)
 
@@ -181,6 +184,11 @@ def test_made_anew_if_pixels_may_have_changed(split, root, cache_dir, decoded, m
     assert len(decoded) == 16
     for one, other in zip(found, StreamedImages(changed, preprocessing), strict=True):
         assert torch.equal(one["pixel_values"], other["pixel_values"])
+
+
+def test_the_list_is_part_of_the_key(split):
+    keys = {image_store.pixel_key(split.dataset, SMALL, fingerprint) for fingerprint in ("a", "b", "a")}
+    assert len(keys) == 2 and all(len(key) == 64 for key in keys)
 
 
 def test_a_damaged_entry_is_made_anew(split, cache_dir, decoded):
@@ -234,12 +242,35 @@ def test_a_file_system_without_locks(split, cache_dir, monkeypatch, decoded):
         shapes = write(*args)
         monkeypatch.setattr(image_store, "_write_pixels", write)
         CachedImages(split, SMALL)
+        assert len(list(cache_dir.glob("_*"))) == 1  # the unfinished entry is still there
         return shapes
 
     monkeypatch.setattr(image_store, "_write_pixels", overtaken)
     assert len(CachedImages(split, SMALL)) == 8
     assert len(decoded) == 16 and len(cache_entries()) == 1
     assert [path.name for path in cache_dir.iterdir()] == [cache_entries()[0].path.name]
+
+
+def test_an_entry_that_appears_meanwhile_is_used(split, cache_dir, monkeypatch, decoded):
+    make = image_store.new_folder
+
+    def overtaken(target):
+        with make(target) as folder:
+            image_store._write_pixels(split.dataset["image"], SMALL, folder / "pixels.bin", 1)
+            content = {"description": "faster", "shapes": [[16, 16]] * 8}
+            (folder / "entry.json").write_text(json.dumps(content))
+        return make(target)
+
+    monkeypatch.setattr(image_store, "new_folder", overtaken)
+    assert CachedImages(split, SMALL).entry.description == "faster" and len(decoded) == 8
+
+
+def test_an_entry_is_read_without_writing(split, cache_dir, monkeypatch):
+    entry = CachedImages(split, SMALL).entry
+    for path in cache_dir.glob(".*.lock"):
+        path.unlink()
+    assert CachedImages(split, SMALL).entry.path == entry.path
+    assert list(cache_dir.iterdir()) == [entry.path]
 
 
 # several processes
@@ -305,7 +336,6 @@ def test_size_and_deletion(split, cache_dir, caplog):
     assert caplog.messages[0].startswith(f"{names[0]}: decoded into {cache_dir} (0.0")
     size = sum(path.stat().st_size for path in cache_dir.glob("*/*"))
     assert size > 8 * 3 * 16 * 16 and cache_size() == cache_size(cache_dir) == size
-    before = images[3]["pixel_values"]
 
     unfinished = cache_dir / f"_{images.entry.path.name}.x" / "new"
     unfinished.mkdir(parents=True)
@@ -318,7 +348,8 @@ def test_size_and_deletion(split, cache_dir, caplog):
         ["notes", "ab" * 31, "_" + "x" * 64]
     )
     assert cache_size() == 0 and clean_cache(cache_dir / "nowhere") == 0
-    assert torch.equal(images[3]["pixel_values"], before)  # an open entry is still read
+    # an open entry is still read
+    assert torch.equal(images[3]["pixel_values"], StreamedImages(split, SMALL)[3]["pixel_values"])
 
 
 def test_the_default_folder(monkeypatch, tmp_path):
