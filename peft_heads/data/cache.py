@@ -102,7 +102,7 @@ class CachedImages(_Images):
         """
         Args:
             cache_dir: Default: `PEFT_HEADS_CACHE` of the environment, or `~/.cache/peft_heads/images`.
-            workers: Threads that decode, if it has to be done; default one per core.
+            workers: Threads that decode, if it has to be done; default: those of `ThreadPoolExecutor`.
 
         Raises:
             ValueError: As for all images; or one cannot be decoded, or `cache_dir` cannot be written.

@@ -86,7 +86,7 @@ def read_content(
     lines = layout.read(path)
     rows, faults = list(lines.rows), list(lines.faults)
     if drawn:
-        rows = _draw(rows, split)
+        rows = _draw(rows, split, task)
     expected = task.size(split, shots) if check_sizes else None
     rows, repeated, contradictions = _without_repeats(rows, expected)
     content = Content(rows, [], faults + contradictions, repeated, drawn)
@@ -99,10 +99,11 @@ def read_content(
     return content
 
 
-def _draw(rows: list[Row], split: str) -> list[Row]:
-    """Four fifths of the rows, or the rest, in the order of the list; it may be sorted by class."""
+def _draw(rows: list[Row], split: str, task: Task) -> list[Row]:
+    """Four fifths of the rows (as in the task's row), or the rest; the list may be sorted by class."""
     order = np.random.default_rng(DRAW_SEED).permutation(len(rows))
-    number = len(rows) * 4 // 5
+    train, val = task.sizes.get("train800", 800), task.sizes.get("val200", 200)
+    number = len(rows) * train // (train + val)
     return [rows[i] for i in sorted(order[:number] if split == "train800" else order[number:])]
 
 

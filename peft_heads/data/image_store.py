@@ -105,7 +105,7 @@ def cached_entry(
         fingerprint: Of the list that the rows come from.
         description: For people who ask what takes up their disk.
         cache_dir: The folder of entries; default `default_cache_dir()`.
-        workers: Threads that decode; default one per core.
+        workers: Threads that decode; default: those of `ThreadPoolExecutor`.
 
     Raises:
         ValueError: An image cannot be decoded (the message names its file), or `cache_dir` cannot be written.
@@ -117,11 +117,12 @@ def cached_entry(
     entry = _read_entry(target)
     if entry is not None:
         return entry
-    with _locked(target):
+    with _locked(target) as alone:
         entry = _read_entry(target)  # of the process that was waited for
         if entry is None:
             for path in _folders(folder):
-                if _key(path) == target.name:  # damaged, or of a process that was killed
+                # damaged, or of a process that was killed
+                if path == target or (alone and _key(path) == target.name):
                     shutil.rmtree(path)
             _write_entry(rows, preprocessing, description, target, workers)
             entry = _read_entry(target)
@@ -147,10 +148,11 @@ def clean_cache(cache_dir: str | os.PathLike | None = None) -> int:
     """
     freed = 0
     for path in _folders(cache_dir):
-        with contextlib.suppress(filelock.Timeout), _locked(path.parent / _key(path), wait=False) as lock_file:
+        target = path.parent / _key(path)
+        with contextlib.suppress(filelock.Timeout), _locked(target, wait=False):
             freed += _size(path)
             shutil.rmtree(path)
-            lock_file.unlink(missing_ok=True)
+            _lock_file(target).unlink(missing_ok=True)
     return freed
 
 
@@ -168,7 +170,7 @@ def _write_entry(rows, preprocessing: Preprocessing, description: str, target: P
 
 def _write_pixels(images, preprocessing: Preprocessing, path: Path, workers: int | None) -> list[tuple[int, int]]:
     shapes = []
-    with open(path, "wb") as file, ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+    with open(path, "wb") as file, ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(images), CHUNK):
             chunk = images[start : start + CHUNK]
             for pixels in pool.map(lambda image: preprocessing.pixels(decode_image(image)), chunk):
@@ -204,11 +206,14 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def _lock_file(target: Path) -> Path:
+    return target.parent / f".{target.name}.lock"
+
+
 @contextlib.contextmanager
-def _locked(target: Path, wait: bool = True) -> Iterator[Path]:
-    """One process at a time; the lock of a process that is killed is free again. Gives the lock file."""
-    lock_file = target.parent / f".{target.name}.lock"
-    lock = filelock.FileLock(lock_file)
+def _locked(target: Path, wait: bool = True) -> Iterator[bool]:
+    """One process at a time; the lock of a process that is killed is free again. False: nothing can be locked here."""
+    lock = filelock.FileLock(_lock_file(target))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=wait)
@@ -222,6 +227,6 @@ def _locked(target: Path, wait: bool = True) -> Iterator[Path]:
             "environment variable PEFT_HEADS_CACHE for example"
         ) from error
     try:
-        yield lock_file
+        yield lock.is_locked
     finally:
         lock.release()

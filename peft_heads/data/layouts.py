@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,8 @@ class Layout:
 
     def image_folder(self, folder: Path, image: str) -> str:
         """That one of `image_folders` in which `image` lies."""
-        return next((base for base in self.image_folders if (folder / base / image).exists()), self.image_folders[0])
+        found = (base for base in self.image_folders if os.path.exists(os.path.join(folder, base, image)))
+        return next(found, self.image_folders[0])
 
 
 LAYOUTS = {

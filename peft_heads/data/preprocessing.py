@@ -102,11 +102,11 @@ class Preprocessing:
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """uint8, or float values in [0, 1] (…, 3, H, W), to the model's `pixel_values`, float32."""
         if images.dtype == torch.uint8:
-            images = images.to(torch.float32) / 255
+            images = images.to(torch.float32).div_(255)
         if self.normalization == "none":
             return images
         mean, std = (images.new_tensor(values)[:, None, None] for values in self.statistics)
-        return (images - mean) / std
+        return images.sub(mean).div_(std)
 
     @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
