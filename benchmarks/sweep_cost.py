@@ -98,7 +98,9 @@ def measure(args, root):
         "sweep (warm-up shared, tested once)": lambda: run(specs),
         "(a) separate runs, tested once": lambda: run(specs, share_warmup=False),
         "(b) separate runs, tested every ten epochs": lambda: run(specs, share_warmup=False, test_every=10),
-        "(c) separate runs, tested every epoch (one run x 9)": lambda: run(specs[:1], share_warmup=False, test_every=1),
+        "(c) separate runs, tested every epoch (one run x 9)": lambda: run(
+            specs[:1], share_warmup=False, test_every=1
+        ),
     }
     run(specs[:1], share_warmup=False)  # makes the cache's entries
     times = {name: [] for name in ways}

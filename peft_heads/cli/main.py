@@ -30,7 +30,6 @@ COMMANDS = {
     "export": Command(
         "peft_heads.cli.export", "write an adapter as stock LoRA, as an ordinary, also smaller, checkpoint, or packed"
     ),
-    "bench": Command("peft_heads.cli.bench", "the papers' benchmarks: tables and figures of results"),
     "inspect": Command("peft_heads.cli.inspect", "what a LoRA adapter is: settings, heads, parameters, bytes"),
     "data": Command("peft_heads.cli.data", "check benchmark trees; size of the image cache, and its deletion"),
     "demo": Command("peft_heads.cli.demo", "LoRA and head-masked LoRA side by side on a small model, without network"),

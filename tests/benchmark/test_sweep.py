@@ -3,6 +3,8 @@
 import random
 from dataclasses import replace
 
+import pytest
+
 from peft_heads.benchmark import sweep as sweep_module
 from peft_heads.benchmark.report import make_report
 from peft_heads.benchmark.results import Run, RunResult, read_results
