@@ -35,6 +35,38 @@ def write_atomically(path: str | os.PathLike, content: str | bytes) -> Path:
     return path
 
 
+def write_together(contents: dict[Path, str | bytes]) -> None:
+    """Write files of one folder that belong together: nobody finds an old one beside a new one.
+
+    All are written beside, in a folder whose name begins with `_{name}.`, where old ones are put before the new ones
+    take their places. After an error in between the old ones are back; after a power cut they lie there.
+    """
+    parent = next(iter(contents)).parent
+    parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=parent, prefix=f"_{next(iter(contents)).name}."))
+    written, moved = [], []
+    try:
+        for path, content in contents.items():
+            write_atomically(temporary / "new" / path.name, content)
+        try:
+            for path in filter(Path.exists, contents):
+                (temporary / "old").mkdir(exist_ok=True)
+                os.rename(path, temporary / "old" / path.name)
+                moved.append(path)
+            for path in contents:
+                os.rename(temporary / "new" / path.name, path)
+                written.append(path)
+        except BaseException:
+            for path in moved:
+                os.replace(temporary / "old" / path.name, path)
+            for path in set(written) - set(moved):
+                path.unlink()
+            raise
+    finally:
+        if all(map(Path.exists, moved)):
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
 @contextmanager
 def new_folder(target: str | os.PathLike, overwrite: bool = False, sources: tuple = ()) -> Iterator[Path]:
     """A folder to be filled inside the block, which becomes `target` at its end, complete or not at all.

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from peft_heads.atomic import new_folder, write_atomically
+from peft_heads.atomic import new_folder, write_atomically, write_together
 
 
 def test_writes_text_and_bytes(tmp_path):
@@ -61,3 +61,37 @@ def test_a_crash_leaves_the_old_folder(tmp_path, monkeypatch, crash_at):
         if crash_at == 0:
             raise OSError("disk full")
     assert os.listdir(tmp_path) == ["target"] and (target / "config.json").read_text() == "old"
+
+
+@pytest.mark.parametrize("old", [(), ("b",), ("a", "b")])
+def test_files_that_belong_together(tmp_path, old):
+    for name in old:
+        (tmp_path / name).write_text("old")
+    write_together({tmp_path / "a": "new", tmp_path / "b": b"new"})
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "new", "b": "new"}
+
+
+@pytest.mark.parametrize("old", [(), ("b",), ("a", "b")])
+@pytest.mark.parametrize("crash_at", [0, 1, 2, 3, 4])
+def test_a_crash_leaves_the_old_files(tmp_path, monkeypatch, old, crash_at):
+    """While they are written, at each renaming; in between no reader finds an old one beside a new one."""
+    for name in old:
+        (tmp_path / name).write_text("old")
+    rename, calls = os.rename, []
+
+    def crash(*args):
+        assert len({path.read_text() for path in tmp_path.iterdir() if path.is_file()}) < 2
+        calls.append(args)
+        if len(calls) == crash_at or crash_at == 0:
+            raise OSError("disk full")
+        return rename(*args)
+
+    monkeypatch.setattr("os.fsync" if crash_at == 0 else "os.rename", crash)
+    contents = {tmp_path / "a": "new", tmp_path / "b": "new"}
+    if crash_at > len(old) + 2:
+        write_together(contents)
+        assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "new", "b": "new"}
+    else:
+        with pytest.raises(OSError, match="disk full"):
+            write_together(contents)
+        assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(old, "old")

@@ -30,6 +30,7 @@ COMMANDS = {
     "export": Command(
         "peft_heads.cli.export", "write an adapter as stock LoRA, as an ordinary, also smaller, checkpoint, or packed"
     ),
+    "import": Command("peft_heads.cli.import_", "an adapter folder from the files of Bi-LoRA's authors"),
     "inspect": Command("peft_heads.cli.inspect", "what a LoRA adapter is: settings, heads, parameters, bytes"),
     "data": Command("peft_heads.cli.data", "check benchmark trees; size of the image cache, and its deletion"),
     "demo": Command("peft_heads.cli.demo", "LoRA and head-masked LoRA side by side on a small model, without network"),
