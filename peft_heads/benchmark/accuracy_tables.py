@@ -39,8 +39,11 @@ def accuracy_table(rows: list[Row], groups: Groups, title: str) -> Table:
     by_scale = best_on_validation(rows, SCALE)
     chosen = by_scale + [row for row in best_on_validation(rows, VARIANTS) if not _same_runs(row, by_scale)]
     on_test = best_on_test(rows)
+    # runs whose scale was chosen stand in the rows that say so; apart, by scale, each row would have some of the tasks
+    shown = _runs(by_scale)
+    rest = [row for row in tested if not _runs([row]) <= shown]
     table_rows = [
-        *_our_rows("This package, last epoch", tested, groups),
+        *_our_rows("This package, last epoch", rest, groups),
         *_our_rows("This package, chosen per task on validation", chosen, groups),
         *_our_rows("Not a result: chosen on test", on_test, groups),
         *_best_epoch_rows("Not a result: best epoch on test", tested, groups),
@@ -150,6 +153,10 @@ def row_notes(rows: list[Row], groups: Groups) -> list[str]:
                 versions[name].append(version)
     notes.append("Versions: " + ", ".join(f"{name} {' / '.join(found)}" for name, found in versions.items()))
     return notes
+
+
+def _runs(rows: list[Row]) -> set[str]:
+    return {run.spec.run_id for row in rows for seeds in row.runs.values() for run in seeds.values()}
 
 
 def _our_rows(section: str, rows: list[Row], groups: Groups) -> list[TableRow]:

@@ -19,7 +19,10 @@ from .plots import (
 from .results import Run
 from .rows import Row, make_rows, row_labels
 from .suites import suite_groups
-from .tables import Cell, Column, Table, TableRow, to_csv, to_latex, to_markdown
+from .tables import Cell, Column, Table, TableRow, to_csv, to_latex, to_markdown, to_text
+
+
+FEW_TASKS = 5
 
 
 def make_report(runs: Iterable[Run], suite: str) -> dict[str, str | bytes]:
@@ -52,6 +55,25 @@ def make_report(runs: Iterable[Run], suite: str) -> dict[str, str | bytes]:
     sections += [f"![{name}]({name}.png)" for name in figures]
     files |= {f"{name}.png": content for name, content in figures.items()}
     return {"report.md": "\n\n".join(filter(None, sections)).rstrip() + "\n"} | files
+
+
+def summarize(runs: Iterable[Run], suite: str) -> str:
+    """The accuracies for a terminal: the averages, or the tasks where there are few, or none of the averages is complete.
+
+    Raises:
+        ValueError: None of the runs belongs to the suite.
+    """
+    own = [run for run in runs if run.spec.suite == suite]
+    if not own:
+        raise ValueError(f"there are no results of the suite {suite!r}")
+    groups = suite_groups(suite, own)
+    table = accuracy_table(make_rows(own), groups, f"{suite}: accuracy on test (%)")
+    ours = [row.cells for row in table.rows if not row.section.startswith("Published")]
+    filled = [c for c in table.columns if any(cells.get(c.name, Cell(None)).mean is not None for cells in ours)]
+    tasks = [column for column in filled if column.name in groups]
+    averages = [column for column in filled if column.name not in groups]
+    few = len(tasks) <= FEW_TASKS or not any(column.group == "averages" for column in averages)
+    return to_text(table, (tasks if few else []) + averages)
 
 
 def make_figures(rows: list[Row], groups: dict[str, str]) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""A table of means and deviations as Markdown, CSV and LaTeX."""
+"""A table of means and deviations as Markdown, CSV, LaTeX and plain text."""
 
 from __future__ import annotations
 
@@ -66,6 +66,33 @@ def to_markdown(table: Table) -> str:
         lines += [_pipes([_escape_markdown(row.label), *row.texts(table.columns)]) for row in rows]
     lines += ["", *(f"- {_escape_markdown(note)}" for note in table.notes)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def to_text(table: Table, columns: list[Column]) -> str:
+    """Some columns, aligned, for a terminal; no notes. What all labels of a section begin with stands in its title."""
+    sections = []
+    for section, rows in groupby(table.rows, key=lambda row: row.section):
+        rows = list(rows)
+        words = [row.label.split(" ") for row in rows]
+        same = [len(set(place)) == 1 for place in zip(*words, strict=False)]
+        common = words[0][: (*same, False).index(False)] if len(rows) > 1 else []
+        labels = [" ".join(label[len(common) :]) or "–" for label in words]
+        sections.append((" ".join([f"{section}:", *common]), labels, [row.texts(columns) for row in rows]))
+    width = max([len(label) for _, labels, _ in sections for label in labels], default=0)
+    widths = [
+        max([len(column.name), *(len(texts[i]) for _, _, rows in sections for texts in rows)])
+        for i, column in enumerate(columns)
+    ]
+
+    def line(label: str, texts: list[str]) -> str:
+        return "  ".join(
+            [label.ljust(width), *(text.rjust(w) for text, w in zip(texts, widths, strict=True))]
+        ).rstrip()
+
+    lines = [table.title, line("", [column.name for column in columns])]
+    for title, labels, rows in sections:
+        lines += ["", title, *(line(label, texts) for label, texts in zip(labels, rows, strict=True))]
+    return "\n".join(lines) + "\n"
 
 
 def to_csv(table: Table) -> str:

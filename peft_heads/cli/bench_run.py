@@ -71,14 +71,14 @@ def sweep(argv: list[str]) -> int:
     )
     if _is_main() and outcome.runs:
         from ..atomic import write_atomically
-        from ..benchmark.report import make_report
+        from ..benchmark.report import make_report, summarize
 
         files = make_report(outcome.runs.values(), args.suite)
         folder = places.work.parent / "report"
         for name in reversed(files):
             write_atomically(folder / name, files[name])
-        print(files["report.md"].partition("\n![")[0].rstrip())
-        print(f"\n{len(files)} files in {folder}")
+        print(summarize(outcome.runs.values(), args.suite))
+        print(f"{len(files)} files in {folder}: report.md has all tables, what the rows share, and the figures")
     return _finish(outcome, args)
 
 

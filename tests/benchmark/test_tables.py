@@ -1,6 +1,6 @@
 import csv
 
-from peft_heads.benchmark.tables import Cell, Column, Table, TableRow, to_csv, to_latex, to_markdown
+from peft_heads.benchmark.tables import Cell, Column, Table, TableRow, to_csv, to_latex, to_markdown, to_text
 
 
 TABLE = Table(
@@ -51,3 +51,23 @@ def test_latex():
     assert r"\par\raggedright seeds 0, 1" in lines
     groups = [line for line in to_latex(Table("t", [Column("a")], [], [])).splitlines() if "multicolumn" in line]
     assert groups == []
+
+
+def test_plain_text():
+    rows = [
+        TableRow("ours", "lora r=8 scale=1", {"a": Cell(51.25, 1.0)}),
+        TableRow("ours", "lora r=8 scale=10", {"a": Cell(7.0), "b": Cell(3.0)}),
+        TableRow("published", "LoRA (HEAT, Table 1)", {"b": Cell(4.04)}),
+    ]
+    text = to_text(Table("t", [Column("a"), Column("b"), Column("c")], rows, ["a note"]), [Column("a"), Column("b")])
+    assert text.splitlines() == [
+        "t",
+        "                               a    b",
+        "",
+        "ours: lora r=8",
+        "scale=1               51.2 ± 1.0    –",
+        "scale=10                     7.0  3.0",
+        "",
+        "published:",
+        "LoRA (HEAT, Table 1)           –  4.0",
+    ]
