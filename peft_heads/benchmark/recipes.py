@@ -42,6 +42,20 @@ class Recipe:
     eval_images: dict[str, Any] = field(default_factory=dict)
     augmentation: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self):
+        for name in ("epochs", "batch_size", "learning_rate", "head_warmup_epochs"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive; got {getattr(self, name)!r}")
+        for name in ("weight_decay", "warmup_epochs", "warmup_learning_rate", "final_learning_rate"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative; got {getattr(self, name)!r}")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path must be in [0, 1); got {self.drop_path!r}")
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs, of the learning rate, must be below epochs; got {self.warmup_epochs} of {self.epochs}"
+            )
+
     def settings(self) -> dict[str, Any]:
         """What changes the numbers, for a result."""
         left_out = ("paper", "expected", "epochs", "train_images", "eval_images", "augmentation")

@@ -133,6 +133,8 @@ class Training:
             report_to="none",
             disable_tqdm=True,
             use_cpu=self.places.use_cpu,
+            # with everything trained a backbone may have parts that no image reaches (a mask token)
+            ddp_find_unused_parameters=self.spec.method["name"] == "full",
         )
         set_seed(self.spec.seed)
         model, callbacks = self._model()

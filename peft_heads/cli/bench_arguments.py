@@ -117,7 +117,7 @@ def _recipe_numbers() -> list[str]:
 
 def _kind(hint: Any) -> tuple[Any, tuple[str, ...] | None]:
     """How one value is read from text, and the values that there are."""
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
     if typing.get_origin(hint) is typing.Literal:
         return str, typing.get_args(hint)

@@ -84,10 +84,16 @@ def sweep(argv: list[str]) -> int:
 
 def _prepare(args: argparse.Namespace, settings: dict[str, Any]):
     """The sweep and its places."""
+    import torch
+    from accelerate import PartialState
+
     from ..benchmark.sweep import Sweep
     from ..benchmark.training import Places
     from .bench_arguments import read_method, read_recipe
 
+    # first of all: without a word on the device a process on a CPU takes itself for the only one
+    use_cpu = args.use_cpu or not torch.accelerator.is_available()
+    PartialState(cpu=use_cpu)
     tasks: tuple[Task, ...] = tuple(find_task(name, args.suite) for name in args.task)
     few_shot = args.suite == "fewshot"
     sweep = Sweep(
@@ -109,7 +115,7 @@ def _prepare(args: argparse.Namespace, settings: dict[str, Any]):
         cache_test_images=args.cache_test_images,
         save_every=args.save_every,
         num_workers=args.num_workers,
-        use_cpu=args.use_cpu,
+        use_cpu=use_cpu,
     )
     return sweep, places
 
