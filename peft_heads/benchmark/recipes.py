@@ -111,4 +111,10 @@ RECIPES = {
         eval_images=_CENTRE_CROP,
         augmentation=FGVC,
     ),
+    "folder": Recipe(
+        name="folder",
+        paper="A data set of your own, as HEAT and Heart-LoRA train VTAB-1K; --normalization as the checkpoint was made",
+        train_images=_SQUASHED,
+        eval_images=_SQUASHED,
+    ),
 }

@@ -29,6 +29,7 @@ PROTOCOL = {  # suite: what settings are chosen by, and what is reported; each (
     "vtab": (("train800", "val200"), ("train800val200", "test")),
     "fewshot": (("train", "val"), ("train", "test")),
     "fgvc": (("train", "val"), ("train", "test")),
+    "folder": (("train", "val"), ("train", "test")),
 }
 # What is read when heads are selected, and not before.
 SELECTION = ("ne", "ratio", "criterion", "granularity", "joint", "mask_scope", "mask_seed")

@@ -18,12 +18,13 @@ from torch import nn
 from transformers import AutoConfig, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from ..adapter_files import SCORES_FILE
+from ..data import image_folders
 from ..data.augmentation import Augmentation
 from ..data.cache import open_images
 from ..data.images import collate
 from ..data.preprocessing import Preprocessing
 from ..data.tasks import find_task
-from ..data.trees import load_split
+from ..data.trees import Split, load_split
 from ..heads.maskable import get_head_masks
 from ..heads.resolve import task_head_names
 from ..image_classifier import new_image_classifier, quiet_loading
@@ -70,12 +71,8 @@ class Training:
 
     def __init__(self, spec: RunSpec, places: Places) -> None:
         self.spec, self.places = spec, places
-        task = find_task(spec.task, spec.suite)
-        lists = {"shots": spec.shots, "list_seed": spec.list_seed, "check_sizes": places.check_sizes}
-        self.splits = {
-            part: load_split(places.data_root, task, split, **lists)
-            for part, split in (("train", spec.train_split), ("eval", spec.eval_split))
-        }
+        splits = {"train": spec.train_split, "eval": spec.eval_split}
+        self.splits = {part: self._split(split) for part, split in splits.items()}
         processes = PartialState(cpu=places.use_cpu).num_processes
         batch_size, images = spec.recipe["batch_size"], len(self.splits["train"].dataset)
         if batch_size % processes:
@@ -86,6 +83,19 @@ class Training:
         self.batch_size = batch_size // processes
         self.drop_last = bool(spec.recipe["drop_last"]) and images >= batch_size
         self.steps_per_epoch = images // batch_size if self.drop_last else math.ceil(images / batch_size)
+
+    def _split(self, name: str) -> Split:
+        spec, root = self.spec, self.places.data_root
+        if spec.suite == image_folders.SUITE:
+            return image_folders.load_folder_split(root, image_folders.folder_task(root, spec.task), name)
+        return load_split(
+            root,
+            find_task(spec.task, spec.suite),
+            name,
+            shots=spec.shots,
+            list_seed=spec.list_seed,
+            check_sizes=self.places.check_sizes,
+        )
 
     def environment(self) -> Environment:
         backbone = self.spec.backbone

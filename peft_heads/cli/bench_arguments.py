@@ -9,7 +9,7 @@ import typing
 from typing import Any
 
 from ..benchmark.recipes import GRIDS, RECIPES, Recipe
-from ..data.tasks import LIST_SEEDS, SHOTS, SUITES
+from ..data.tasks import LIST_SEEDS, SHOTS
 from ..methods import MethodArguments
 
 
@@ -27,7 +27,7 @@ def build_parser(command: str, description: str, lists: bool) -> argparse.Argume
         allow_abbrev=False,
     )
     what = parser.add_argument_group("what")
-    what.add_argument("--suite", choices=SUITES, default="vtab", help="default: vtab")
+    what.add_argument("--suite", choices=tuple(RECIPES), default="vtab", help="default: vtab; folder: your own")
     what.add_argument("--task", nargs="+", default=[], metavar="TASK", help="default: all of the suite")
     what.add_argument(
         "--model_name_or_path",

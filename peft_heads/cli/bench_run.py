@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import Any
 
+from ..data.image_folders import SUITE, folder_task, folder_tasks
 from ..data.tasks import TASKS, Task, find_task
 
 
@@ -94,10 +95,10 @@ def _prepare(args: argparse.Namespace, settings: dict[str, Any]):
     # first of all: without a word on the device a process on a CPU takes itself for the only one
     use_cpu = args.use_cpu or not torch.accelerator.is_available()
     PartialState(cpu=use_cpu)
-    tasks: tuple[Task, ...] = tuple(find_task(name, args.suite) for name in args.task)
+    tasks = find_tasks(args)
     few_shot = args.suite == "fewshot"
     sweep = Sweep(
-        tasks or tuple(task for task in TASKS if task.suite == args.suite),
+        tasks,
         read_method(args),
         read_recipe(args),
         args.model_name_or_path,
@@ -118,6 +119,15 @@ def _prepare(args: argparse.Namespace, settings: dict[str, Any]):
         use_cpu=use_cpu,
     )
     return sweep, places
+
+
+def find_tasks(args: argparse.Namespace) -> tuple[Task, ...]:
+    """The tasks that were named, or all of the suite."""
+    if args.suite == SUITE:
+        named = [folder_task(args.data_root, name) for name in args.task]
+        return tuple(named or folder_tasks(args.data_root))
+    named = [find_task(name, args.suite) for name in args.task]
+    return tuple(named or (task for task in TASKS if task.suite == args.suite))
 
 
 def _check_single(args: argparse.Namespace) -> None:

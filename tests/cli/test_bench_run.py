@@ -164,7 +164,9 @@ def test_given_arguments():
     method = read_method(parse("--ratio", "0.25", "0.5", "--lora_alpha", "8", "--joint", "false", "true"))
     assert "ne" not in method and "scale" not in method
     assert method["ratio"] == [0.25, 0.5] and method["lora_alpha"] == 8 and method["joint"] == [False, True]
-    recipe = read_recipe(parse("--epochs", "70", "--drop_last", "false", "--normalization", "half", "--drop_path", "0"))
+    recipe = read_recipe(
+        parse("--epochs", "70", "--drop_last", "false", "--normalization", "half", "--drop_path", "0")
+    )
     assert (recipe.epochs, recipe.drop_last, recipe.drop_path) == (70, False, 0)
     assert recipe.train_images["normalization"] == recipe.eval_images["normalization"] == "half"
     assert read_method(parse("--method", "linear")) == {"name": "linear"}
@@ -197,3 +199,18 @@ def test_a_tree_of_another_size(root, tmp_path, capsys):
     assert main(["bench", "run", *arguments]) == 1
     error = capsys.readouterr().err
     assert "1 runs failed" in error and "1,000" in error
+
+
+def test_images_of_your_own(tmp_path, root, capsys):
+    for split in ("train", "val", "test"):
+        for label, name in enumerate(["ant", "bee"]):
+            folder = tmp_path / "data" / "insects" / split / name
+            folder.mkdir(parents=True)
+            for index in range(8):
+                trees.picture(label, 2, index).save(folder / f"{index}.jpg")
+    arguments = words(root, tmp_path / "out", more="--suite folder --method lora --r 4 --scale 1 10 --seed 0")
+    arguments[1] = str(tmp_path / "data")
+    assert main(["bench", "sweep", *arguments]) == 0
+    assert "insects" in capsys.readouterr().out
+    runs = read_results(tmp_path / "out", unofficial=True)
+    assert [(run.spec.train_split, run.spec.eval_split) for run in runs].count(("train", "test")) == 1
