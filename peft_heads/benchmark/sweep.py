@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from ..atomic import write_atomically
 from ..data.tasks import Task
 from .recipes import Recipe
 from .results import Run, RunSpec, describe_method, find_result
 from .run import SELECTION, make_spec, run, train_trunk, trunk_epochs, trunk_key
+from .shared import SharedQueue, take_turns
 from .training import Places
 
 
@@ -143,6 +145,7 @@ def run_sweep(
     share_warmup: bool = True,
     test_every: int = 0,
     progress: Callable[[int, str], Any] | None = None,
+    queue: SharedQueue | None = None,
 ) -> Outcome:
     """Run what has no result yet. A run that fails is recorded, and the others go on.
 
@@ -154,12 +157,20 @@ def run_sweep(
         test_every: As for `run`, for the runs on test images.
         progress: Called with the number of runs to be done and a title; gives an object with `update()` and `close()`,
             such as a tqdm.
+        queue: The groups of runs of all the machines that share the sweep, on the main process of each.
     """
     outcome = Outcome()
-    execute(sweep.search(), places, outcome, share_warmup=share_warmup, progress=progress, title="search")
+    execute(sweep.search(), places, outcome, share_warmup=share_warmup, progress=progress, title="search", queue=queue)
     final = sweep.final(lambda spec: outcome.runs.get(spec.run_id))
     execute(
-        final, places, outcome, share_warmup=share_warmup, test_every=test_every, progress=progress, title="report"
+        final,
+        places,
+        outcome,
+        share_warmup=share_warmup,
+        test_every=test_every,
+        progress=progress,
+        title="report",
+        queue=queue,
     )
     return outcome
 
@@ -173,6 +184,7 @@ def execute(
     test_every: int = 0,
     progress: Callable[[int, str], Any] | None = None,
     title: str = "",
+    queue: SharedQueue | None = None,
 ) -> None:
     """Runs in groups that share a beginning; see `run_sweep`."""
     groups: dict[str, list[RunSpec]] = {}
@@ -183,7 +195,9 @@ def execute(
         for key, group in groups.items()
     }
     bar = progress(sum(map(len, missing_of.values())), title) if progress else None
-    for key, group in groups.items():
+    shared = _from_main(queue is not None)
+    for key in _turns(groups, places, outcome, title, queue) if shared else groups:
+        group = groups[key]
         trunk, missing = None, missing_of[key]
         if share_warmup and len(missing) > 1 and trunk_epochs(missing[0]) > 0:
             # a run without masks can go on from a checkpoint with them, in which all heads are active, not vice versa
@@ -205,6 +219,24 @@ def execute(
             shutil.rmtree(trunk.parent, ignore_errors=True)
     if bar is not None:
         bar.close()
+    for spec in itertools.chain(*groups.values()) if shared else ():
+        found = find_result(places.output_dir, spec, unofficial=True)  # of other machines
+        if found is not None:
+            outcome.runs[spec.run_id] = found
+
+
+def _turns(
+    groups: dict[str, list[RunSpec]], places: Places, outcome: Outcome, title: str, queue: SharedQueue | None
+) -> Iterator[str]:
+    """The keys of the groups that are to be run here; the main process asks the queue and tells the others."""
+    turns = iter(()) if queue is None else take_turns(queue, groups, places.output_dir, outcome.failed, title)
+    while (key := _from_main(next(turns, None))) is not None:
+        yield key
+
+
+def _from_main(value: Any) -> Any:
+    """The main process's value, on all of them."""
+    return broadcast_object_list([value])[0] if PartialState().num_processes > 1 else value
 
 
 def _attempt(outcome: Outcome, spec: RunSpec, places: Places, call: Callable[[], Any]) -> Any:

@@ -52,6 +52,11 @@ def sweep(argv: list[str]) -> int:
     parser.add_argument(
         "--no_shared_warmup", action="store_true", help="train the epochs before heads are selected in each run anew"
     )
+    parser.add_argument("--storage", metavar="URL", help="share the sweep with other machines by Optuna's storage")
+    parser.add_argument("--study_name", help="in the storage (default: one per plan)")
+    parser.add_argument(
+        "--take_over", action="store_true", help="take what other machines have begun as well: they are gone"
+    )
     parser.add_argument("--dry_run", action="store_true", help="only say how many runs there are")
     args = parser.parse_args(argv)
     sweep, places = _prepare(args, {} if args.tune is None else {"tuned": tuple(args.tune)})
@@ -69,6 +74,7 @@ def sweep(argv: list[str]) -> int:
         share_warmup=not args.no_shared_warmup,
         test_every=args.test_every,
         progress=_progress,
+        queue=_queue(args, sweep) if args.storage and _is_main() else None,
     )
     if _is_main() and outcome.runs:
         from ..atomic import write_atomically
@@ -119,6 +125,13 @@ def _prepare(args: argparse.Namespace, settings: dict[str, Any]):
         use_cpu=use_cpu,
     )
     return sweep, places
+
+
+def _queue(args: argparse.Namespace, sweep):
+    from ..benchmark.shared import SharedQueue, default_study_name
+
+    name = args.study_name or default_study_name(sweep.runs(sweep.methods(), sweep.seeds, final=True))
+    return SharedQueue(args.storage, name, args.output_dir, args.take_over)
 
 
 def find_tasks(args: argparse.Namespace) -> tuple[Task, ...]:
