@@ -6,6 +6,7 @@ result files, with a common disk or without.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -21,6 +22,7 @@ from .results import Environment, Run, RunResult, RunSpec, find_result, write_re
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 5.0
+CLAIM_SECONDS = 0.2
 ATTEMPTS = 5
 
 
@@ -46,6 +48,7 @@ class SharedQueue:
         self.study = _open_study(storage, study_name)
         self.states = optuna.trial.TrialState
         self.new_trial = optuna.trial.Trial
+        self.finished = optuna.exceptions.UpdateFinishedTrialError
         self.worker = f"{socket.gethostname()}:{os.path.abspath(output_dir)}"
         self.take_over = take_over
 
@@ -61,14 +64,17 @@ class SharedQueue:
         for trial in self._trials(self.states.RUNNING):
             mine = trial.user_attrs.get("worker") == self.worker or self.take_over
             if mine and trial.user_attrs.get("group") in groups:
-                return self._claim(self.new_trial(self.study, trial._trial_id))
+                trial = self.new_trial(self.study, trial._trial_id)
+                if self._claim(trial):
+                    return trial, trial.user_attrs["group"]
         while any(trial.user_attrs.get("group") in groups for trial in self._trials(self.states.WAITING)):
             trial = self.study.ask()  # of two machines that ask at once each gets another
             group = trial.user_attrs.get("group")
-            if group in groups and trial.number == self._first(group):
-                return self._claim(trial)
-            # the last waiting one was taken meanwhile; or two machines have put the group up at once
-            self.study.tell(trial, state=self.states.FAIL)
+            if group not in groups or trial.number != self._first(group):
+                # the last waiting one was taken meanwhile; or two machines have put the group up at once
+                self._tell(trial, state=self.states.FAIL)
+            elif self._claim(trial):
+                return trial, group
         return None
 
     def finish(self, trial: Any, runs: list[Run], failed: dict[str, str]) -> None:
@@ -77,13 +83,12 @@ class SharedQueue:
             {"spec": x.spec.to_json(), "result": x.result.to_json(), "environment": x.environment.to_json()}
             for x in runs
         ]
-        trial.set_user_attr("results", json.dumps(contents))
-        trial.set_user_attr("failed", failed)
         accuracies = [run.result.accuracy for run in runs]
-        if accuracies:
-            self.study.tell(trial, sum(accuracies) / len(accuracies))
-        else:
-            self.study.tell(trial, state=self.states.FAIL)
+        if self._set(trial, results=json.dumps(contents), failed=failed):
+            if accuracies:
+                self._tell(trial, sum(accuracies) / len(accuracies))
+            else:
+                self._tell(trial, state=self.states.FAIL)
 
     def unfinished(self, groups: list[str]) -> list[str]:
         """The groups that are waiting, or are being run by some machine."""
@@ -101,9 +106,25 @@ class SharedQueue:
                     write_result(output_dir, spec, result, Environment.from_json(content["environment"]))
         return failed
 
-    def _claim(self, trial: Any) -> tuple[Any, str]:
-        trial.set_user_attr("worker", self.worker)
-        return trial, trial.user_attrs["group"]
+    def _claim(self, trial: Any) -> bool:
+        """Write the worker's name on it. SQLite can give one trial to two that ask at once: the last name stands."""
+        if not self._set(trial, worker=self.worker):
+            return False
+        time.sleep(CLAIM_SECONDS)
+        return self._trials()[trial.number].user_attrs.get("worker") == self.worker
+
+    def _set(self, trial: Any, **attributes: Any) -> bool:
+        """False if another machine has finished the trial."""
+        try:
+            for name, value in attributes.items():
+                trial.set_user_attr(name, value)
+        except self.finished:
+            return False
+        return True
+
+    def _tell(self, trial: Any, *values: Any, **state: Any) -> None:
+        with contextlib.suppress(self.finished, ValueError):  # the second: told by another machine
+            self.study.tell(trial, *values, **state)
 
     def _result(self, group: str) -> dict[str, Any] | None:
         for trial in self._trials(self.states.COMPLETE, self.states.FAIL):

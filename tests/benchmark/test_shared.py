@@ -51,6 +51,7 @@ def made_up(monkeypatch):
     monkeypatch.setattr(sweep_module, "run", run)
     monkeypatch.setattr(sweep_module, "train_trunk", lambda spec, places: places.work / "trunk" / "checkpoint-1")
     monkeypatch.setattr(shared, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(shared, "CLAIM_SECONDS", 0.05)
     return done
 
 
@@ -109,7 +110,9 @@ def test_a_killed_machine_goes_on(bench, made_up, monkeypatch):
         waited.append(len(made_up))
         execute(specs, bench.places("a"), Outcome(), title="search", queue=queue_of(bench, "a"))
 
-    monkeypatch.setattr(shared, "time", SimpleNamespace(sleep=back_again))
+    waits = {0.05: lambda seconds: None, 0.07: back_again}  # after a claim, for others
+    monkeypatch.setattr(shared, "POLL_SECONDS", 0.07)
+    monkeypatch.setattr(shared, "time", SimpleNamespace(sleep=lambda seconds: waits[seconds](seconds)))
     outcome = Outcome()
     execute(specs, bench.places("b"), outcome, title="search", queue=other)
     assert waited == [3 + 8]  # of 12 runs in six groups, two groups of which the killed machine had begun
@@ -124,9 +127,7 @@ def test_take_over(bench, made_up, monkeypatch):
     names = [shared.group_name(key, "search") for key in {sweep_module.trunk_key(spec): 0 for spec in specs}]
     gone.enqueue(names)
     assert gone.take(names)[1] == names[0]
-    monkeypatch.setattr(
-        shared, "time", SimpleNamespace(sleep=lambda s: pytest.fail("waits for a machine that is gone"))
-    )
+    monkeypatch.setattr(shared, "POLL_SECONDS", None)  # to wait for a machine that is gone would be an error
     outcome = Outcome()
     execute(specs, bench.places("b"), outcome, title="search", queue=queue_of(bench, "b", take_over=True))
     assert len(outcome.runs) == 12
