@@ -82,7 +82,7 @@ class WeightQuantizer:
             raise ValueError(
                 "the adapter's configuration says that it is packed, but no codes have been loaded: transformers' own "
                 "load_adapter and from_pretrained do not read them. Use PeftModel.from_pretrained or "
-                "peft_heads.load_image_classifier; `peft-heads export ADAPTER --to lora DIR` writes what all can read"
+                "peft_heads.load_image_classifier; for a new adapter with these settings set config.packed = False; `peft-heads export ADAPTER --to lora DIR` writes what all can read"
             )
         weight = linear.weight
         problem = _why_not(linear)
