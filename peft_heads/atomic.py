@@ -85,9 +85,12 @@ def new_folder(target: str | os.PathLike, overwrite: bool = False, sources: tupl
     """
     target = Path(os.path.abspath(target))
     _check_target(target, overwrite, sources)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Trainer leaves names with an underscore out when it uploads the folder meanwhile
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"_{target.name}."))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Trainer leaves names with an underscore out when it uploads the folder meanwhile
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"_{target.name}."))
+    except OSError as error:
+        raise ValueError(f"{target} cannot be written: {error.strerror} ({error.filename})") from error
     folder, old = temporary / "new", temporary / "old"
     try:
         folder.mkdir()  # with the rights of an ordinary new folder
@@ -95,6 +98,7 @@ def new_folder(target: str | os.PathLike, overwrite: bool = False, sources: tupl
         for path in folder.rglob("*"):
             if path.is_file():
                 _flush_to_disk(path)
+        _check_target(target, overwrite, sources)  # it may have come meanwhile
         if target.exists():
             os.rename(target, old)
         try:
@@ -113,6 +117,8 @@ def _check_target(target: Path, overwrite: bool, sources: tuple) -> None:
         path = Path(os.path.realpath(source))
         if path.exists() and path.is_relative_to(os.path.realpath(target)):
             raise ValueError(f"{target} must be another folder: it holds {source}, which is read")
+    if target.is_symlink():
+        raise ValueError(f"{target} is a link, which is not replaced; name the folder itself, or another")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not overwrite:
@@ -122,6 +128,17 @@ def _check_target(target: Path, overwrite: bool, sources: tuple) -> None:
             f"{target} holds neither an adapter nor a checkpoint (no {' or '.join(OUTPUTS)}) and is not replaced; "
             "name another folder"
         )
+    foreign = next((path for path in sorted(target.iterdir()) if path.is_dir() or not _belongs(path)), None)
+    if foreign is not None:
+        raise ValueError(
+            f"{target} holds more than an adapter or a checkpoint, which would be lost: {foreign.name}; name another "
+            "folder, or move it away"
+        )
+
+
+def _belongs(path: Path) -> bool:
+    """Whether a file may be one of an adapter's or a checkpoint's."""
+    return path.suffix in (".json", ".safetensors", ".md", ".png", ".bin") or path.name == ".gitattributes"
 
 
 def _flush_to_disk(path: Path) -> None:

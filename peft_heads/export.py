@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
@@ -22,6 +23,7 @@ from .data.images import load_image_processor
 from .image_classifier import fetch_adapter, load_adapter, quiet_loading
 from .migration import ADAPTER_TYPES
 from .tuners import pack_adapter
+from .tuners.head_masked_lora.packed import PACKED
 from .tuners.head_masked_lora.state_dict import write_quantized
 
 
@@ -71,14 +73,20 @@ def export_lora(
                 "frozen weights and biases included; use --to merged, or --to pruned for a smaller model"
             )
         model, _ = load_complete_adapter(source, base_model)
-        model.active_peft_config.packed = False  # plain LoRA knows no codes
         weights = get_peft_model_state_dict(model, save_embedding_layers=False)
         write_quantized(model, model.active_adapter, weights)
-        weights = {key: tensor.contiguous() for key, tensor in weights.items() if "lora_head_mask" not in key}
+        ours = ("lora_head_mask.mask", PACKED)
+        weights = {key: tensor.contiguous() for key, tensor in weights.items() if not key.endswith(ours)}
+        broken = next((key for key, tensor in weights.items() if not tensor.isfinite().all()), None)
+        if broken:
+            raise ValueError(f"{source} cannot be exported: {broken} has entries that are not finite")
         save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config = model.active_peft_config
         names = {field.name for field in fields(LoraConfig)} - {"peft_type", "inference_mode"}
-        LoraConfig(**{name: getattr(config, name) for name in names}, inference_mode=True).save_pretrained(str(folder))
+        settings = {name: getattr(config, name) for name in names} | {"inference_mode": True}
+        if base_model is not None:
+            settings["base_model_name_or_path"] = os.fspath(base_model)
+        LoraConfig(**settings).save_pretrained(str(folder))
         labels = read_labels(source)
         if labels:
             write_labels(folder, labels)
@@ -94,7 +102,7 @@ def export_merged(
 ) -> Path:
     """Merge an adapter (ours or stock LoRA) into its base model and write an ordinary checkpoint of transformers.
 
-    With labels and image processor, for `AutoModelForImageClassification` and `AutoImageProcessor` alone. Arguments,
+    In float32. With labels and image processor, for `AutoModelForImageClassification` and `AutoImageProcessor` alone. Arguments,
     result and errors as of [`export_lora`].
     """
     with new_folder(target, overwrite, sources(adapter, base_model)) as folder:
@@ -139,7 +147,8 @@ def load_complete_adapter(source: Path, base_model: str | os.PathLike | None) ->
         with warnings.catch_warnings():
             for message in _INCOMPLETE:
                 warnings.filterwarnings("error", message=message)
-            return load_adapter(source, base_model)
+            # the adapter was trained beside float32 weights; in a checkpoint of 16 bits its head would be rounded
+            return load_adapter(source, base_model, dtype=torch.float32)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, Warning) as error:
         faults = [f"{file} ({fault})" for file in _weights_and_settings(base) if (fault := read_error(file))]
         reason = ", ".join(faults) or " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""Loading a saved adapter as a ready image classifier."""
+"""Loading image classifiers: a checkpoint to be trained, or a saved adapter on its base model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .adapter_files import read_labels, read_settings
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import BaseImageProcessor
+    from transformers import BaseImageProcessor, PreTrainedModel
 
 
 def load_image_classifier(path_or_repo: str | os.PathLike, **kwargs: Any) -> tuple[PeftModel, BaseImageProcessor]:
@@ -123,6 +123,73 @@ def load_adapter(
     untrained = sorted({*info["missing_keys"], *mismatched_keys(info)})
     model = PeftModel.from_pretrained(model, os.fspath(folder)).eval()
     return model, [name for name in untrained if not name.startswith(tuple(trained))]
+
+
+def new_image_classifier(
+    path: str | os.PathLike,
+    names: list[str],
+    *,
+    config_name: str | None = None,
+    config_changes: dict[str, Any] | None = None,
+    ignore_mismatched_sizes: bool = False,
+    **hub_arguments: Any,
+) -> PreTrainedModel:
+    """A checkpoint to be trained for these classes, in float32.
+
+    A classification head of another size is drawn anew; nothing else is.
+
+    Args:
+        path: Folder or Hub repository of the checkpoint.
+        names: The class names.
+        config_name: Folder or repository of the model's configuration, if not the checkpoint's own.
+        config_changes: Fields of the configuration that are set before the model is made.
+        ignore_mismatched_sizes: Whether weights of another shape are drawn anew as well.
+        hub_arguments: Passed to `from_pretrained` (`revision`, `token`, `cache_dir`, …).
+
+    Raises:
+        ValueError: There is no such checkpoint, it cannot be read, or it does not fit its configuration.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForImageClassification
+
+    from .checkpoints import read_error
+    from .heads.resolve import task_head_names
+
+    if os.path.isfile(os.path.join(path, "adapter_config.json")):
+        raise ValueError(
+            f"{path} is an adapter: name its base model as --model_name_or_path; --resume_from_checkpoint goes on "
+            "training, peft_heads.load_image_classifier loads it"
+        )
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    try:
+        config = AutoConfig.from_pretrained(config_name or path, **labels, **hub_arguments)
+    except (OSError, ValueError, AttributeError, TypeError) as error:  # the last two for JSON that is no mapping
+        raise ValueError(
+            f"no image classifier in {config_name or path!r}, config.json is missing or cannot be read: {error}"
+        ) from error
+    for name, value in (config_changes or {}).items():
+        setattr(config, name, value)
+    try:
+        model, info = AutoModelForImageClassification.from_pretrained(
+            path,
+            config=config,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **hub_arguments,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        faults = [f"{file.name} ({fault})" for file in Path(path).glob("*.safetensors") if (fault := read_error(file))]
+        raise ValueError(f"no image classifier in {path!r}: {', '.join(faults) or error}") from error
+    heads = tuple(f"{name}." for name in task_head_names(model))
+    mismatched = [key for key in mismatched_keys(info) if not key.startswith(heads)]
+    if mismatched and not ignore_mismatched_sizes:
+        raise ValueError(
+            f"weights of {path} have other shapes than the config says: {', '.join(mismatched)}; "
+            "--ignore_mismatched_sizes draws them anew"
+        )
+    return model
 
 
 def base_model_class(settings: dict[str, Any]) -> Any:

@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from .adapter_files import read_labels, read_settings
 from .checkpoints import read_error
+from .export import check_type
 from .heads.layout import HeadLayout, ProjectionLayout
 from .heads.maskable import check_mask
 from .heads.renames import match_renamed
@@ -78,6 +79,7 @@ def inspect_adapter(adapter: str | os.PathLike, base_model: str | os.PathLike | 
         error = read_error(path) if path.suffix in (".json", ".safetensors") else None
         if error is not None:
             raise ValueError(f"{path} is damaged: {error}")
+    check_type(folder, settings)
     read_labels(folder)
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     if not weights.exists():
@@ -86,7 +88,7 @@ def inspect_adapter(adapter: str | os.PathLike, base_model: str | os.PathLike | 
         tensors = {key: file.get_tensor(key) for key in file.keys()}
 
     layouts, no_norms = _layouts(folder, settings, tensors, base_model)
-    stored, tensors = tensors, _unpacked(tensors, layouts, weights)
+    stored, tensors = tensors, _unpacked(tensors, layouts, weights, settings)
     masks = _masks(tensors, layouts, weights)
     bits = FULL_PRECISION if _is_packed(stored) else settings.get("adapter_bits") or FULL_PRECISION
     norms = _norms(tensors if bits == FULL_PRECISION else _quantized(tensors, layouts, bits), layouts, settings)
@@ -140,7 +142,10 @@ def update_norms(lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float, lay
 
 
 def _unpacked(
-    tensors: dict[str, torch.Tensor], layouts: dict[str, ProjectionLayout], weights: Path
+    tensors: dict[str, torch.Tensor],
+    layouts: dict[str, ProjectionLayout],
+    weights: Path,
+    settings: dict[str, Any],
 ) -> dict[str, torch.Tensor]:
     """The tensors of an unpacked file, with the values that the codes of a packed one stand for."""
     unpacked = {}
@@ -166,6 +171,12 @@ def _unpacked(
             # of a fused projection only the model knows the parts
             hint = "" if layout else " (which rows belong to heads is guessed: --base_model could not be read)"
             raise ValueError(f"{weights}: {key} cannot be unpacked: {error}{hint}") from error
+        setting = "adapter_bits" if is_lora else "classifier_bits"
+        if matrices[0].bits != settings.get(setting):
+            raise ValueError(
+                f"{weights}: {key} is packed with {matrices[0].bits} bits, but the settings say "
+                f"{setting}={settings.get(setting)}; one of the two was edited"
+            )
         prefix = key.removesuffix(PACKED)
         names = [f"{prefix}lora_A.weight", f"{prefix}lora_B.weight"] if is_lora else [key]
         unpacked |= {name: matrix.values() for name, matrix in zip(names, matrices, strict=True)}

@@ -64,7 +64,11 @@ class PackedWeight(NamedTuple):
     def is_behind(self, weight: torch.Tensor, rows: torch.Tensor | None) -> bool:
         """Whether `weight` is still what these codes were unpacked to, with the same rows left out."""
         same_rows = rows is None if self.rows is None else rows is not None and torch.equal(rows, self.rows.to(rows))
-        return same_rows and self.codes.shape == weight.shape and torch.equal(weight, self.latents.to(weight))
+        if not same_rows or self.codes.shape != weight.shape:
+            return False
+        # the last two: cast to 16 bits and back
+        casts = (weight.dtype, torch.bfloat16, torch.float16)
+        return any(torch.equal(weight, self.latents.to(weight.device, dtype).to(weight)) for dtype in casts)
 
 
 def pack_module(matrices: Sequence[PackedWeight], mask: torch.Tensor | None = None) -> torch.Tensor:

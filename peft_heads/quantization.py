@@ -190,6 +190,11 @@ def latents(
     book = code_book(bits).to(wide)
     edges = torch.cat([book.new_tensor([-math.inf]), _midpoints(book), book.new_tensor([math.inf])])
     z, indices = book[codes.int()], codes.int()
+    mean_z, std_z, _ = _moments(z, kept)
+    plain = wide + std.double() * (z - mean_z) / std_z.clamp(min=torch.finfo(std_z.dtype).tiny)
+    plain = plain.to(mean.dtype) if kept is None else torch.where(kept, plain.to(mean.dtype), 0)
+    if torch.equal(decide(plain, bits, rows).codes, codes):
+        return plain
     low, high = z + 0.9 * (edges[indices] - z), z + 0.9 * (edges[indices + 1] - z)
     standard, scale = z, std.double() + EPSILON
     for _ in range(LATENT_ROUNDS):

@@ -95,3 +95,23 @@ def test_a_crash_leaves_the_old_files(tmp_path, monkeypatch, old, crash_at):
         with pytest.raises(OSError, match="disk full"):
             write_together(contents)
         assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(old, "old")
+
+
+def test_a_folder_that_comes_meanwhile_is_not_replaced(tmp_path):
+    target = tmp_path / "target"
+    with pytest.raises(ValueError, match="exists already"), new_folder(target) as folder:
+        (folder / "config.json").write_text("mine")
+        target.mkdir()
+        (target / "config.json").write_text("theirs")
+    assert (target / "config.json").read_text() == "theirs" and os.listdir(tmp_path) == ["target"]
+
+
+def test_links_and_impossible_places(tmp_path):
+    (tmp_path / "real").mkdir()
+    for name, to in (("link", tmp_path / "real"), ("dangling", tmp_path / "gone")):
+        (tmp_path / name).symlink_to(to)
+        with pytest.raises(ValueError, match="is a link, which is not replaced"), new_folder(tmp_path / name, True):
+            pytest.fail("is entered")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot be written: "), new_folder(tmp_path / "file" / "target"):
+        pytest.fail("is entered")

@@ -327,6 +327,11 @@ def test_an_existing_target(exported, adapter, refused, tmp_path):
     assert "must be another folder" in refused(adapter, "--overwrite", target=adapter)
     assert "must be another folder" in refused(adapter, "--overwrite", target=exported["vit"][0] / "base")
     edit_settings(adapter, base_model_name_or_path="/gone")
+    assert "would be lost: notes.txt" in refused(adapter, "--overwrite")
+    (target / "notes.txt").unlink()
+    (target / "checkpoint-5").mkdir()
+    assert "would be lost: checkpoint-5" in refused(adapter, "--overwrite")
+    (target / "checkpoint-5").rmdir()
     refused(adapter, "--overwrite")  # it could not be written: the old folder is as it was
     edit_settings(adapter, base_model_name_or_path=str(exported["vit"][0] / "base"))
     assert main(["export", str(adapter), "--to", "merged", str(target), "--overwrite"]) == 0
@@ -336,6 +341,36 @@ def test_an_existing_target(exported, adapter, refused, tmp_path):
         "preprocessor_config.json",
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "target"]
+
+
+@pytest.mark.parametrize("form", ["lora", "merged", "packed"])
+def test_a_base_model_in_16_bits(tmp_path, form):
+    """The adapter was trained beside float32 weights: nothing of it is rounded."""
+    tiny.make("vit").bfloat16().save_pretrained(tmp_path / "base")
+    load = AutoModelForImageClassification.from_pretrained
+    model = get_peft_model(load(tmp_path / "base", dtype=torch.float32), HeadMaskedLoraConfig(ne=0, adapter_bits=1))
+    tiny.train(model)
+    model.save_pretrained(tmp_path / "adapter")
+    assert main(["export", str(tmp_path / "adapter"), "--to", form, str(tmp_path / form)]) == 0
+    if form == "merged":
+        exported = load(tmp_path / form)
+    else:
+        exported = PeftModel.from_pretrained(load(tmp_path / "base", dtype=torch.float32), tmp_path / form)
+    with torch.no_grad():
+        expected = model.eval()(images("vit")).logits
+        torch.testing.assert_close(exported.eval()(images("vit")).logits, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_entries_that_are_not_finite(adapter, refused):
+    edit(adapter, lambda tensors: tensors["base_model.model.classifier.bias"].fill_(float("nan")))
+    assert "classifier.bias has entries that are not finite" in refused(adapter)
+
+
+def test_the_base_model_that_was_named(exported, adapter, tmp_path):
+    base = str(exported["vit"][0] / "base")
+    edit_settings(adapter, base_model_name_or_path="/gone")
+    assert main(["export", str(adapter), "--to", "lora", str(tmp_path / "lora"), "--base_model", base]) == 0
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"] == base
 
 
 def test_what_the_command_says(adapter, tmp_path, capsys):

@@ -210,3 +210,17 @@ def test_files_that_contradict_themselves(copy_of):
     save_file({**tensors, key: torch.ones(6)}, path)
     with pytest.raises(ValueError, match="must be a bool tensor"):
         inspect_adapter(folder)
+
+
+def test_bits_that_the_settings_do_not_say(copy_of):
+    path = copy_of("vit packed") / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "adapter_bits": 2}))
+    with pytest.raises(ValueError, match=r"lora_packed is packed with 1 bits, but the settings say adapter_bits=2"):
+        inspect_adapter(path.parent)
+
+
+def test_other_methods_are_refused(copy_of):
+    path = copy_of("stock") / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "peft_type": "IA3"}))
+    with pytest.raises(ValueError, match="adapter of type IA3; expected"):
+        inspect_adapter(path.parent)

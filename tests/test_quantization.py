@@ -191,3 +191,13 @@ def test_packing_keeps_the_shape_and_checks_the_size():
 def test_imports_torch_only():
     names = {name for name, value in vars(quantization).items() if type(value) is type(math)}
     assert names == {"math", "torch"}
+
+
+def test_latents_of_one_large_entry():
+    """Where the plain formula gives the codes back it is taken: mean and deviation are kept however skewed they are."""
+    weight = torch.randn(4, 24, generator=torch.Generator().manual_seed(0)) * 0.01
+    weight[1, 3] = 5.0
+    decision = decide(weight, 1)
+    again = decide(latents(decision.codes, decision.mean, decision.std, 1), 1)
+    assert torch.equal(again.codes, decision.codes)
+    torch.testing.assert_close(again.values, decision.values, rtol=1e-4, atol=1e-4 * decision.std.item())

@@ -12,7 +12,7 @@ from typing import NoReturn
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from .methods import MethodArguments
+from ..methods import MethodArguments
 
 
 @dataclass

@@ -23,6 +23,7 @@ COMMANDS = {
     "train": Command(
         "peft_heads.cli.train", "fine-tune an image classifier (head-masked LoRA, LoRA, linear, full, …)"
     ),
+    "bench": Command("peft_heads.cli.bench", "the papers' benchmarks: run, sweep, report"),
     "migrate": Command(
         "peft_heads.cli.migrate", "rewrite a LoRA adapter for the module names of the installed transformers"
     ),
@@ -31,6 +32,7 @@ COMMANDS = {
     ),
     "import": Command("peft_heads.cli.import_", "an adapter folder from the files of Bi-LoRA's authors"),
     "inspect": Command("peft_heads.cli.inspect", "what a LoRA adapter is: settings, heads, parameters, bytes"),
+    "data": Command("peft_heads.cli.data", "check benchmark trees; size of the image cache, and its deletion"),
     "demo": Command("peft_heads.cli.demo", "LoRA and head-masked LoRA side by side on a small model, without network"),
 }
 

@@ -10,19 +10,17 @@ import torch
 import transformers
 from accelerate import PartialState
 from datasets import Image
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageClassification, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
-from .._compat import mismatched_keys
 from ..adapter_files import write_labels
-from ..checkpoints import checkpoint_fault, checkpoint_folders, last_complete_checkpoint, read_error
+from ..checkpoints import checkpoint_fault, checkpoint_folders, last_complete_checkpoint
 from ..data.images import ImageTransform, collate, label_names, load_image_dataset, load_image_processor
 from ..heads.maskable import describe_masks, get_head_masks
-from ..heads.resolve import task_head_names
+from ..image_classifier import new_image_classifier
+from ..methods import apply_method, check_method_arguments
 from ..metrics.accuracy import compute_metrics
 from ..tuners import HeadMaskedLoraConfig, pack_adapter
 from .arguments import DataArguments, ModelArguments, parse_arguments
-from .methods import apply_method, check_method_arguments
 
 
 logger = logging.getLogger(__name__)
@@ -145,43 +143,14 @@ def hub_arguments(args: ModelArguments) -> dict:
 
 
 def load_model(args: ModelArguments, names: list[str]):
-    """The checkpoint with the data's labels. A classification head of another size is drawn anew; nothing else is."""
-    path = args.model_name_or_path
-    if os.path.isfile(os.path.join(path, "adapter_config.json")):
-        raise ValueError(
-            f"{path} is an adapter: name its base model as --model_name_or_path; --resume_from_checkpoint goes on "
-            "training, peft_heads.load_image_classifier loads it"
-        )
-    labels = {
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: i for i, name in enumerate(names)},
-    }
-    try:
-        config = AutoConfig.from_pretrained(args.config_name or path, **labels, **hub_arguments(args))
-    except (OSError, ValueError, AttributeError, TypeError) as error:  # the last two for JSON that is no mapping
-        raise ValueError(
-            f"no image classifier in {args.config_name or path!r}, config.json is missing or cannot be read: {error}"
-        ) from error
-    try:
-        model, info = AutoModelForImageClassification.from_pretrained(
-            path,
-            config=config,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **hub_arguments(args),
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        faults = [f"{file.name} ({fault})" for file in Path(path).glob("*.safetensors") if (fault := read_error(file))]
-        raise ValueError(f"no image classifier in {path!r}: {', '.join(faults) or error}") from error
-    heads = tuple(f"{name}." for name in task_head_names(model))
-    mismatched = [key for key in mismatched_keys(info) if not key.startswith(heads)]
-    if mismatched and not args.ignore_mismatched_sizes:
-        raise ValueError(
-            f"weights of {path} have other shapes than the config says: {', '.join(mismatched)}; "
-            "--ignore_mismatched_sizes draws them anew"
-        )
-    return model
+    """The checkpoint with the data's labels."""
+    return new_image_classifier(
+        args.model_name_or_path,
+        names,
+        config_name=args.config_name,
+        ignore_mismatched_sizes=args.ignore_mismatched_sizes,
+        **hub_arguments(args),
+    )
 
 
 def pack(model) -> None:

@@ -115,18 +115,24 @@ class ImageTransform:
         self.label2id = {name: index for index, name in enumerate(names or [])}
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        images = [_decoded(image) for image in batch[self.image_column]]
+        images = [decode_image(image) for image in batch[self.image_column]]
         pixel_values = self.processor(images, return_tensors="pt")["pixel_values"]
         labels = [self.label2id[x] if isinstance(x, str) else x for x in batch[self.label_column]]
         return {"pixel_values": list(pixel_values), "labels": labels}
 
 
-def _decoded(image) -> PIL.Image.Image:
+def decode_image(image) -> PIL.Image.Image:
+    """An image of a `datasets.Image` column, decoded or not, in RGB mode and the right way up (EXIF).
+
+    Raises:
+        ValueError: It cannot be decoded, or has more pixels than Pillow's limit; the message names its file.
+    """
     if not isinstance(image, dict):
         return image.convert("RGB")
     try:
         return datasets.Image().decode_example(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # PIL raises SyntaxError for a damaged PNG
+    # PIL raises SyntaxError for a damaged PNG
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
         raise ValueError(f"image {image['path'] or '(bytes without a name)'} cannot be read: {error}") from error
 
 

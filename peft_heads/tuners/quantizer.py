@@ -46,10 +46,12 @@ class WeightQuantizer:
 
     Args:
         bits: 1, 2, 4 or 8.
+        awaits_codes: Whether the weights are of no use yet, because a packed file is still to be read.
     """
 
-    def __init__(self, bits: int) -> None:
+    def __init__(self, bits: int, awaits_codes: bool = False) -> None:
         self.bits = bits
+        self.awaits_codes = awaits_codes
         code_book(bits)  # so that no compiler comes across its computation
         self._entries: weakref.WeakKeyDictionary[nn.Linear, _Entry] = weakref.WeakKeyDictionary()
         self._listeners: weakref.WeakKeyDictionary[nn.Linear, OrderedDict] = weakref.WeakKeyDictionary()
@@ -57,7 +59,7 @@ class WeightQuantizer:
         self._num_forgotten = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"bits": self.bits}
+        return {"bits": self.bits, "awaits_codes": self.awaits_codes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)
@@ -73,8 +75,15 @@ class WeightQuantizer:
                 other rows are left out. None keeps all rows.
 
         Raises:
-            ValueError: The weight is sharded or flattened, so that its mean and deviation cannot be known here.
+            ValueError: The weight is sharded or flattened, so that its mean and deviation cannot be known here; or the
+                codes of a packed adapter have not been loaded.
         """
+        if self.awaits_codes:
+            raise ValueError(
+                "the adapter's configuration says that it is packed, but no codes have been loaded: transformers' own "
+                "load_adapter and from_pretrained do not read them. Use PeftModel.from_pretrained or "
+                "peft_heads.load_image_classifier; for a new adapter with these settings set config.packed = False; `peft-heads export ADAPTER --to lora DIR` writes what all can read"
+            )
         weight = linear.weight
         problem = _why_not(linear)
         if problem is not None:

@@ -16,8 +16,8 @@ from transformers import ViTConfig, ViTForImageClassification
 import peft_heads
 from peft_heads.cli.arguments import parse_arguments
 from peft_heads.cli.main import main
-from peft_heads.cli.methods import MethodArguments, check_method_arguments
 from peft_heads.data.images import load_image_processor
+from peft_heads.methods import MethodArguments, check_method_arguments
 
 
 LABELS = ["blue", "green", "red"]

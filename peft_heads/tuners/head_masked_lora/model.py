@@ -78,6 +78,8 @@ class HeadMaskedLoraModel(LoraModel):
         if sum(config is peft_config for config in self.peft_config.values()) == 1:
             # what another model has left in a configuration that serves a second time is not this one's
             peft_config.adapter_files = AdapterFiles(labels_in_file=peft_config.adapter_files.labels_in_file)
+        # of a configuration that comes from no file there are no codes to be read
+        peft_config.packed = peft_config.packed and peft_config.source is not None
         if peft_config.source is not None:
             self._follow_renames(peft_config)
             peft_config.source = None  # read; the folder may be gone when the configuration serves again
@@ -96,7 +98,10 @@ class HeadMaskedLoraModel(LoraModel):
         targets = [n for n, _ in named_targets(self.model) if self._check_target_module_exists(peft_config, n)]
         # of every projection, targeted or not: what is injected after a state dict follows its keys, not the config
         peft_config.head_layouts = find_head_layouts(self.model, peft_config, targets)
-        peft_config.quantizer = WeightQuantizer(peft_config.adapter_bits) if peft_config.quantizes else None
+        if peft_config.quantizes:
+            peft_config.quantizer = WeightQuantizer(peft_config.adapter_bits, awaits_codes=peft_config.packed)
+        else:
+            peft_config.quantizer = None
         return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -236,7 +241,7 @@ class HeadMaskedLoraModel(LoraModel):
         if any(n != FULL_PRECISION for n in bits.values()):
             raise ValueError(
                 f"k-bit adapters cannot be combined (adapter_bits: {bits}): the sum is no k-bit adapter; make plain "
-                "LoRA adapters of them first (peft.save_as_lora)"
+                "LoRA adapters of them first (peft-heads export ADAPTER --to lora DIR)"
             )
         for name, layer in self.named_modules():
             if isinstance(layer, HeadMaskedLinear):
@@ -275,7 +280,7 @@ class HeadMaskedLoraModel(LoraModel):
         to_return = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         to_return = {key: whole(value) for key, value in to_return.items()}  # biases of the base model
         make_plain_lora(model, adapter_name, to_return, state_dict)
-        config.packed = config.packed and is_packed(model, adapter_name, state_dict)
+        config.packed = is_packed(model, adapter_name, state_dict)
         if config.packed:
             write_packed(model, adapter_name, to_return, state_dict)
         layers = {name.removeprefix(BASE): x for name, x in masked_layers(model, adapter_name)}

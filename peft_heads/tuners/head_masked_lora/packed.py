@@ -45,7 +45,13 @@ def pack_adapter(model: nn.Module, adapter_name: str = "default") -> None:
             f"or classifier_bits below {FULL_PRECISION}"
         )
     with torch.no_grad():
-        for _, linear, quantizer, heads in _quantized(model, adapter_name):
+        quantized = list(_quantized(model, adapter_name))
+        broken = next((name for name, linear, *_ in quantized if not linear.weight.isfinite().all()), None)
+        if broken:
+            raise ValueError(
+                f"adapter {adapter_name!r} cannot be packed: {broken}.weight has entries that are not finite"
+            )
+        for _, linear, quantizer, heads in quantized:
             if _in_force(linear, heads) is None:
                 decision = quantizer.decision(linear, **heads)
                 packed = PackedWeight.from_decision(decision, quantizer.bits)
@@ -119,6 +125,8 @@ def read_packed(
     """
     unpacked, found = dict(state_dict), False
     for name, layer in _layers(model, adapter_name):
+        if adapter_name in layer.lora_quantizer:
+            layer.lora_quantizer[adapter_name].awaits_codes = False
         key = next((key for key in (f"{name}.{PACKED}", f"base_model.model.{name}.{PACKED}") if key in unpacked), None)
         factors = [layer.lora_A[adapter_name], layer.lora_B[adapter_name]]
         if key is None:

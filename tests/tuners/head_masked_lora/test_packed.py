@@ -157,6 +157,59 @@ def test_another_state_dict_is_not_passed_over():
     assert torch.equal(*(next(v for k, v in d.items() if "lora_A" in k) for d in (given, state)))
 
 
+def test_a_save_of_other_weights_leaves_the_adapter_packed(tmp_path):
+    model = make()
+    pack_adapter(model)
+    state = {key: value * 1.5 if "lora_A" in key else value for key, value in model.state_dict().items()}
+    for name, kwargs, packed in (("other", {"state_dict": state}, False), ("own", {}, True)):
+        model.save_pretrained(tmp_path / name, **kwargs)
+        assert any("packed" in key for key in tensors(tmp_path / name)) is packed
+        assert json.loads((tmp_path / name / "adapter_config.json").read_text())["packed"] is packed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cast_and_back(tmp_path, dtype):
+    model = make(adapter_bits=8)
+    pack_adapter(model)
+    before = [
+        x
+        for layer in head_layers(model).values()
+        for x in (layer.quantized_down("default"), layer.quantized_up("default"))
+    ]
+    model.to(dtype).to(torch.float32).eval()
+    after = [
+        x
+        for layer in head_layers(model).values()
+        for x in (layer.quantized_down("default"), layer.quantized_up("default"))
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    model.save_pretrained(tmp_path)
+    assert any("packed" in key for key in tensors(tmp_path))
+
+
+def test_a_configuration_that_serves_again(tmp_path):
+    model = make()
+    pack_adapter(model)
+    model.save_pretrained(tmp_path)
+    config = model.peft_config["default"]
+    for again in (config, copy.deepcopy(config)):
+        other = get_peft_model(tiny.make("vit"), again)
+        assert not again.packed
+        logits(other)
+    model.add_adapter("two", copy.deepcopy(config))
+    model.set_adapter("two")
+    logits(model)
+
+
+def test_entries_that_are_not_finite():
+    model = make()
+    layer = next(iter(head_layers(model).values()))
+    layer.lora_A["default"].weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"lora_A.default.weight has entries that are not finite"):
+        pack_adapter(model)
+    assert not model.peft_config["default"].packed
+
+
 def test_scores_of_a_packed_adapter(tmp_path):
     model = make()
     tiny.train(model.train(), steps=1)
@@ -287,6 +340,16 @@ def test_files_of_other_settings(settings, message, tmp_path):
     (folder / "adapter_config.json").write_text(json.dumps(config | settings))
     with pytest.raises(ValueError, match=message):
         load(folder)
+
+
+def test_without_its_codes(tmp_path):
+    """transformers loads adapters by code of its own, which fills what it does not find with random numbers."""
+    folder = saved(tmp_path, modules_to_save=[], classifier_bits=32)
+    model = tiny.make("vit")
+    model.load_adapter(str(folder))
+    for one in (model, copy.deepcopy(model)):
+        with pytest.raises(ValueError, match="packed, but no codes have been loaded: transformers' own load_adapter"):
+            one(tiny.images())
 
 
 def test_nothing_to_pack():

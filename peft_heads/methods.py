@@ -1,4 +1,4 @@
-"""The fine-tuning methods of `peft-heads train`: arguments, which of them go with which method, and the model."""
+"""The fine-tuning methods of `peft-heads train` and `peft-heads bench`: arguments, which of them go with which method, and the model."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from peft import LoraConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
-from ..callbacks import TaylorHeadScorer
-from ..heads.resolve import default_targets, task_head_names
-from ..tuners import HeadMaskedLoraConfig
+from .callbacks import TaylorHeadScorer
+from .heads.resolve import default_targets, task_head_names
+from .tuners import HeadMaskedLoraConfig
 
 
 @dataclass

@@ -1,0 +1,134 @@
+"""What the benchmark's protocol saves: time of a sweep, of separate runs, and of testing while training; the image cache.
+
+A tree in VTAB-1K's layout is made of scikit-learn's digits, as JPEG: a tenth of VTAB's images, 20 test images for every
+training image as in VTAB-1K (387,904 for 19 tasks), in 224 x 224 pixels. The model is the small ViT that ships with the
+package. Everything is run in one process, one after the other; every part is repeated and the spread is printed. One
+seed of one task: the ratios are what matters.
+
+    python benchmarks/sweep_cost.py [--epochs 100 --images 100 --test_images 2000 --repeat 3]
+"""
+
+import argparse
+import logging
+import shutil
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from peft_heads.benchmark.recipes import RECIPES
+from peft_heads.benchmark.sweep import Outcome, Sweep, execute
+from peft_heads.benchmark.training import Places
+from peft_heads.data.cache import CachedImages, StreamedImages
+from peft_heads.data.preprocessing import Preprocessing
+from peft_heads.data.tasks import find_task
+from peft_heads.data.trees import load_split
+from peft_heads.demo.digits import load_digits_dataset
+from peft_heads.demo.model import DEMO_MODEL_PATH
+
+
+METHOD = {"name": "head-masked-lora", "r": 8, "ne": [1, 3, 6], "criterion": ["absolute", "positive", "negative"]}
+
+
+def write_tree(root, images, test_images):
+    """svhn's folder with digits in it: the same ten classes."""
+    digits = load_digits_dataset()
+    home = root / "svhn"
+    sizes = {"train800": images * 4 // 5, "val200": images // 5, "train800val200": images, "test": test_images}
+    for split, size in sizes.items():
+        rows = digits["test" if split == "test" else "train"]
+        folder = home / "images" / split
+        folder.mkdir(parents=True)
+        lines = []
+        for index in range(size):
+            row = rows[index % len(rows)]
+            row["image"].convert("RGB").resize((224, 224)).save(folder / f"{index:06}.jpg")
+            lines.append(f"images/{split}/{index:06}.jpg {row['label']}\n")
+        (home / f"{split}.txt").write_text("".join(lines))
+
+
+def seconds(call):
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def describe(name, times, base=None):
+    line = f"{name:52} median {statistics.median(times):7.1f} s ({min(times):.1f} to {max(times):.1f})"
+    if base is not None:
+        ratios = [a / b for a, b in zip(times, base, strict=True)]
+        line += f"   {statistics.median(ratios):6.3f} x ({min(ratios):.3f} to {max(ratios):.3f})"
+    print(line, flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in {"epochs": 100, "images": 100, "test_images": 2000, "repeat": 3}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args()
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        measure(args, Path(folder))
+
+
+def measure(args, root):
+    write_tree(root / "data", args.images, args.test_images)
+    task = find_task("svhn", "vtab")
+    recipe = replace(RECIPES["vtab"], epochs=args.epochs, batch_size=20)
+    sweep = Sweep((task,), METHOD, recipe, str(DEMO_MODEL_PATH), seeds=(0,))
+    specs = sweep.runs(sweep.methods(), (0,), final=True)
+    print(
+        f"{len(specs)} runs of {args.epochs} epochs, {args.images} training and {args.test_images} test images, one thread"
+    )
+
+    def run(specs, **options):
+        # a folder of results of its own, so that nothing is found; the cache stays
+        out = Path(tempfile.mkdtemp(dir=root))
+        places = Places(root / "data", out, cache_dir=root / "cache", check_sizes=False, use_cpu=True)
+        outcome = Outcome()
+        execute(specs, places, outcome, **options)
+        assert len(outcome.runs) == len(specs) and not outcome.failed
+        shutil.rmtree(out)
+
+    ways = {
+        "sweep (warm-up shared, tested once)": lambda: run(specs),
+        "(a) separate runs, tested once": lambda: run(specs, share_warmup=False),
+        "(b) separate runs, tested every ten epochs": lambda: run(specs, share_warmup=False, test_every=10),
+        "(c) separate runs, tested every epoch (one run x 9)": lambda: run(
+            specs[:1], share_warmup=False, test_every=1
+        ),
+    }
+    run(specs[:1], share_warmup=False)  # makes the cache's entries
+    times = {name: [] for name in ways}
+    for _ in range(args.repeat):
+        for name, way in ways.items():
+            times[name].append(seconds(way) * (len(specs) if name.startswith("(c)") else 1))
+    base = next(iter(times.values()))
+    for name, values in times.items():
+        describe(name, values, None if values is base else base)
+
+    split = load_split(root / "data", task, "train800val200", check_sizes=False)
+    preprocessing = Preprocessing(size=224)
+    print(f"\nan epoch of {args.images} images, 224 x 224, read as the model's input")
+    cached = CachedImages(split, preprocessing, cache_dir=root / "cache224")
+    streamed = StreamedImages(split, preprocessing)
+    order = list(range(len(cached)))
+    reads = {"decoded anew": [], "from the cache": []}
+    for _ in range(10):
+        reads["decoded anew"].append(seconds(lambda: streamed.__getitems__(order)))
+        reads["from the cache"].append(seconds(lambda: cached.__getitems__(order)))
+    print(f"cache: {cached.entry.size / 2**20:.1f} MiB")
+    for name, values in reads.items():
+        ratios = [a / b for a, b in zip(reads["decoded anew"], values, strict=True)]
+        print(
+            f"{name:16} median {1e3 * statistics.median(values):8.1f} ms   {statistics.median(ratios):.1f} times as fast "
+            f"({min(ratios):.1f} to {max(ratios):.1f})"
+        )
+
+
+if __name__ == "__main__":
+    main()

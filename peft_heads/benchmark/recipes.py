@@ -1,0 +1,120 @@
+"""How the papers train: one recipe per suite, everything in it part of the result."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..data.augmentation import FEW_SHOT, FGVC
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything about a training but data, method, backbone and seed.
+
+    Attributes:
+        paper: Where it stands.
+        expected: Published accuracies in percent that a faithful run comes near to, by setting; group means.
+        epochs, batch_size, learning_rate, weight_decay: Of AdamW. The batch is that of all processes together.
+        warmup_epochs, warmup_learning_rate, final_learning_rate: The learning rate rises linearly from the second, epoch by
+            epoch of the first, and falls by a half cosine to the third.
+        drop_path: Stochastic depth, growing linearly over the blocks to this rate.
+        drop_last: Whether the last, incomplete batch of an epoch is left out; never if it is the only one.
+        head_warmup_epochs: Epochs before the heads are selected.
+        train_images, eval_images: Arguments of `data.preprocessing.Preprocessing`.
+        augmentation: Arguments of `data.augmentation.Augmentation`; empty for none.
+    """
+
+    name: str
+    paper: str
+    expected: dict[str, float] = field(default_factory=dict)
+    epochs: int = 100
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    warmup_epochs: int = 10
+    warmup_learning_rate: float = 1e-6
+    final_learning_rate: float = 1e-5
+    drop_path: float = 0.1
+    drop_last: bool = True
+    head_warmup_epochs: int = 10
+    train_images: dict[str, Any] = field(default_factory=dict)
+    eval_images: dict[str, Any] = field(default_factory=dict)
+    augmentation: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size", "learning_rate", "head_warmup_epochs"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive; got {getattr(self, name)!r}")
+        for name in ("weight_decay", "warmup_epochs", "warmup_learning_rate", "final_learning_rate"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative; got {getattr(self, name)!r}")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path must be in [0, 1); got {self.drop_path!r}")
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs, of the learning rate, must be below epochs; got {self.warmup_epochs} of {self.epochs}"
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """What changes the numbers, for a result."""
+        left_out = ("paper", "expected", "epochs", "train_images", "eval_images", "augmentation")
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
+
+
+# What the papers try, by method: single values, and lists of which all combinations are run.
+_SCALES = [0.01, 0.1, 1, 10, 100]
+GRIDS: dict[str, dict[str, Any]] = {
+    "head-masked-lora": {
+        "r": 32,
+        "adapter_bits": 1,
+        "bottleneck_dropout": 0.1,
+        "scale": _SCALES,
+        "ne": [0, 1, 3, 6],
+        "criterion": ["absolute", "positive", "negative"],
+    },
+    "lora": {"r": 8, "scale": _SCALES},
+}
+
+# Images are resized straight to 224 x 224 and not normalised.
+_SQUASHED = {"size": 224, "resize": "squash", "filter": "bicubic", "normalization": "none"}
+_CENTRE_CROP = {"size": 224, "resize": "shorter_side", "filter": "bicubic", "normalization": "imagenet"}
+
+RECIPES = {
+    "vtab": Recipe(
+        name="vtab",
+        paper="HEAT and Heart-LoRA, VTAB-1K: AdamW, 100 epochs, heads scored in the first 10; ViT-B/16, ImageNet-21k",
+        expected={
+            "lora": 76.4,
+            "head-masked-lora ne=0 (Bi-LoRA)": 76.7,
+            "head-masked-lora negative ne=1 (HEAT, Table 4)": 76.77,
+            "head-masked-lora negative ne=3 (HEAT, Table 4)": 76.58,
+            "head-masked-lora positive ne=1 (HEAT, Table 4)": 76.62,
+            "head-masked-lora positive ne=3 (HEAT, Table 4)": 76.56,
+            "best of all variants per task, chosen on test (HEAT, Heart-LoRA)": 77.2,
+        },
+        train_images=_SQUASHED,
+        eval_images=_SQUASHED,
+    ),
+    "fewshot": Recipe(
+        name="fewshot",
+        paper="HEAT and Heart-LoRA, few-shot: learning rate 5e-3, colour jitter and RandAugment; means of three lists",
+        learning_rate=5e-3,
+        train_images={**_CENTRE_CROP, "resize": "squash"},
+        eval_images=_CENTRE_CROP,
+        augmentation=FEW_SHOT,
+    ),
+    "fgvc": Recipe(
+        name="fgvc",
+        paper="FGVC as in VPT and its successors: resize to 256, random crop of 224 and flip; the rest as for VTAB-1K",
+        train_images={**_CENTRE_CROP, "crop": "random"},
+        eval_images=_CENTRE_CROP,
+        augmentation=FGVC,
+    ),
+    "folder": Recipe(
+        name="folder",
+        paper="A data set of your own, as HEAT and Heart-LoRA train VTAB-1K; --normalization as the checkpoint was made",
+        train_images=_SQUASHED,
+        eval_images=_SQUASHED,
+    ),
+}

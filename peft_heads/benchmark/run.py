@@ -1,0 +1,170 @@
+"""One run of the benchmark, and the beginning that several runs share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import AutoConfig
+
+from ..checkpoints import last_complete_checkpoint
+from ..data.augmentation import Augmentation
+from ..data.preprocessing import Preprocessing
+from ..data.tasks import Task
+from ..methods import check_method_arguments
+from .drop_path import has_drop_path
+from .recipes import Recipe
+from .results import Run, RunSpec, find_result, write_result
+from .training import Places, Training, method_arguments
+
+
+PROTOCOL = {  # suite: what settings are chosen by, and what is reported; each (trained on, looked at)
+    "vtab": (("train800", "val200"), ("train800val200", "test")),
+    "fewshot": (("train", "val"), ("train", "test")),
+    "fgvc": (("train", "val"), ("train", "test")),
+    "folder": (("train", "val"), ("train", "test")),
+}
+# What is read when heads are selected, and not before.
+SELECTION = ("ne", "ratio", "criterion", "granularity", "joint", "mask_scope", "mask_seed")
+
+
+def make_spec(
+    task: Task,
+    method: dict[str, Any],
+    recipe: Recipe,
+    backbone: str,
+    seed: int,
+    *,
+    final: bool,
+    shots: int | None = None,
+    list_seed: int | None = None,
+) -> RunSpec:
+    """What is run, by the protocol: on validation images to choose by, or (`final`) on test images to report.
+
+    Args:
+        task: Of `data.tasks`.
+        method: `{"name": …}` and arguments of [`MethodArguments`].
+        recipe: How it is trained.
+        backbone: Checkpoint, a folder or a repository of the Hub.
+        seed: Of everything that is drawn.
+        final: Which half of the protocol.
+        shots, list_seed: Of a few-shot task.
+
+    Raises:
+        ValueError: The method's arguments contradict each other, or there is no such checkpoint.
+    """
+    settings = recipe.settings()
+    check_method_arguments(method_arguments(method, settings))
+    try:
+        config = AutoConfig.from_pretrained(backbone)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"no checkpoint {backbone!r}: {error}") from error
+    if recipe.drop_path:
+        settings["drop_path_by"] = "config" if has_drop_path(config) else "hooks"
+    size = {"size": config.image_size} if isinstance(getattr(config, "image_size", None), int) else {}
+    augmentation = Augmentation(**recipe.augmentation | size).to_dict() if recipe.augmentation else None
+    train_split, eval_split = PROTOCOL[task.suite][final]
+    return RunSpec(
+        suite=task.suite,
+        task=task.name,
+        method=method,
+        backbone=os.fspath(backbone),
+        seed=seed,
+        train_split=train_split,
+        eval_split=eval_split,
+        epochs=recipe.epochs,
+        recipe=settings,
+        preprocessing={
+            "train": Preprocessing(**recipe.train_images | size).to_dict(),
+            "eval": Preprocessing(**recipe.eval_images | size).to_dict(),
+            "augmentation": augmentation,
+        },
+        shots=shots,
+        list_seed=list_seed,
+    )
+
+
+def run(
+    spec: RunSpec, places: Places, *, begin_with: str | os.PathLike | None = None, test_every: int = 0
+) -> tuple[Run, bool]:
+    """Train and evaluate, unless there is a result of this very run; goes on where a killed one has stopped.
+
+    On several processes all call this, and the first writes.
+
+    Args:
+        spec: What is run.
+        places: Where.
+        begin_with: A checkpoint of the same training, from `train_trunk`.
+        test_every: Look at the evaluation split every so many epochs as well, for `best_on_test`; 0 does not.
+
+    Returns:
+        The run, whose file is written, and whether it was run now.
+
+    Raises:
+        ValueError, FileNotFoundError: Data, checkpoint or method are not as they should be.
+    """
+    training = Training(spec, places)
+    environment = training.environment()
+    found = find_result(places.output_dir, spec, environment, unofficial=True)
+    PartialState().wait_for_everyone()  # nobody writes before all have looked
+    if found is not None:
+        return found, False
+    folder = places.work / spec.run_id
+    trainer = training.trainer(folder, test_every)
+    checkpoint = last_complete_checkpoint(folder) or begin_with
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else os.fspath(checkpoint))
+    result = training.result(trainer)
+    path = None
+    if trainer.is_world_process_zero():
+        path = write_result(places.output_dir, spec, result, environment)
+        shutil.rmtree(folder, ignore_errors=True)
+    PartialState().wait_for_everyone()
+    return Run(spec, result, environment, path), True
+
+
+def trunk_key(spec: RunSpec) -> str:
+    """Equal for runs that train alike until heads are scored."""
+    settings = spec.to_json()
+    settings["method"] = {name: value for name, value in spec.method.items() if name not in SELECTION}
+    return json.dumps(settings, sort_keys=True)
+
+
+def trunk_epochs(spec: RunSpec) -> int:
+    """Epochs that runs of one `trunk_key` can share: those before the scoring window, which is the last of the warm-up.
+
+    0 where they can share none.
+    """
+    if spec.method["name"] != "head-masked-lora":
+        return 0
+    args = method_arguments(spec.method, spec.recipe)
+    if args.head_select_at is not None or args.head_window not in (None, "last_epoch"):
+        return 0
+    return max(0, math.ceil(args.head_warmup_epochs) - 1)
+
+
+def train_trunk(spec: RunSpec, places: Places) -> Path:
+    """The first `trunk_epochs` alone, for several runs to begin with; gives the checkpoint at their end.
+
+    Args:
+        spec: One of the runs.
+        places: Where.
+    """
+    training, epochs = Training(spec, places), trunk_epochs(spec)
+    digest = hashlib.sha256(trunk_key(spec).encode()).hexdigest()[:10]
+    folder = places.work / f"trunk-{spec.task}-{spec.eval_split}-seed{spec.seed}-{digest}"
+    end = folder / f"checkpoint-{epochs * training.steps_per_epoch}"
+    checkpoint = last_complete_checkpoint(folder)
+    PartialState().wait_for_everyone()
+    if checkpoint != os.fspath(end):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="training ended at step .*, before the selection")
+            training.trainer(folder, stop_after=epochs).train(resume_from_checkpoint=checkpoint)
+        PartialState().wait_for_everyone()
+    return end

@@ -1,0 +1,18 @@
+"""The tasks of a suite and their groups, as the tables need them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..data.tasks import TASKS
+from .results import Run
+
+
+ONE_GROUP = "all tasks"
+
+
+def suite_groups(suite: str, runs: Iterable[Run] = ()) -> dict[str, str]:
+    """`{task: group}` of a suite, in the papers' order; of an unknown suite, the tasks that were run."""
+    groups = {task.name: task.group for task in TASKS if task.suite == suite}
+    names = groups or [run.spec.task for run in runs if run.spec.suite == suite]
+    return groups if len(set(groups.values())) > 1 else dict.fromkeys(names, ONE_GROUP)

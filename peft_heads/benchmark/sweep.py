@@ -1,0 +1,259 @@
+"""Many runs: settings chosen by validation images, then reported on test images, with the beginnings they share."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import shutil
+import statistics
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from ..atomic import write_atomically
+from ..data.tasks import Task
+from .recipes import Recipe
+from .results import Run, RunSpec, describe_method, find_result
+from .run import SELECTION, make_spec, run, train_trunk, trunk_epochs, trunk_key
+from .shared import SharedQueue, take_turns
+from .training import Places
+
+
+logger = logging.getLogger(__name__)
+
+TUNED = ("scale", "lora_alpha")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is compared.
+
+    Attributes:
+        tasks: Of one suite.
+        method: `{"name": …}` and, per setting, a value or a list of values: all combinations are run.
+        recipe, backbone: As for one run.
+        seeds: Of the runs that are reported.
+        search_seeds: Of the runs by which settings are chosen.
+        tuned: Settings whose value is chosen task by task on validation images; the combinations of the others are
+            rows of the report.
+        shots, list_seeds: Of few-shot tasks.
+    """
+
+    tasks: tuple[Task, ...]
+    method: dict[str, Any]
+    recipe: Recipe
+    backbone: str
+    seeds: tuple[int, ...] = (0, 1, 2)
+    search_seeds: tuple[int, ...] = (0,)
+    tuned: tuple[str, ...] = TUNED
+    shots: tuple[int | None, ...] = (None,)
+    list_seeds: tuple[int | None, ...] = (None,)
+
+    def methods(self) -> list[dict[str, Any]]:
+        """All combinations; where no head is deactivated, how heads are chosen makes no difference."""
+        names = list(self.method)
+        values = [value if isinstance(value, list | tuple) else [value] for value in self.method.values()]
+        combinations = [dict(zip(names, chosen, strict=True)) for chosen in itertools.product(*values)]
+        for method in combinations:
+            if method.get("ne") == 0:
+                for name in SELECTION:
+                    if name != "ne":
+                        method.pop(name, None)
+        return _unique(combinations)
+
+    def variants(self) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+        """`(what a row of the report has, the combinations among which one is chosen per task)`."""
+        families: dict[str, tuple[dict, list]] = {}
+        for method in self.methods():
+            row = {name: value for name, value in method.items() if name not in self.tuned}
+            families.setdefault(describe_method(row), (row, []))[1].append(method)
+        return list(families.values())
+
+    def cells(self) -> Iterator[tuple[Task, int | None]]:
+        return itertools.product(self.tasks, self.shots)
+
+    def search(self) -> list[RunSpec]:
+        """The runs by which settings are chosen; none where there is no choice."""
+        methods = self.methods()
+        return self.runs(methods, self.search_seeds, final=False) if len(methods) > 1 else []
+
+    def runs(self, methods: list[dict[str, Any]], seeds: tuple[int, ...], *, final: bool) -> list[RunSpec]:
+        """All of these methods, on every task and list, with every seed."""
+        return [
+            self._spec(task, method, seed, shots, list_seed, final=final)
+            for task, shots in self.cells()
+            for seed in seeds
+            for list_seed in self.list_seeds
+            for method in methods
+        ]
+
+    def final(self, results: Callable[[RunSpec], Run | None]) -> list[RunSpec]:
+        """The runs that are reported, once those of `search` are done.
+
+        Args:
+            results: Spec to finished run; None if it failed: its setting is not chosen then.
+        """
+        specs = []
+        for task, shots in self.cells():
+            for _, candidates in self.variants():
+                chosen = self._best(task, shots, candidates, results)
+                if chosen is not None:
+                    specs += [
+                        self._spec(task, chosen, seed, shots, list_seed, final=True)
+                        for seed in self.seeds
+                        for list_seed in self.list_seeds
+                    ]
+        return specs
+
+    def _best(self, task, shots, candidates, results) -> dict[str, Any] | None:
+        """The candidate with the highest mean accuracy on validation images; the first of equals."""
+        if len(candidates) == 1:
+            return candidates[0]
+        means = {}
+        for index, method in enumerate(candidates):
+            specs = [
+                self._spec(task, method, seed, shots, list_seed, final=False)
+                for seed in self.search_seeds
+                for list_seed in self.list_seeds
+            ]
+            runs = [results(spec) for spec in specs]
+            if all(runs):
+                means[index] = statistics.mean(run.result.accuracy for run in runs)
+        return candidates[max(means, key=means.get)] if means else None
+
+    def _spec(self, task, method, seed, shots, list_seed, *, final: bool) -> RunSpec:
+        return make_spec(task, method, self.recipe, self.backbone, seed, final=final, shots=shots, list_seed=list_seed)
+
+
+@dataclass
+class Outcome:
+    """What came of a list of runs: those that are finished, and why others failed."""
+
+    runs: dict[str, Run] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def run_sweep(
+    sweep: Sweep,
+    places: Places,
+    *,
+    share_warmup: bool = True,
+    test_every: int = 0,
+    progress: Callable[[int, str], Any] | None = None,
+    queue: SharedQueue | None = None,
+) -> Outcome:
+    """Run what has no result yet. A run that fails is recorded, and the others go on.
+
+    Args:
+        sweep: What.
+        places: Where.
+        share_warmup: Whether runs that differ in the selection of heads alone train the epochs before it once. The
+            results are the same.
+        test_every: As for `run`, for the runs on test images.
+        progress: Called with the number of runs to be done and a title; gives an object with `update()` and `close()`,
+            such as a tqdm.
+        queue: The groups of runs of all the machines that share the sweep, on the main process of each.
+    """
+    outcome = Outcome()
+    execute(sweep.search(), places, outcome, share_warmup=share_warmup, progress=progress, title="search", queue=queue)
+    final = sweep.final(lambda spec: outcome.runs.get(spec.run_id))
+    execute(
+        final,
+        places,
+        outcome,
+        share_warmup=share_warmup,
+        test_every=test_every,
+        progress=progress,
+        title="report",
+        queue=queue,
+    )
+    return outcome
+
+
+def execute(
+    specs: Iterable[RunSpec],
+    places: Places,
+    outcome: Outcome,
+    *,
+    share_warmup: bool = True,
+    test_every: int = 0,
+    progress: Callable[[int, str], Any] | None = None,
+    title: str = "",
+    queue: SharedQueue | None = None,
+) -> None:
+    """Runs in groups that share a beginning; see `run_sweep`."""
+    groups: dict[str, list[RunSpec]] = {}
+    for spec in specs:
+        groups.setdefault(trunk_key(spec), []).append(spec)
+    missing_of = {
+        key: [spec for spec in group if find_result(places.output_dir, spec, unofficial=True) is None]
+        for key, group in groups.items()
+    }
+    bar = progress(sum(map(len, missing_of.values())), title) if progress else None
+    shared = _from_main(queue is not None)
+    for key in _turns(groups, places, outcome, title, queue) if shared else groups:
+        group = groups[key]
+        trunk, missing = None, missing_of[key]
+        if share_warmup and len(missing) > 1 and trunk_epochs(missing[0]) > 0:
+            # a run without masks can go on from a checkpoint with them, in which all heads are active, not vice versa
+            first = max(missing, key=lambda spec: bool(spec.method.get("ne", 1)))
+            trunk = _attempt(outcome, first, places, lambda spec=first: train_trunk(spec, places))
+        for spec in group:
+            done = _attempt(
+                outcome,
+                spec,
+                places,
+                lambda spec=spec, trunk=trunk: run(spec, places, begin_with=trunk, test_every=test_every),
+            )
+            if done is not None:
+                outcome.runs[spec.run_id] = done[0]
+                outcome.failed.pop(spec.run_id, None)
+            if bar is not None and spec in missing:
+                bar.update()
+        if trunk is not None and PartialState().is_main_process:
+            shutil.rmtree(trunk.parent, ignore_errors=True)
+    if bar is not None:
+        bar.close()
+    for spec in itertools.chain(*groups.values()) if shared else ():
+        found = find_result(places.output_dir, spec, unofficial=True)  # of other machines
+        if found is not None:
+            outcome.runs[spec.run_id] = found
+
+
+def _turns(
+    groups: dict[str, list[RunSpec]], places: Places, outcome: Outcome, title: str, queue: SharedQueue | None
+) -> Iterator[str]:
+    """The keys of the groups that are to be run here; the main process asks the queue and tells the others."""
+    turns = iter(()) if queue is None else take_turns(queue, groups, places.output_dir, outcome.failed, title)
+    while (key := _from_main(next(turns, None))) is not None:
+        yield key
+
+
+def _from_main(value: Any) -> Any:
+    """The main process's value, on all of them."""
+    return broadcast_object_list([value])[0] if PartialState().num_processes > 1 else value
+
+
+def _attempt(outcome: Outcome, spec: RunSpec, places: Places, call: Callable[[], Any]) -> Any:
+    """What the call gives; None if it failed, which is written down."""
+    path = Path(places.output_dir) / "failed" / f"{spec.run_id}.txt"
+    try:
+        value = call()
+    except Exception as error:
+        outcome.failed[spec.run_id] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        logger.error("%s failed (%s): %s", spec.run_id, path, outcome.failed[spec.run_id])
+        if PartialState().is_main_process:
+            write_atomically(path, traceback.format_exc())
+        return None
+    if PartialState().is_main_process:
+        path.unlink(missing_ok=True)
+    return value
+
+
+def _unique(methods: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return list({describe_method(method): method for method in methods}.values())

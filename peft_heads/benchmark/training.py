@@ -1,0 +1,285 @@
+"""The training of one run: its data, its model, a Trainer for them, and what came out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import get_peft_model_state_dict
+from torch import nn
+from transformers import AutoConfig, PrinterCallback, Trainer, TrainingArguments, set_seed
+
+from ..adapter_files import SCORES_FILE
+from ..data import image_folders
+from ..data.augmentation import Augmentation
+from ..data.cache import open_images
+from ..data.images import collate
+from ..data.preprocessing import Preprocessing
+from ..data.tasks import find_task
+from ..data.trees import Split, load_split
+from ..heads.maskable import get_head_masks
+from ..heads.resolve import task_head_names
+from ..image_classifier import new_image_classifier, quiet_loading
+from ..methods import MethodArguments, apply_method
+from ..metrics.accuracy import compute_metrics
+from ..tuners import HeadMaskedLoraConfig, pack_adapter
+from .callbacks import Clock, EpochEnds
+from .drop_path import CONFIG_FIELD, add_drop_path, residual_branches
+from .environment import describe_environment
+from .results import Environment, RunResult, RunSpec
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where things are, and how they are run; nothing here changes a result.
+
+    Attributes:
+        data_root: Folder with one folder per task.
+        output_dir: Of results, and in `work` of what unfinished runs need.
+        cache_dir: Of decoded images; None for the default.
+        check_sizes: Whether the tasks must have as many images as published.
+        cache_test_images: Whether test images are decoded once as well, instead of whenever they are looked at.
+        save_every: Epochs between checkpoints.
+        num_workers: Processes that load images.
+        use_cpu: Leave accelerators alone.
+    """
+
+    data_root: str | os.PathLike
+    output_dir: str | os.PathLike
+    cache_dir: str | os.PathLike | None = None
+    check_sizes: bool = True
+    cache_test_images: bool = False
+    save_every: int = 10
+    num_workers: int = 0
+    use_cpu: bool = False
+
+    @property
+    def work(self) -> Path:
+        return Path(self.output_dir) / "work"
+
+
+class Training:
+    """Raises ValueError or FileNotFoundError if the data are not as they should be."""
+
+    def __init__(self, spec: RunSpec, places: Places) -> None:
+        self.spec, self.places = spec, places
+        splits = {"train": spec.train_split, "eval": spec.eval_split}
+        self.splits = {part: self._split(split) for part, split in splits.items()}
+        processes = PartialState(cpu=places.use_cpu).num_processes
+        batch_size, images = spec.recipe["batch_size"], len(self.splits["train"].dataset)
+        if batch_size % processes:
+            raise ValueError(
+                f"a batch of {batch_size} images cannot be divided among {processes} processes; choose another number "
+                "of either"
+            )
+        self.batch_size = batch_size // processes
+        self.drop_last = bool(spec.recipe["drop_last"]) and images >= batch_size
+        self.steps_per_epoch = images // batch_size if self.drop_last else math.ceil(images / batch_size)
+
+    def _split(self, name: str) -> Split:
+        spec, root = self.spec, self.places.data_root
+        if spec.suite == image_folders.SUITE:
+            return image_folders.load_folder_split(root, image_folders.folder_task(root, spec.task), name)
+        return load_split(
+            root,
+            find_task(spec.task, spec.suite),
+            name,
+            shots=spec.shots,
+            list_seed=spec.list_seed,
+            check_sizes=self.places.check_sizes,
+        )
+
+    def environment(self) -> Environment:
+        backbone = self.spec.backbone
+        revision = getattr(AutoConfig.from_pretrained(backbone), "_commit_hash", None)
+        if revision is None and os.path.isdir(backbone):
+            revision = folder_hash(backbone)
+        return describe_environment(
+            data_fingerprint={part: split.fingerprint for part, split in self.splits.items()},
+            image_format="+".join(sorted({split.image_format for split in self.splits.values()})),
+            checkpoint_revision=revision,
+            device=PartialState().device,
+            num_processes=PartialState().num_processes,
+        )
+
+    def trainer(self, folder: Path, test_every: int = 0, stop_after: int | None = None) -> Trainer:
+        """A Trainer with a fresh model, drawn with the run's seed.
+
+        Args:
+            folder: For checkpoints and head scores.
+            test_every: Evaluate every so many epochs; 0 does not.
+            stop_after: Save and stop after so many epochs.
+        """
+        recipe = self.spec.recipe
+        args = TrainingArguments(
+            os.fspath(folder),
+            num_train_epochs=self.spec.epochs,
+            per_device_train_batch_size=self.batch_size,
+            per_device_eval_batch_size=self.batch_size,
+            learning_rate=recipe["learning_rate"],
+            weight_decay=recipe["weight_decay"],
+            warmup_steps=recipe["warmup_epochs"] * self.steps_per_epoch,
+            lr_scheduler_type="cosine_warmup_with_min_lr",
+            lr_scheduler_kwargs={
+                "min_lr": recipe["final_learning_rate"],
+                "warmup_lr_rate": recipe["warmup_learning_rate"] / recipe["learning_rate"],
+            },
+            dataloader_drop_last=self.drop_last,
+            dataloader_num_workers=self.places.num_workers,
+            dataloader_pin_memory=torch.accelerator.is_available() and not self.places.use_cpu,
+            seed=self.spec.seed,
+            logging_strategy="epoch",
+            save_strategy="no",  # EpochEnds saves
+            save_total_limit=2,
+            remove_unused_columns=False,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=self.places.use_cpu,
+            # with everything trained a backbone may have parts that no image reaches (a mask token)
+            ddp_find_unused_parameters=self.spec.method["name"] == "full",
+        )
+        set_seed(self.spec.seed)
+        model, callbacks = self._model()
+        trainer = _Trainer(
+            model,
+            args,
+            collate,
+            train_dataset=self._images("train"),
+            eval_dataset=self._images("eval"),
+            compute_metrics=compute_metrics,
+            callbacks=[*callbacks, Clock(), EpochEnds(self.places.save_every, test_every, stop_after)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        if args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        return trainer
+
+    def result(self, trainer: Trainer) -> RunResult:
+        """What came out of a training that is over. Only now the evaluation split is looked at, unless asked before."""
+        model, log = trainer.model, trainer.state.log_history
+        clock = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Clock))
+        memory = torch.cuda.max_memory_allocated() if trainer.args.device.type == "cuda" else None
+        pack(model)
+        earlier = [entry["eval_accuracy"] for entry in log if "eval_accuracy" in entry]
+        accuracy = trainer.evaluate()["eval_accuracy"]
+        losses = [entry["loss"] for entry in log if "loss" in entry]
+        adapter_bytes, head_bytes = saved_bytes(model)
+        masks = get_head_masks(model) if _is_head_masked(model) else {}
+        return RunResult(
+            accuracy=accuracy,
+            epoch_losses=[loss if math.isfinite(loss) else None for loss in losses],
+            seconds=clock.seconds(),
+            peak_memory_bytes=memory,
+            trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            adapter_bytes=adapter_bytes,
+            head_bytes=head_bytes,
+            masks={name: mask.tolist() for name, mask in masks.items()},
+            head_scores=_head_scores(Path(trainer.args.output_dir), model) if masks else None,
+            best_on_test=max([accuracy, *earlier]) if earlier and self.spec.eval_split == "test" else None,
+        )
+
+    def _model(self) -> tuple[nn.Module, list]:
+        rate, by = self.spec.recipe["drop_path"], self.spec.recipe.get("drop_path_by")
+        names = self.splits["train"].dataset.features["label"].names
+        with quiet_loading():
+            base = new_image_classifier(
+                self.spec.backbone, names, config_changes={CONFIG_FIELD: rate} if by == "config" else {}
+            )
+        branches = residual_branches(base) if by == "hooks" else []
+        model, callbacks = apply_method(base, method_arguments(self.spec.method, self.spec.recipe))
+        add_drop_path(base, branches, rate)
+        return model, callbacks
+
+    def _images(self, part: str) -> torch.utils.data.Dataset:
+        settings, augmentation = dict(self.spec.preprocessing[part]), self.spec.preprocessing["augmentation"]
+        if settings["normalization"] != "checkpoint":  # the names say it, and more is refused
+            settings |= {"mean": None, "std": None}
+        return open_images(
+            self.splits[part],
+            Preprocessing(**settings),
+            cache=True if self.places.cache_test_images else None,
+            augment=Augmentation(**augmentation) if part == "train" and augmentation else None,
+            cache_dir=self.places.cache_dir,
+        )
+
+
+class _Trainer(Trainer):
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As Trainer's, but on all images: `dataloader_drop_last` is meant for training and taken for evaluation, too.
+
+        And what is drawn later is the same with it and without: a DataLoader draws a seed.
+        """
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            with torch.random.fork_rng(devices=[]):
+                return super().evaluate(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+
+@lru_cache
+def folder_hash(folder: str | os.PathLike) -> str:
+    """The beginning of a SHA-256 over configuration and weights of a local checkpoint."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix in (".json", ".safetensors", ".bin") and path.name != "preprocessor_config.json":
+            digest.update(path.name.encode())
+            with open(path, "rb") as file:
+                while chunk := file.read(1 << 24):
+                    digest.update(chunk)
+    return digest.hexdigest()[:16]
+
+
+def method_arguments(method: dict[str, Any], recipe: dict[str, Any]) -> MethodArguments:
+    """A run's method as `peft-heads train` has it; heads are selected when the recipe says, unless the method does.
+
+    Raises:
+        ValueError: A setting that there is not.
+    """
+    settings = {name: value for name, value in method.items() if name != "name"}
+    if method["name"] == "head-masked-lora" and not {"head_warmup_epochs", "head_select_at"} & settings.keys():
+        settings["head_warmup_epochs"] = recipe["head_warmup_epochs"]
+    try:
+        return MethodArguments(method=method["name"], **settings)
+    except TypeError as error:
+        raise ValueError(f"method {method}: {error}") from error
+
+
+def pack(model: nn.Module) -> None:
+    """From now on a k-bit adapter is its codes; the checkpoints hold the weights behind them."""
+    for name, config in getattr(model, "peft_config", {}).items():
+        if isinstance(config, HeadMaskedLoraConfig) and config.has_few_bits:
+            pack_adapter(model, name)
+
+
+def saved_bytes(model: nn.Module) -> tuple[int, int]:
+    """Bytes of what is saved of a trained model: (adapter, or what else was trained; classification head)."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    heads = tuple(f"{name}." for name in task_head_names(base))
+    if hasattr(model, "peft_config"):
+        tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    else:
+        tensors = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    of_head = [x.nbytes for name, x in tensors.items() if name.removeprefix("base_model.model.").startswith(heads)]
+    return sum(x.nbytes for x in tensors.values()) - sum(of_head), sum(of_head)
+
+
+def _head_scores(folder: Path, model: nn.Module) -> dict[str, list[float]] | None:
+    """The scores by which the run's heads were selected."""
+    path = folder / SCORES_FILE
+    if not path.exists():
+        return None  # baselines that need no scores
+    scores = json.loads(path.read_text(encoding="utf-8"))["scores"]
+    return scores.get(model.active_peft_config.criterion)
+
+
+def _is_head_masked(model: nn.Module) -> bool:
+    return any(isinstance(config, HeadMaskedLoraConfig) for config in getattr(model, "peft_config", {}).values())

@@ -1,0 +1,136 @@
+"""Arguments of `peft-heads bench run` and `sweep`: those of every method, a recipe's, and where things are."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from typing import Any
+
+from ..benchmark.recipes import GRIDS, RECIPES, Recipe
+from ..data.tasks import LIST_SEEDS, SHOTS
+from ..methods import MethodArguments
+
+
+METHODS = typing.get_args(typing.get_type_hints(MethodArguments)["method"])
+# One says what the other does: a given one takes the default of the other away.
+_INSTEAD = {"ratio": "ne", "lora_alpha": "scale"}
+
+
+def build_parser(command: str, description: str, lists: bool) -> argparse.ArgumentParser:
+    """`lists`: whether arguments of the method take several values."""
+    parser = argparse.ArgumentParser(
+        prog=f"peft-heads bench {command}",
+        description=description,
+        usage=f"peft-heads bench {command} --data_root DIR --output_dir DIR [--argument value …]",
+        allow_abbrev=False,
+    )
+    what = parser.add_argument_group("what")
+    what.add_argument("--suite", choices=tuple(RECIPES), default="vtab", help="default: vtab; folder: your own")
+    what.add_argument("--task", nargs="+", default=[], metavar="TASK", help="default: all of the suite")
+    what.add_argument(
+        "--model_name_or_path",
+        default="google/vit-base-patch16-224-in21k",
+        help="checkpoint to fine-tune: a local folder or a model of the Hub (default: %(default)s)",
+    )
+    what.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2] if lists else [0], help="of reported runs")
+    what.add_argument("--shots", type=int, nargs="+", choices=SHOTS, default=list(SHOTS), help="of --suite fewshot")
+    what.add_argument(
+        "--list_seed", type=int, nargs="+", choices=LIST_SEEDS, default=list(LIST_SEEDS), help="of --suite fewshot"
+    )
+
+    where = parser.add_argument_group("where and how")
+    where.add_argument("--data_root", required=True, help="folder that holds one folder per task")
+    where.add_argument("--output_dir", required=True, help="results; unfinished runs go on from what lies there")
+    where.add_argument("--cache_dir", help="of decoded images (default: see `peft-heads data info`)")
+    where.add_argument("--cache_test_images", action="store_true", help="decode test images once as well (58 GB)")
+    where.add_argument("--any_size", action="store_true", help="accept trees with other numbers of images")
+    where.add_argument("--save_every", type=int, default=10, help="epochs between checkpoints (default 10)")
+    where.add_argument("--num_workers", type=int, default=0, help="processes that load images (default 0)")
+    where.add_argument("--use_cpu", action="store_true", help="leave accelerators alone")
+    where.add_argument(
+        "--test_every",
+        type=int,
+        default=0,
+        help="record the best accuracy on test as well, by epochs; a labelled extra",
+    )
+
+    method = parser.add_argument_group(
+        "method", "as of `peft-heads train`" + ("; of several values all combinations are run" if lists else "")
+    )
+    method.add_argument("--method", choices=METHODS, default="head-masked-lora", help="default: %(default)s")
+    hints = typing.get_type_hints(MethodArguments)
+    for field in dataclasses.fields(MethodArguments):
+        if field.name != "method":
+            kind, choices = _kind(hints[field.name])
+            method.add_argument(
+                f"--{field.name}",
+                type=kind,
+                choices=choices,
+                nargs="+" if lists else None,
+                metavar=field.name.upper(),
+                help=field.metadata["help"].replace("%", "%%") + (f" {', '.join(choices)}" if choices else ""),
+            )
+
+    recipe = parser.add_argument_group("recipe", "the suite's own unless given")
+    for field in dataclasses.fields(Recipe):
+        if field.name in _recipe_numbers():
+            recipe.add_argument(f"--{field.name}", type=_kind(typing.get_type_hints(Recipe)[field.name])[0])
+    for name in ("resize", "filter", "normalization"):
+        recipe.add_argument(f"--{name}", help="of training and evaluation images; see data.preprocessing")
+    return parser
+
+
+def read_method(args: argparse.Namespace) -> dict[str, Any]:
+    """`{"name": …}` with the settings that were given and, for the rest, those that the papers try."""
+    given = {
+        field.name: value
+        for field in dataclasses.fields(MethodArguments)
+        if field.name != "method" and (value := getattr(args, field.name)) is not None
+    }
+    defaults = dict(GRIDS.get(args.method, {}))
+    for name, other in _INSTEAD.items():
+        if name in given:
+            defaults.pop(other, None)
+    settings = defaults | given
+    return {"name": args.method} | {
+        name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in settings.items()
+    }
+
+
+def read_recipe(args: argparse.Namespace) -> Recipe:
+    recipe = RECIPES[args.suite]
+    changes = {name: value for name in _recipe_numbers() if (value := getattr(args, name)) is not None}
+    images = {
+        name: value for name in ("resize", "filter", "normalization") if (value := getattr(args, name)) is not None
+    }
+    for name in ("train_images", "eval_images") if images else ():
+        changes[name] = getattr(recipe, name) | images
+    return dataclasses.replace(recipe, **changes)
+
+
+def _recipe_numbers() -> list[str]:
+    numbers = [name for name, kind in typing.get_type_hints(Recipe).items() if kind in (int, float, bool)]
+    return [name for name in numbers if name != "head_warmup_epochs"]  # an argument of the method
+
+
+def _kind(hint: Any) -> tuple[Any, tuple[str, ...] | None]:
+    """How one value is read from text, and the values that there are."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if typing.get_origin(hint) is typing.Literal:
+        return str, typing.get_args(hint)
+    return (_boolean if hint is bool else _number if hint is float else hint), None
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
+def _number(text: str) -> float:
+    """A whole number stays one, so that it is written as one."""
+    value = float(text)
+    return int(value) if value.is_integer() else value

@@ -1,0 +1,45 @@
+"""`peft-heads bench report`: tables and figures of a folder of results."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def run(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="peft-heads bench report",
+        description="Prints the tables of a folder of results, with the published rows beside; with --output_dir, "
+        "writes report.md, every table as CSV and LaTeX, and the figures (PNG).",
+    )
+    parser.add_argument("results", metavar="RESULTS_DIR", help="the folder that `bench run` and `bench sweep` wrote")
+    parser.add_argument("--suite", default="vtab", help="whose results (default vtab)")
+    parser.add_argument("--output_dir", type=Path, metavar="DIR", help="write the report there")
+    parser.add_argument("--unofficial", action="store_true", help="also runs of uncommitted code and partial ones")
+    parser.add_argument("--overwrite", action="store_true", help="replace files in DIR")
+    args = parser.parse_args(argv)
+
+    from ..benchmark.results import read_results
+
+    runs = read_results(args.results, unofficial=args.unofficial)
+    if not runs:
+        hint = "" if args.unofficial else "; --unofficial reads those of uncommitted code and partial ones as well"
+        raise ValueError(f"{args.results} holds no results{hint}")
+
+    from ..atomic import write_atomically
+    from ..benchmark.report import make_report
+
+    files = make_report(runs, args.suite)
+    if args.output_dir is None:
+        print(files["report.md"].partition("\n![")[0].rstrip())
+        return 0
+    existing = [name for name in files if (args.output_dir / name).exists()]
+    if existing and not args.overwrite:
+        raise ValueError(
+            f"{args.output_dir} holds {existing[0]} already and nothing was changed; --overwrite replaces it"
+        )
+    for name in reversed(files):  # report.md, which shows the others, last
+        write_atomically(args.output_dir / name, files[name])
+    print(files["report.md"].partition("\n![")[0].rstrip())
+    print(f"\n{len(files)} files in {args.output_dir}")
+    return 0

@@ -1,0 +1,179 @@
+"""`peft-heads bench run` and `peft-heads bench sweep`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from ..data.image_folders import SUITE, folder_task, folder_tasks
+from ..data.tasks import TASKS, Task, find_task
+
+
+def run(argv: list[str]) -> int:
+    from .bench_arguments import build_parser
+
+    parser = build_parser(
+        "run",
+        "Trains one setting and evaluates it once, at the end: by default on all but the test images and on these, with "
+        "--validation by the half of the protocol by which settings are chosen. What has a result is not run again.",
+        lists=False,
+    )
+    parser.add_argument("--validation", action="store_true", help="train and evaluate without test images")
+    args = parser.parse_args(argv)
+    _check_single(args)
+    sweep, places = _prepare(args, {})
+
+    from ..benchmark.sweep import Outcome, execute
+
+    seeds = sweep.seeds
+    specs = sweep.runs(sweep.methods(), seeds, final=not args.validation)
+    outcome = Outcome()
+    execute(specs, places, outcome, test_every=args.test_every, progress=_progress)
+    if _is_main():
+        for done in outcome.runs.values():
+            print(f"{done.spec.task:22} seed {done.spec.seed}  {100 * done.result.accuracy:6.2f} %  {done.path}")
+    return _finish(outcome, args)
+
+
+def sweep(argv: list[str]) -> int:
+    from .bench_arguments import build_parser
+
+    parser = build_parser(
+        "sweep",
+        "Compares settings under the protocol: --tune is chosen task by task on validation images, everything else that "
+        "has several values makes rows of the report; then each is trained on all but the test images and evaluated on "
+        "these, once. Without more arguments, what the papers try. What has a result is not run again, and a killed run "
+        "goes on from its checkpoint.",
+        lists=True,
+    )
+    parser.add_argument("--tune", nargs="*", metavar="NAME", help="settings chosen per task (default: scale)")
+    parser.add_argument("--search_seed", type=int, nargs="+", default=[0], help="of the runs to choose by")
+    parser.add_argument(
+        "--no_shared_warmup", action="store_true", help="train the epochs before heads are selected in each run anew"
+    )
+    parser.add_argument("--storage", metavar="URL", help="share the sweep with other machines by Optuna's storage")
+    parser.add_argument("--study_name", help="in the storage (default: one per plan)")
+    parser.add_argument(
+        "--take_over", action="store_true", help="take what other machines have begun as well: they are gone"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="only say how many runs there are")
+    args = parser.parse_args(argv)
+    sweep, places = _prepare(args, {} if args.tune is None else {"tuned": tuple(args.tune)})
+
+    from ..benchmark.sweep import run_sweep
+
+    if args.dry_run:
+        search = sweep.search()
+        reported = len(sweep.variants()) * len(sweep.runs(sweep.methods()[:1], sweep.seeds, final=True))
+        print(f"{len(search):,} runs to choose by, {reported:,} to report")
+        return 0
+    outcome = run_sweep(
+        sweep,
+        places,
+        share_warmup=not args.no_shared_warmup,
+        test_every=args.test_every,
+        progress=_progress,
+        queue=_queue(args, sweep) if args.storage and _is_main() else None,
+    )
+    if _is_main() and outcome.runs:
+        from ..atomic import write_atomically
+        from ..benchmark.report import make_report, summarize
+
+        files = make_report(outcome.runs.values(), args.suite)
+        folder = places.work.parent / "report"
+        for name in reversed(files):
+            write_atomically(folder / name, files[name])
+        print(summarize(outcome.runs.values(), args.suite))
+        print(f"{len(files)} files in {folder}: report.md has all tables, what the rows share, and the figures")
+    return _finish(outcome, args)
+
+
+def _prepare(args: argparse.Namespace, settings: dict[str, Any]):
+    """The sweep and its places."""
+    import torch
+    from accelerate import PartialState
+
+    from ..benchmark.sweep import Sweep
+    from ..benchmark.training import Places
+    from .bench_arguments import read_method, read_recipe
+
+    # first of all: without a word on the device a process on a CPU takes itself for the only one
+    use_cpu = args.use_cpu or not torch.accelerator.is_available()
+    PartialState(cpu=use_cpu)
+    tasks = find_tasks(args)
+    few_shot = args.suite == "fewshot"
+    sweep = Sweep(
+        tasks,
+        read_method(args),
+        read_recipe(args),
+        args.model_name_or_path,
+        seeds=tuple(args.seed),
+        search_seeds=tuple(getattr(args, "search_seed", (0,))),
+        shots=tuple(args.shots) if few_shot else (None,),
+        list_seeds=tuple(args.list_seed) if few_shot else (None,),
+        **settings,
+    )
+    places = Places(
+        args.data_root,
+        args.output_dir,
+        cache_dir=args.cache_dir,
+        check_sizes=not args.any_size,
+        cache_test_images=args.cache_test_images,
+        save_every=args.save_every,
+        num_workers=args.num_workers,
+        use_cpu=use_cpu,
+    )
+    return sweep, places
+
+
+def _queue(args: argparse.Namespace, sweep):
+    from ..benchmark.shared import SharedQueue, default_study_name
+
+    name = args.study_name or default_study_name(sweep.runs(sweep.methods(), sweep.seeds, final=True))
+    return SharedQueue(args.storage, name, args.output_dir, args.take_over)
+
+
+def find_tasks(args: argparse.Namespace) -> tuple[Task, ...]:
+    """The tasks that were named, or all of the suite."""
+    if args.suite == SUITE:
+        named = [folder_task(args.data_root, name) for name in args.task]
+        return tuple(named or folder_tasks(args.data_root))
+    named = [find_task(name, args.suite) for name in args.task]
+    return tuple(named or (task for task in TASKS if task.suite == args.suite))
+
+
+def _check_single(args: argparse.Namespace) -> None:
+    """`bench run` runs one setting: what the papers try several values of must be said."""
+    from .bench_arguments import read_method
+
+    open_choices = [name for name, value in read_method(args).items() if isinstance(value, list)]
+    if open_choices:
+        names = ", ".join(f"--{name}" for name in open_choices)
+        raise ValueError(f"one setting is run: give {names} (bench sweep tries several values)")
+
+
+def _progress(count: int, title: str):
+    from tqdm import tqdm
+
+    return tqdm(total=count, desc=title, unit="run", file=sys.stderr, disable=not _is_main())
+
+
+def _is_main() -> bool:
+    from accelerate import PartialState
+
+    return PartialState().is_main_process
+
+
+def _finish(outcome, args: argparse.Namespace) -> int:
+    """The exit code; the processes end together."""
+    from accelerate import PartialState
+
+    if _is_main():
+        for run_id, why in outcome.failed.items():
+            print(f"failed: {run_id}: {why}", file=sys.stderr)
+        if outcome.failed:
+            print(f"{len(outcome.failed)} runs failed: {args.output_dir}/failed has the traces", file=sys.stderr)
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()
+    return 1 if outcome.failed else 0

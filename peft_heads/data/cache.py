@@ -1,0 +1,170 @@
+"""Images as the model's input, for a DataLoader: from the cache, or decoded whenever they are asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+
+import datasets
+import numpy as np
+import torch
+
+from .image_store import CacheEntry, cache_entries, cache_size, cached_entry, clean_cache
+from .images import decode_image
+from .preprocessing import Preprocessing
+from .trees import Split
+
+
+__all__ = [
+    "CacheEntry",
+    "CachedImages",
+    "StreamedImages",
+    "cache_entries",
+    "cache_size",
+    "clean_cache",
+    "open_images",
+]
+
+
+class _Images(torch.utils.data.Dataset):
+    """Examples `{"pixel_values": float32 (3, size, size), "labels": int}`.
+
+    Attributes:
+        labels: The class of every image.
+        preprocessing: As given.
+    """
+
+    def __init__(
+        self,
+        source: Split | datasets.Dataset,
+        preprocessing: Preprocessing,
+        *,
+        augment: Callable[[list[torch.Tensor]], torch.Tensor] | None = None,
+    ):
+        """
+        Args:
+            source: A split, or a dataset with columns `image` and `label` (class indices).
+            augment: From a list of uint8 images (3, H, W) to float values in [0, 1] (images, 3, size, size), before
+                the normalisation; see `augmentation`.
+
+        Raises:
+            ValueError: `preprocessing` leaves a random crop to do and there is no `augment`, or labels are text.
+        """
+        if preprocessing.crop == "random" and augment is None:
+            raise ValueError("crop='random' leaves the cropping to an augmentation: give augment, or crop='center'")
+        self.rows = (source.dataset if isinstance(source, Split) else source).cast_column(
+            "image", datasets.Image(decode=False)
+        )
+        self.labels = list(self.rows["label"])
+        if not all(isinstance(label, int) for label in self.labels):
+            raise ValueError("the column 'label' must hold class indices: dataset.class_encode_column('label')")
+        self.preprocessing = preprocessing
+        self.augment = augment
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        indices = [range(len(self))[index] for index in indices]
+        images = [torch.from_numpy(self.pixels(index)) for index in indices]
+        if self.augment is not None:
+            images = self.augment(images)
+        return [
+            {"pixel_values": self.preprocessing.normalize(image), "labels": self.labels[index]}
+            for index, image in zip(indices, images, strict=True)
+        ]
+
+    def pixels(self, index: int) -> np.ndarray:
+        """An image before augmentation and normalisation, uint8 (3, H, W)."""
+        raise NotImplementedError
+
+
+class CachedImages(_Images):
+    """Images that were decoded and resized once; the first run makes the cache's entry.
+
+    Attributes:
+        entry: The `CacheEntry`, with its folder and size.
+    """
+
+    def __init__(
+        self,
+        source: Split | datasets.Dataset,
+        preprocessing: Preprocessing,
+        *,
+        augment: Callable[[list[torch.Tensor]], torch.Tensor] | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        workers: int | None = None,
+    ):
+        """
+        Args:
+            cache_dir: Default: `PEFT_HEADS_CACHE` of the environment, or `~/.cache/peft_heads/images`.
+            workers: Threads that decode, if it has to be done; default: those of `ThreadPoolExecutor`.
+
+        Raises:
+            ValueError: As for all images; or one cannot be decoded, or `cache_dir` cannot be written.
+            FileNotFoundError: A file is gone.
+        """
+        super().__init__(source, preprocessing, augment=augment)
+        self.entry = cached_entry(
+            self.rows,
+            preprocessing,
+            source.fingerprint if isinstance(source, Split) else _fingerprint(self.rows),
+            description=f"{_title(source)}, {len(self):,} images",
+            cache_dir=cache_dir,
+            workers=workers,
+        )
+        self._offsets = self.entry.offsets()
+        self._mapped = self.entry.pixels()  # now, so that the entry may be deleted meanwhile
+
+    def pixels(self, index: int) -> np.ndarray:
+        if self._mapped is None:
+            self._mapped = self.entry.pixels()
+        begin, end = self._offsets[index : index + 2]
+        return np.array(self._mapped[begin:end]).reshape(3, *self.entry.shapes[index])
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_mapped": None}  # worker processes map the file themselves
+
+
+class StreamedImages(_Images):
+    """Images that are decoded whenever they are asked for; the values are those of `CachedImages`, bit for bit.
+
+    Raises (on access):
+        ValueError: An image cannot be decoded; the message names its file.
+    """
+
+    def pixels(self, index: int) -> np.ndarray:
+        return self.preprocessing.pixels(decode_image(self.rows[index]["image"]))
+
+
+def open_images(
+    source: Split | datasets.Dataset,
+    preprocessing: Preprocessing,
+    *,
+    cache: bool | None = None,
+    augment: Callable[[list[torch.Tensor]], torch.Tensor] | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> CachedImages | StreamedImages:
+    """From the cache, but test images streamed (those of VTAB-1K alone are 58 GB at 224 x 224), unless `cache` says."""
+    if cache is None:
+        cache = not (isinstance(source, Split) and source.name == "test")
+    if cache:
+        return CachedImages(source, preprocessing, augment=augment, cache_dir=cache_dir)
+    return StreamedImages(source, preprocessing, augment=augment)
+
+
+def _title(source: Split | datasets.Dataset) -> str:
+    if not isinstance(source, Split):
+        return str(source.split or "images")
+    drawn = f" {source.shots} shots, seed {source.list_seed}" if source.shots else ""
+    return f"{source.task.suite} {source.task.name} {source.name}{drawn}"
+
+
+def _fingerprint(rows: datasets.Dataset) -> str:
+    """Of a dataset that comes from no list: its files by name; bytes are in the cache's key themselves."""
+    paths = [image["path"] or "" for image in rows["image"]]
+    return hashlib.sha256("\n".join(paths).encode()).hexdigest()

@@ -1,0 +1,95 @@
+"""A data set of your own as a task: `<root>/<task>/{train,val,test}/<class>/` with images in them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import datasets
+
+from .contents import Content
+from .files import ImageFolder
+from .lists import Row
+from .tasks import Task
+from .trees import Split, summary
+
+
+SUITE = "folder"
+SPLITS = ("train", "val", "test")
+
+
+def folder_tasks(root: str | os.PathLike) -> list[Task]:
+    """The folders below `root` that have a folder `train`.
+
+    Raises:
+        FileNotFoundError: `root` is not a folder, or there is none in it.
+    """
+    if not Path(root).is_dir():
+        raise FileNotFoundError(f"{root} is not a folder")
+    names = sorted(path.name for path in Path(root).iterdir() if (path / "train").is_dir())
+    if not names:
+        raise FileNotFoundError(f"no folder in {root} has a folder 'train' in it: expected TASK/train/CLASS/IMAGE")
+    return [folder_task(root, name) for name in names]
+
+
+def folder_task(root: str | os.PathLike, name: str) -> Task:
+    """The row of a task whose classes are the folders in its `train`.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: There are fewer than two classes.
+    """
+    train = Path(root) / name / "train"
+    if not train.is_dir():
+        raise FileNotFoundError(f"no folder {train}: expected TASK/train/CLASS/IMAGE below {root}")
+    classes = class_folders(train)
+    if len(classes) < 2:
+        raise ValueError(f"{train} has {len(classes)} folders of classes; at least two are needed")
+    return Task(name, SUITE, SUITE, len(classes), {})
+
+
+def class_folders(split: Path) -> list[str]:
+    return sorted(path.name for path in split.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def load_folder_split(root: str | os.PathLike, task: Task, split: str) -> Split:
+    """A split of such a task; hidden files are passed over. Every file is looked at, none is decoded.
+
+    Raises:
+        FileNotFoundError: There is no such split.
+        ValueError: It has other classes than `train`, no images, or files that are none, each named.
+    """
+    home = Path(root) / task.name
+    folder = home / split
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{task.name} has no folder {folder} (splits of {SUITE!r}: {', '.join(SPLITS)})")
+    names = class_folders(home / "train")
+    others = sorted(set(class_folders(folder)) - set(names))
+    if others:
+        raise ValueError(f"{folder} has classes that {home / 'train'} has not: {', '.join(others[:10])}")
+    images, content = ImageFolder(home), Content([], [], [])
+    for label, name in enumerate(names):
+        paths = (folder / name).rglob("*") if (folder / name).is_dir() else ()
+        for path in sorted(path for path in paths if not path.name.startswith(".") and not path.is_dir()):
+            image = path.relative_to(home).as_posix()
+            try:
+                content.files.append(images.file("", image))
+                content.rows.append(Row(image, label, image))
+            except ValueError as error:
+                content.faults.append(f"{image} {error}")
+    if not content.rows:
+        content.faults.append("it has no images")
+    if content.faults:
+        raise ValueError(f"{folder} cannot be used: {summary(content.faults)}")
+    features = datasets.Features(
+        {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=names)},
+    )
+    columns = {"image": [file.path for file in content.files], "label": [row.label for row in content.rows]}
+    return Split(
+        task,
+        split,
+        datasets.Dataset.from_dict(columns, features=features),
+        layout="image folder",
+        image_format="+".join(sorted(content.formats())),
+        fingerprint=content.fingerprint(),
+    )

@@ -1,0 +1,124 @@
+"""From an image to the model's input, in two halves: pixels, which can be cached, and their normalisation."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import PIL.Image
+import torch
+
+
+NORMALIZATIONS = {
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+RESIZES = ("squash", "shorter_side")
+CROPS = ("center", "random")
+FILTERS = {name.lower(): value for name, value in PIL.Image.Resampling.__members__.items()}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What is done to every image; `to_dict()` belongs into every result.
+
+    Attributes:
+        size: Height and width of the model's input, in pixels.
+        resize: "squash" resizes to a square whatever the aspect ratio; "shorter_side" keeps the ratio.
+        resize_size: Length that `resize` gives the square's or the shorter side. Default: `size` for "squash" (nothing
+            is left to crop), `size * 256 // 224` for "shorter_side".
+        crop: What becomes `size` x `size` of a larger image: its "center", or, with "random", nothing yet: the image
+            stays as large as it is, for the random crop of `augmentation` to choose from.
+        filter: One of Pillow's: "nearest", "box", "bilinear", "hamming", "bicubic" or "lanczos".
+        normalization: "none" (values in [0, 1]), "imagenet", "half" (mean and deviation 0.5), or "checkpoint" with
+            that model's own `mean` and `std`, one value per channel.
+
+    Raises:
+        ValueError: An unknown or contradictory setting.
+    """
+
+    size: int = 224
+    resize: str = "squash"
+    resize_size: int | None = None
+    crop: str = "center"
+    filter: str = "bicubic"
+    normalization: str = "none"
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def __post_init__(self):
+        choices = {
+            "resize": RESIZES,
+            "crop": CROPS,
+            "filter": tuple(FILTERS),
+            "normalization": (*NORMALIZATIONS, "checkpoint"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
+        if self.size < 1 or self.resized < self.size:
+            raise ValueError(f"size={self.size} must be at least 1, and not above resize_size={self.resized}")
+        if (self.normalization == "checkpoint") != (self.mean is not None and self.std is not None):
+            raise ValueError(
+                f"mean and std are given with normalization='checkpoint', and only with it; got "
+                f"normalization={self.normalization!r}, mean={self.mean}, std={self.std}"
+            )
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if values is not None:
+                object.__setattr__(self, name, tuple(map(float, values)))  # the processors keep lists
+                if len(values) != 3 or (name == "std" and min(values) <= 0):
+                    raise ValueError(f"{name}={values} must have three values (std: above 0), one per channel")
+
+    @classmethod
+    def from_processor(cls, processor, **settings) -> Preprocessing:
+        """With the checkpoint's own normalisation: that of its image processor, "none" if it does not normalise."""
+        if not getattr(processor, "do_normalize", False):
+            return cls(normalization="none", **settings)
+        return cls(normalization="checkpoint", mean=processor.image_mean, std=processor.image_std, **settings)
+
+    @property
+    def resized(self) -> int:
+        """`resize_size`, or its default."""
+        if self.resize_size is not None:
+            return self.resize_size
+        return self.size if self.resize == "squash" else self.size * 256 // 224
+
+    def pixels(self, image: PIL.Image.Image) -> np.ndarray:
+        """An image in RGB mode as uint8 (3, H, W); H = W = `size` unless `crop` is "random"."""
+        width, height = image.size
+        if self.resize == "squash":
+            width = height = self.resized
+        else:
+            scale = self.resized / min(width, height)
+            width, height = (max(self.resized, round(side * scale)) for side in (width, height))
+        image = image.resize((width, height), FILTERS[self.filter])
+        if self.crop == "center" and (width, height) != (self.size, self.size):
+            left, top = (width - self.size) // 2, (height - self.size) // 2
+            image = image.crop((left, top, left + self.size, top + self.size))
+        return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
+
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8, or float values in [0, 1] (…, 3, H, W), to the model's `pixel_values`, float32."""
+        if images.dtype == torch.uint8:
+            images = images.to(torch.float32).div_(255)
+        if self.normalization == "none":
+            return images
+        mean, std = (images.new_tensor(values)[:, None, None] for values in self.statistics)
+        return images.sub(mean).div_(std)
+
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation per channel that `normalize` takes for values in [0, 1]."""
+        return NORMALIZATIONS.get(self.normalization) or (self.mean, self.std)
+
+    def pixel_settings(self) -> dict:
+        """What `pixels` depends on, for the key of a cache."""
+        settings = self.to_dict()
+        return {name: settings[name] for name in ("size", "resize", "resize_size", "crop", "filter")}
+
+    def to_dict(self) -> dict:
+        """All settings as plain values, defaults filled in; mean and std always, whatever they are called."""
+        mean, std = self.statistics
+        return {**asdict(self), "resize_size": self.resized, "mean": list(mean), "std": list(std)}

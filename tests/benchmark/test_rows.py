@@ -1,0 +1,121 @@
+import pytest
+from benchmark_runs import heads, make_run
+
+from peft_heads.benchmark.rows import SCALE, best_on_test, best_on_validation, common_and_own, make_rows
+
+
+def test_runs_that_differ_in_task_and_seed_share_a_row():
+    runs = [make_run("cifar", 0.5), make_run("cifar", 0.7, seed=1), make_run("dtd", 0.2)]
+    (row,) = make_rows(runs)
+    assert row.samples() == {"cifar": {(0, 0): 50.0, (0, 1): 70.0}, "dtd": {(0, 0): 20.0}}
+    assert row.mean("cifar") == pytest.approx(60) and row.mean("svhn") is None
+    assert row.is_test and row.method == {"name": "lora"}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"environment": {"image_format": "JPEG"}},
+        {"environment": {"checkpoint_revision": "r2"}},
+        {"environment": {"dirty": True}},
+        {"spec": {"preprocessing": {"resize": "bilinear", "normalization": "none"}}},
+        {"spec": {"recipe": {"learning_rate": 1e-3, "drop_path": 0.0}}},
+        {"spec": {"backbone": "another"}},
+        {"spec": {"epochs": 10}},
+        {"spec": {"shots": 4, "list_seed": 0}},
+        {"method": ("lora", {"r": 4})},
+        {"split": "val200"},
+    ],
+)
+def test_whatever_changes_the_number_makes_another_row(other):
+    assert len(make_rows([make_run(seed=0), make_run(seed=1, **other)])) == 2
+
+
+def test_versions_and_device_do_not():
+    rows = make_rows(
+        [make_run(), make_run(seed=1, environment={"versions": {"torch": "2.14.0"}, "device": "cuda: A"})]
+    )
+    assert len(rows) == 1
+
+
+def test_different_data_is_not_averaged():
+    other = {"environment": {"data_fingerprint": {"train": "00"}}}
+    (row,) = make_rows([make_run(seed=0), make_run(seed=1, **other), make_run("dtd", 0.3, seed=1, **other)])
+    assert row.samples() == {"dtd": {(0, 1): 30.0}}
+    assert row.notes == ("cifar: left out, its runs were on different data (data_fingerprint)",)
+    # few-shot lists are different data by design
+    lists = [
+        make_run(spec={"shots": 1, "list_seed": i}, environment={"data_fingerprint": {"train": i}}) for i in (0, 1)
+    ]
+    (row,) = make_rows(lists)
+    assert set(row.samples()["cifar"]) == {(0, 0), (1, 0)} and row.notes == ()
+
+
+def test_runs_without_accuracy_are_left_out():
+    assert make_rows([make_run(accuracy=None, partial=True)]) == []
+
+
+def test_best_of_all_variants_chosen_on_test():
+    runs = [
+        make_run("cifar", 0.5, method=heads(0)),
+        make_run("cifar", 0.6, method=heads(1)),
+        make_run("cifar", 0.4, method=heads(3, "positive")),
+        make_run("dtd", 0.3, method=heads(0)),
+        make_run("dtd", 0.2, method=heads(1)),
+        make_run("dtd", 0.9, method=heads(1), split="val200"),
+        make_run("dtd", 0.9, method=("lora", {})),
+        make_run("dtd", 0.9, method=heads(0, adapter_bits=1)),
+    ]
+    (row,) = best_on_test(make_rows(runs))
+    assert row.samples() == {"cifar": {(0, 0): 60.0}, "dtd": {(0, 0): 30.0}}
+    assert row.label == "head-masked-lora, best of all variants per task, chosen on test (as in the paper)"
+    assert row.choices == {"cifar": "criterion=absolute ne=1", "dtd": "criterion=absolute ne=0"}
+    assert row.notes == ("chosen from 3 variants",)
+
+
+def test_best_chosen_on_validation_reports_the_test_figure():
+    runs = [
+        make_run("cifar", 0.8, method=heads(0), split="val200"),
+        make_run("cifar", 0.6, method=heads(1), split="val200"),
+        make_run("cifar", 0.9, method=heads(1), split="val200", seed=1),  # mean 0.75
+        make_run("cifar", 0.5, method=heads(0)),
+        make_run("cifar", 0.9, method=heads(1)),
+        make_run("dtd", 0.1, method=heads(0), split="val200"),
+        make_run("dtd", 0.2, method=heads(3), split="val200"),
+        make_run("dtd", 0.6, method=heads(0)),
+        make_run("cifar", 0.9, method=heads(1), spec={"recipe": {}}),  # another recipe: never looked at
+    ]
+    (row,) = best_on_validation(make_rows(runs))
+    assert row.samples() == {"cifar": {(0, 0): 50.0}}
+    assert row.label == "head-masked-lora, best per task chosen on val200"
+    assert row.notes == (
+        "chosen from 3 variants",
+        "chosen, but not run on test: dtd (head-masked-lora criterion=absolute ne=3)",
+    )
+
+
+def test_the_scale_alone_can_be_chosen():
+    runs = [
+        make_run("cifar", accuracy, method=heads(ne, scale=scale), split=split)
+        for ne, scale, split, accuracy in [
+            (1, 0.1, "val200", 0.5),
+            (1, 10, "val200", 0.6),
+            (1, 0.1, "test", 0.55),
+            (1, 10, "test", 0.45),
+            (3, 10, "val200", 0.9),
+            (3, 10, "test", 0.9),
+        ]
+    ]
+    (row,) = best_on_validation(make_rows(runs), SCALE)
+    assert row.label == "head-masked-lora criterion=absolute ne=1, scale per task chosen on val200"
+    assert row.samples() == {"cifar": {(0, 0): 45.0}} and row.choices == {"cifar": "scale=10"}
+
+
+def test_what_rows_share_and_what_not():
+    rows = make_rows([make_run(), make_run(method=heads(1), spec={"recipe": {"drop_path": 0.0}})])
+    common, own = common_and_own(rows)
+    assert common["preprocessing.resize"] == "bicubic" and common["image_format"] == "PNG"
+    assert own == [
+        {"recipe.drop_path": 0.0, "recipe.learning_rate": None},
+        {"recipe.drop_path": 0.1, "recipe.learning_rate": 0.001},
+    ]

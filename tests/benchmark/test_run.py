@@ -1,0 +1,272 @@
+"""One run: the papers' training, the split that is looked at, and the same result however often it is interrupted."""
+
+import math
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback
+
+from peft_heads import TaylorHeadScorer
+from peft_heads.benchmark import training
+from peft_heads.benchmark.results import read_results
+from peft_heads.benchmark.run import make_spec, run, train_trunk, trunk_epochs, trunk_key
+from peft_heads.benchmark.training import Training
+from peft_heads.data.tasks import find_task
+
+
+HEADS = {"name": "head-masked-lora", "ne": 1, "criterion": "absolute", "r": 4, "adapter_bits": 1, "scale": 1}
+METHODS = {
+    "head-masked-lora": HEADS,
+    "per layer": {"name": "head-masked-lora", "ne": 1, "granularity": "layer", "r": 4, "bottleneck_dropout": 0.1},
+    "lora": {"name": "lora", "r": 4, "scale": 10},
+    "linear": {"name": "linear"},
+    "full": {"name": "full"},
+    "peft": {"name": "peft", "peft_config": '{"peft_type": "LOHA", "r": 2}'},
+}
+
+
+def spec_of(bench, method=HEADS, *, final=True, seed=0, **changes):
+    return make_spec(bench.tasks[0], method, replace(bench.recipe, **changes), bench.backbone, seed, final=final)
+
+
+def plain(result):
+    """Without what no two runs share."""
+    return {name: value for name, value in result.to_json().items() if name != "seconds"}
+
+
+class Killed(RuntimeError):
+    pass
+
+
+class KillAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Killed
+
+
+@pytest.fixture
+def kill_at(monkeypatch):
+    """`kill_at(step)`: the next trainings break off at that step; None for not at all."""
+
+    def kill(step):
+        original = Training.trainer.__wrapped__ if hasattr(Training.trainer, "__wrapped__") else Training.trainer
+
+        def trainer(self, *args, **kwargs):
+            made = original(self, *args, **kwargs)
+            if step is not None:
+                made.add_callback(KillAt(step))
+            return made
+
+        trainer.__wrapped__ = original
+        monkeypatch.setattr(Training, "trainer", trainer)
+
+    return kill
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods(bench, name):
+    done, new = run(spec_of(bench, METHODS[name]), bench.places("out"))
+    result = done.result
+    assert new and not result.partial and 0 <= result.accuracy <= 1
+    assert len(result.epoch_losses) == 4 and result.epoch_losses[-1] < result.epoch_losses[0]
+    assert result.seconds > 0 and result.best_on_test is None
+    head = 4 * (100 * 24 + 100)  # cifar has a hundred classes
+    assert result.head_bytes == head
+    adapter = {"lora": 4 * 4 * 2 * 2 * 48, "linear": 0}
+    if name in adapter:
+        assert result.adapter_bytes == adapter[name]
+    elif name == "head-masked-lora":
+        assert result.adapter_bytes < 4 * 4 * 2 * 2 * 48 / 8  # packed
+    elif name == "full":
+        model = training.new_image_classifier(bench.backbone, ["a"] * 100)
+        assert result.adapter_bytes == sum(p.nbytes for p in model.parameters()) - head
+    if "head" in name or "layer" in name:
+        assert {mask.count(False) for mask in result.masks.values()} == {1}
+        assert result.head_scores.keys() == result.masks.keys()
+    else:
+        assert result.masks == {} and result.head_scores is None
+    assert read_results(bench.root / "out", unofficial=True)[0].result == result
+    assert not list((bench.root / "out" / "work").iterdir())
+
+
+def test_recipe_reaches_trainer(bench):
+    """Learning rates by an independent reading of the recipe; incomplete batches are left out of training alone."""
+    spec = spec_of(bench, weight_decay=0.25)
+    trainer = Training(spec, bench.places("out")).trainer(bench.root / "x")
+    rates = []
+    trainer.add_callback(type("Rates", (TrainerCallback,), {
+        "on_pre_optimizer_step": lambda self, *a, **k: rates.append(k["optimizer"].param_groups[0]["lr"])
+    })())  # fmt: skip
+    trainer.train()
+    steps = 3  # 53 images, 16 in a batch
+    assert len(rates) == 4 * steps
+    assert rates[0] == pytest.approx(1e-6)
+    assert rates[steps - 1] == pytest.approx(1e-2)
+    for index in range(steps, 4 * steps):
+        progress = (index - steps + 1) / (3 * steps)
+        assert rates[index] == pytest.approx(1e-3 + (1e-2 - 1e-3) * (1 + math.cos(math.pi * progress)) / 2)
+    assert {group["weight_decay"] for group in trainer.optimizer.param_groups} >= {0.25}
+    assert isinstance(trainer.optimizer.optimizer, torch.optim.AdamW)
+    seen = []
+    trainer.compute_metrics = lambda prediction: seen.append(len(prediction.label_ids)) or {"accuracy": 0.0}
+    trainer.evaluate()
+    assert seen == [19]  # all test images
+    assert [c.warmup_epochs for c in trainer.callback_handler.callbacks if isinstance(c, TaylorHeadScorer)] == [3]
+
+
+def test_few_images_are_one_batch(bench):
+    assert Training(spec_of(bench, batch_size=64), bench.places("out")).steps_per_epoch == 1
+    assert Training(spec_of(bench, batch_size=64), bench.places("out")).drop_last is False
+    assert Training(spec_of(bench, batch_size=53), bench.places("out")).drop_last is True
+
+
+def test_protocol(bench, monkeypatch):
+    """The evaluation split is looked at once; test images never, when settings are chosen."""
+    looked_at = []
+    evaluate = Trainer.evaluate
+    monkeypatch.setattr(
+        Trainer, "evaluate", lambda self, *a, **k: looked_at.append(len(self.eval_dataset)) or evaluate(self, *a, **k)
+    )
+    for final, expected in ((False, (37, 16)), (True, (53, 19))):
+        looked_at.clear()
+        done, _ = run(spec_of(bench, final=final), bench.places("out"))
+        assert looked_at == [expected[1]]
+        assert (done.spec.train_split, done.spec.eval_split) == (
+            ("train800val200", "test") if final else ("train800", "val200")
+        )
+    looked_at.clear()
+    done, _ = run(spec_of(bench, seed=1), bench.places("out"), test_every=2)
+    assert looked_at == [19, 19] and done.result.best_on_test >= done.result.accuracy
+
+
+def test_what_is_evaluated_in_between_changes_nothing(bench):
+    once, _ = run(spec_of(bench), bench.places("once"))
+    often, _ = run(spec_of(bench), bench.places("often"), test_every=1)
+    assert often.result.best_on_test is not None
+    assert plain(replace(often.result, best_on_test=None)) == plain(once.result)
+
+
+def test_finished_runs_are_not_repeated(bench, monkeypatch):
+    first, new = run(spec_of(bench), bench.places("out"))
+    assert new
+    monkeypatch.setattr(Training, "trainer", lambda *args: pytest.fail("trains again"))
+    again, new = run(spec_of(bench), bench.places("out"))
+    assert not new and again.result == first.result
+
+
+@pytest.mark.parametrize("steps", [(2,), (3, 7), (8, 9, 11)], ids=["warm-up", "twice", "late"])
+def test_killed_runs_go_on(bench, kill_at, steps):
+    whole, _ = run(spec_of(bench), bench.places("whole"))
+    for step in steps:
+        kill_at(step)
+        with pytest.raises(Killed):
+            run(spec_of(bench), bench.places("killed"))
+        assert not read_results_or_none(bench.root / "killed")
+    kill_at(None)
+    done, _ = run(spec_of(bench), bench.places("killed"))
+    assert plain(done.result) == plain(whole.result)
+
+
+def read_results_or_none(folder):
+    return read_results(folder, unofficial=True) if folder.exists() else []
+
+
+def test_other_data_under_an_old_result_are_refused(bench):
+    run(spec_of(bench), bench.places("out"))
+    (bench.root / "other").mkdir()
+    data = shutil.copytree(bench.root / "data", bench.root / "other" / "data")
+    path = data / "cifar" / "test.txt"
+    path.write_text("\n".join(path.read_text().splitlines()[::-1]) + "\n")
+    places = replace(bench.places("out"), data_root=data)
+    with pytest.raises(ValueError, match="is this run with data_fingerprint"):
+        run(spec_of(bench), places)
+
+
+# The shared warm-up
+
+
+VARIANTS = {
+    "other criterion": {"criterion": "negative"},
+    "more heads": {"ne": 3},
+    "no heads": {"ne": 0},
+    "per layer": {"granularity": "layer", "joint": False},
+    "whole heads": {"mask_scope": "head"},
+    "random": {"criterion": "random", "mask_seed": 3},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_branch_is_a_run_of_its_own(bench, name):
+    variant = spec_of(bench, HEADS | VARIANTS[name] | {"bottleneck_dropout": 0.1})
+    trunk = train_trunk(spec_of(bench, HEADS | {"bottleneck_dropout": 0.1}), bench.places("branch"))
+    assert trunk.name == "checkpoint-6" and trunk_epochs(variant) == 2
+    branch, _ = run(variant, bench.places("branch"), begin_with=trunk)
+    alone, _ = run(variant, bench.places("alone"))
+    assert plain(branch.result) == plain(alone.result)
+    assert len(branch.result.epoch_losses) == 4
+    # which the trunk would not be, if it were not gone on from where it should
+    assert train_trunk(spec_of(bench, HEADS | {"bottleneck_dropout": 0.1}), bench.places("branch")) == trunk
+
+
+def test_a_killed_trunk_goes_on(bench, kill_at):
+    expected = train_trunk(spec_of(bench), bench.places("whole"))
+    kill_at(4)
+    with pytest.raises(Killed):
+        train_trunk(spec_of(bench), bench.places("killed"))
+    kill_at(None)
+    trunk = train_trunk(spec_of(bench), bench.places("killed"))
+    for name in ("adapter_model.safetensors", "head_scores.json"):
+        if (expected / name).exists():
+            assert (trunk / name).read_bytes() == (expected / name).read_bytes()
+
+
+def test_what_runs_can_share(bench):
+    base = spec_of(bench)
+    assert trunk_key(base) == trunk_key(spec_of(bench, HEADS | {"ne": 3, "criterion": "front"}))
+    for other in (
+        spec_of(bench, HEADS | {"scale": 2}),
+        spec_of(bench, HEADS | {"adapter_bits": 2}),
+        spec_of(bench, seed=1),
+        spec_of(bench, final=False),
+        spec_of(bench, head_warmup_epochs=2),
+    ):
+        assert trunk_key(base) != trunk_key(other)
+    assert trunk_epochs(spec_of(bench, {"name": "lora"})) == 0
+    assert trunk_epochs(spec_of(bench, HEADS | {"head_window": "all"})) == 0
+    assert trunk_epochs(spec_of(bench, HEADS | {"head_select_at": 0.5})) == 0
+    assert trunk_epochs(spec_of(bench, HEADS | {"head_warmup_epochs": 1})) == 0
+    assert trunk_epochs(spec_of(bench, HEADS | {"head_warmup_epochs": 2.5})) == 2
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (HEADS | {"nee": 1}, "unexpected keyword argument 'nee'"),
+        ({"name": "lora", "ne": 1}, "--ne does not apply to --method lora"),
+        (HEADS | {"lora_alpha": 3}, "--scale and --lora_alpha say the same thing"),
+    ],
+)
+def test_methods_that_there_are_not(bench, method, message):
+    with pytest.raises(ValueError, match=message):
+        spec_of(bench, method)
+
+
+def test_no_checkpoint(bench):
+    with pytest.raises(ValueError, match="no checkpoint '/gone'"):
+        make_spec(bench.tasks[0], HEADS, bench.recipe, "/gone", 0, final=True)
+
+
+def test_no_data(bench):
+    spec = make_spec(find_task("svhn", "vtab"), HEADS, bench.recipe, bench.backbone, 0, final=True)
+    with pytest.raises(FileNotFoundError, match="svhn"):
+        run(spec, bench.places("out"))
+    with pytest.raises(ValueError, match="800|1,000|1000"):
+        run(spec_of(bench), bench.places("out", check_sizes=True))

@@ -1,0 +1,198 @@
+"""Machines that share a sweep: folders of results of their own, and one storage."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+from benchmark_runs import make_run
+
+from peft_heads.benchmark import shared
+from peft_heads.benchmark import sweep as sweep_module
+from peft_heads.benchmark.results import find_result, read_results, write_result
+from peft_heads.benchmark.shared import SharedQueue, default_study_name
+from peft_heads.benchmark.sweep import Outcome, Sweep, execute, run_sweep
+
+
+pytest.importorskip("optuna")
+
+METHOD = {"name": "head-masked-lora", "r": 4, "adapter_bits": 1, "scale": [0.1, 1, 10], "ne": [0, 1]}
+
+
+def sweep_of(bench, **changes):
+    settings = {"tasks": bench.tasks, "seeds": (0, 1)} | changes
+    return Sweep(method=METHOD, recipe=bench.recipe, backbone=bench.backbone, **settings)
+
+
+def queue_of(bench, machine, **options):
+    return SharedQueue(f"sqlite:///{bench.root}/sweep.db", "study", bench.root / machine, **options)
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    """Runs give a made-up accuracy at once; `made_up` lists `(output_dir, run_id)` as they are run."""
+    done = []
+
+    def run(spec, places, *, begin_with=None, test_every=0):
+        found = find_result(places.output_dir, spec, unofficial=True)
+        if found is not None:
+            return found, False
+        time.sleep(0.02)  # the other machine's turn
+        accuracy = 0.5 + 0.01 * len(str(spec.method["scale"])) + 0.1 * spec.method["ne"]
+        made = make_run(spec.task, accuracy)
+        done.append((str(places.output_dir), spec.run_id))
+        path = write_result(places.output_dir, spec, made.result, made.environment)
+        return sweep_module.Run(spec, made.result, made.environment, path), True
+
+    monkeypatch.setattr(sweep_module, "run", run)
+    monkeypatch.setattr(sweep_module, "train_trunk", lambda spec, places: places.work / "trunk" / "checkpoint-1")
+    monkeypatch.setattr(shared, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(shared, "CLAIM_SECONDS", 0.05)
+    return done
+
+
+def results(bench, machine):
+    return {run.spec.run_id: run.result.to_json() for run in read_results(bench.root / machine, unofficial=True)}
+
+
+def test_two_machines(bench, made_up):
+    """Every group is run once, by one of them, and both have all results."""
+    outcomes, queues = {}, {name: queue_of(bench, name) for name in ("a", "b")}
+
+    def machine(name):
+        outcomes[name] = run_sweep(sweep_of(bench), bench.places(name), queue=queues[name])
+
+    threads = [threading.Thread(target=machine, args=(name,)) for name in ("a", "b")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outcomes.keys() == {"a", "b"}
+    ran = [run_id for _, run_id in made_up]
+    assert len(ran) == len(set(ran)) == 2 * 6 + 2 * 2 * 2
+    assert {folder for folder, _ in made_up} == {str(bench.root / "a"), str(bench.root / "b")}
+    assert results(bench, "a") == results(bench, "b") and len(results(bench, "a")) == 20
+    alone = run_sweep(sweep_of(bench), bench.places("alone"))
+    assert outcomes["a"].runs.keys() == outcomes["b"].runs.keys() == alone.runs.keys()
+
+
+def test_a_second_machine_finds_all_done(bench, made_up):
+    run_sweep(sweep_of(bench), bench.places("a"), queue=queue_of(bench, "a"))
+    made_up.clear()
+    outcome = run_sweep(sweep_of(bench), bench.places("b"), queue=queue_of(bench, "b"))
+    assert made_up == [] and len(outcome.runs) == 20 and results(bench, "b") == results(bench, "a")
+
+
+def test_a_killed_machine_goes_on(bench, made_up, monkeypatch):
+    specs = sweep_of(bench).search()
+    run = sweep_module.run
+
+    class Killed(BaseException):
+        pass
+
+    def kill(spec, *args, **kwargs):
+        if len(made_up) == 3:
+            raise Killed
+        return run(spec, *args, **kwargs)
+
+    monkeypatch.setattr(sweep_module, "run", kill)
+    with pytest.raises(Killed):
+        execute(specs, bench.places("a"), Outcome(), title="search", queue=queue_of(bench, "a"))
+    monkeypatch.setattr(sweep_module, "run", run)
+    # another machine leaves the begun group alone, and waits for it
+    other, waited = queue_of(bench, "b"), []
+
+    def back_again(seconds):
+        waited.append(len(made_up))
+        execute(specs, bench.places("a"), Outcome(), title="search", queue=queue_of(bench, "a"))
+
+    waits = {0.05: lambda seconds: None, 0.07: back_again}  # after a claim, for others
+    monkeypatch.setattr(shared, "POLL_SECONDS", 0.07)
+    monkeypatch.setattr(shared, "time", SimpleNamespace(sleep=lambda seconds: waits[seconds](seconds)))
+    outcome = Outcome()
+    execute(specs, bench.places("b"), outcome, title="search", queue=other)
+    assert waited == [3 + 8]  # of 12 runs in six groups, two groups of which the killed machine had begun
+    assert len(outcome.runs) == 12 and results(bench, "a") == results(bench, "b")
+    # the run it had finished before is not run again
+    assert len([run_id for _, run_id in made_up]) == 12
+
+
+def test_take_over(bench, made_up, monkeypatch):
+    specs = sweep_of(bench).search()
+    gone = queue_of(bench, "gone")
+    names = [shared.group_name(key, "search") for key in {sweep_module.trunk_key(spec): 0 for spec in specs}]
+    gone.enqueue(names)
+    assert gone.take(names)[1] == names[0]
+    monkeypatch.setattr(shared, "POLL_SECONDS", None)  # to wait for a machine that is gone would be an error
+    outcome = Outcome()
+    execute(specs, bench.places("b"), outcome, title="search", queue=queue_of(bench, "b", take_over=True))
+    assert len(outcome.runs) == 12
+
+
+def test_a_failed_run_keeps_nobody_waiting(bench, made_up, monkeypatch):
+    run = sweep_module.run
+
+    def fail(spec, *args, **kwargs):
+        if spec.method["scale"] == 10 and spec.task == "cifar":
+            raise RuntimeError("no memory")
+        return run(spec, *args, **kwargs)
+
+    monkeypatch.setattr(sweep_module, "run", fail)
+    for machine in ("a", "b"):
+        outcome = run_sweep(sweep_of(bench), bench.places(machine), queue=queue_of(bench, machine))
+        assert list(outcome.failed.values()) == ["RuntimeError: no memory"] * 2
+        assert len(outcome.runs) == 10 + 8
+
+
+def test_a_group_put_up_twice_is_run_once(bench, made_up):
+    """As two machines do that begin at once."""
+    queue = queue_of(bench, "a")
+    for _ in range(2):
+        queue.study.enqueue_trial({}, user_attrs={"group": "g"})
+    trial, _ = queue.take(["g"])
+    assert queue_of(bench, "b").take(["g"]) is None
+    queue.finish(trial, [], {"x": "failed"})
+    assert queue.unfinished(["g"]) == [] and queue.take(["g"]) is None
+
+
+def test_names(bench):
+    one, other = sweep_of(bench), sweep_of(bench, seeds=(0, 2))
+    plans = [sweep.runs(sweep.methods(), sweep.seeds, final=True) for sweep in (one, one, other)]
+    assert default_study_name(plans[0]) == default_study_name(plans[1][::-1]) != default_study_name(plans[2])
+
+
+def test_no_such_storage(bench):
+    with pytest.raises(ValueError, match="--storage 'nonsense' cannot be used: "):
+        SharedQueue("nonsense", "study", bench.root)
+
+
+def test_without_optuna(bench, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ValueError, match=r"pip install 'peft-heads\[optuna\]'"):
+        SharedQueue("sqlite://", "study", bench.root)
+
+
+@pytest.mark.slow
+def test_two_real_machines(bench):
+    words = "--epochs 2 --batch_size 16 --warmup_epochs 1 --head_warmup_epochs 1 --any_size --use_cpu --seed 0"
+    words += f" --task cifar eurosat --ne 0 1 --scale 1 10 --criterion absolute --data_root {bench.root}/data"
+    words += f" --model_name_or_path {bench.backbone} --storage sqlite:///{bench.root}/real.db"
+    command = [sys.executable, "-m", "peft_heads", "bench", "sweep", *words.split()]
+    running = [
+        subprocess.Popen(
+            [*command, "--output_dir", str(bench.root / name), "--cache_dir", str(bench.root / "cache")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for name in ("a", "b")
+    ]
+    outputs = [process.communicate(timeout=240) for process in running]
+    assert [process.returncode for process in running] == [0, 0], outputs
+    assert results(bench, "a") == results(bench, "b") and len(results(bench, "a")) == 8 + 4
+    assert json.dumps(outputs[0][0].splitlines()[:4]) == json.dumps(outputs[1][0].splitlines()[:4])

@@ -1,0 +1,231 @@
+"""What is run, what is chosen by validation images, and what a sweep leaves behind when it is killed or runs fail."""
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from peft_heads.benchmark import sweep as sweep_module
+from peft_heads.benchmark.report import make_report
+from peft_heads.benchmark.results import Run, RunResult, read_results
+from peft_heads.benchmark.sweep import Outcome, Sweep, execute, run_sweep
+
+
+HEADS = {"name": "head-masked-lora", "r": 4, "adapter_bits": 1, "scale": [0.1, 10]}
+GRID = HEADS | {"ne": [0, 1, 3], "criterion": ["absolute", "negative"]}
+
+
+def sweep_of(bench, method=GRID, **changes):
+    settings = {"tasks": bench.tasks[:1], "seeds": (0,)} | changes
+    return Sweep(method=method, recipe=bench.recipe, backbone=bench.backbone, **settings)
+
+
+def plain(run):
+    return {name: value for name, value in run.result.to_json().items() if name != "seconds"}
+
+
+def table(folder):
+    """The report without what no two sweeps share: times."""
+    report = make_report(read_results(folder, unofficial=True), "vtab")["report.md"]
+    return report[: report.index("what it cost")]
+
+
+def test_combinations(bench):
+    sweep = sweep_of(bench)
+    # with ne=0 the criterion makes no difference
+    assert len(sweep.methods()) == 2 * (1 + 2 * 2)
+    assert [len(candidates) for _, candidates in sweep.variants()] == [2] * 5
+    assert all("scale" not in row for row, _ in sweep.variants())
+    search = sweep.search()
+    assert len(search) == 10 and {(s.train_split, s.eval_split, s.seed) for s in search} == {("train800", "val200", 0)}
+    assert len({spec.run_id for spec in search}) == 10
+    assert sweep_of(bench, {"name": "linear"}).search() == []
+    few_shot = sweep_of(bench, tuned=("scale", "ne"), search_seeds=(4, 5))
+    assert [len(candidates) for _, candidates in few_shot.variants()] == [2, 4, 4]
+    assert {spec.seed for spec in few_shot.search()} == {4, 5}
+
+
+def result(spec, accuracy):
+    return Run(
+        spec,
+        RunResult(
+            accuracy=accuracy,
+            epoch_losses=[1.0],
+            seconds=1.0,
+            peak_memory_bytes=None,
+            trained_parameters=1,
+            adapter_bytes=1,
+            head_bytes=1,
+            masks={},
+        ),
+        None,
+    )
+
+
+def test_choice_by_validation(bench):
+    """The best scale of each variant and task, by its mean over the search's seeds; never by anything else."""
+    sweep = sweep_of(bench, tasks=bench.tasks, seeds=(7, 8), search_seeds=(0, 1))
+    accuracies = {  # of cifar; 10 has the best single run, 0.1 the better mean
+        (0.1, 0): 0.6,
+        (0.1, 1): 0.6,
+        (10, 0): 0.9,
+        (10, 1): 0.2,
+    }
+
+    def results(spec):
+        assert spec.eval_split == "val200"
+        scale = spec.method["scale"]
+        if spec.task == "eurosat":
+            return result(spec, 0.5 if spec.method["ne"] != 3 else scale / 100)  # equal: the first
+        return result(spec, accuracies[scale, spec.seed])
+
+    final = sweep.final(results)
+    assert len(final) == 2 * 5 * 2
+    assert {(s.train_split, s.eval_split) for s in final} == {("train800val200", "test")}
+    assert {spec.seed for spec in final} == {7, 8}
+    for spec in final:
+        expected = 10 if spec.task == "eurosat" and spec.method["ne"] == 3 else 0.1
+        assert spec.method["scale"] == expected
+    # a setting whose run failed is not chosen; where all have failed, there is nothing to report
+    lost = sweep.final(lambda spec: None if spec.method["scale"] == 0.1 else results(spec))
+    assert {spec.method["scale"] for spec in lost} == {10} and len(lost) == len(final)
+    assert sweep.final(lambda spec: None) == []
+
+
+def test_few_shot_lists(bench):
+    from peft_heads.data.tasks import find_task
+
+    sweep = Sweep(
+        (find_task("food101", "fewshot"),),
+        {"name": "lora", "r": 4, "scale": [1, 10]},
+        replace(bench.recipe, name="fewshot"),
+        bench.backbone,
+        seeds=(0,),
+        shots=(1, 4),
+        list_seeds=(0, 1, 2),
+    )
+    search = sweep.search()
+    assert len(search) == 2 * 3 * 2 and {(s.shots, s.list_seed) for s in search} == {
+        (shots, seed) for shots in (1, 4) for seed in (0, 1, 2)
+    }
+    final = sweep.final(lambda spec: result(spec, spec.method["scale"] / 10 if spec.shots == 1 else 0.5))
+    assert {(spec.shots, spec.method["scale"]) for spec in final} == {(1, 10), (4, 1)}
+    assert {spec.train_split for spec in final} == {"train"}
+
+
+@pytest.mark.slow
+def test_shared_warmup_changes_nothing(bench):
+    method = GRID | {"ne": [0, 1], "scale": [0.1, 10]}
+    trained = {}
+    for share in (True, False):
+        sweep = sweep_of(bench, method)
+        outcome = run_sweep(sweep, bench.places(f"share-{share}"), share_warmup=share)
+        assert not outcome.failed and len(outcome.runs) == 6 + 3
+        trained[share] = outcome.runs
+    assert trained[True].keys() == trained[False].keys()
+    for run_id, run in trained[True].items():
+        assert plain(run) == plain(trained[False][run_id])
+    assert table(bench.root / "share-True") == table(bench.root / "share-False")
+    assert not list((bench.root / "share-True" / "work").iterdir())
+
+
+def test_shared_warmup_is_trained_once(bench, monkeypatch):
+    trunks = []
+    original = sweep_module.train_trunk
+    monkeypatch.setattr(
+        sweep_module, "train_trunk", lambda spec, places: trunks.append(spec) or original(spec, places)
+    )
+    sweep = sweep_of(bench, GRID | {"ne": [0, 1], "criterion": "front"})
+    outcome = Outcome()
+    execute(sweep.search(), bench.places("out"), outcome)
+    assert len(trunks) == 2 and {spec.method["scale"] for spec in trunks} == {0.1, 10}
+    assert all(spec.method["ne"] == 1 for spec in trunks)
+    execute(sweep.search(), bench.places("out"), outcome)
+    assert len(trunks) == 2
+    # alone there is nothing to share
+    execute(sweep_of(bench, GRID | {"ne": 3, "criterion": "front", "scale": 5}).runs(
+        [HEADS | {"ne": 3, "scale": 5}], (0,), final=False), bench.places("out"), outcome)  # fmt: skip
+    assert len(trunks) == 2
+
+
+class Killed(BaseException):
+    """Not an error of a run, which a sweep survives."""
+
+
+@pytest.mark.slow
+def test_killed_at_random(bench, monkeypatch):
+    """A sweep that is killed anywhere and begun again ends with the same report."""
+    method = HEADS | {"ne": [0, 1], "criterion": "absolute"}
+    whole = run_sweep(sweep_of(bench, method), bench.places("whole"))
+    from transformers import TrainerCallback
+
+    from peft_heads.benchmark.training import Training
+
+    countdown, chance = [0], random.Random(0)
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            countdown[0] -= 1
+            if countdown[0] == 0:
+                raise Killed
+
+    original = Training.trainer
+
+    def trainer(self, *args, **kwargs):
+        made = original(self, *args, **kwargs)
+        made.add_callback(Kill())
+        return made
+
+    monkeypatch.setattr(Training, "trainer", trainer)
+    kills = 0
+    while True:
+        countdown[0] = chance.randint(3, 25)
+        try:
+            outcome = run_sweep(sweep_of(bench, method), bench.places("killed"))
+            break
+        except Killed:
+            kills += 1
+    assert kills >= 3
+    assert outcome.runs.keys() == whole.runs.keys()
+    assert all(plain(outcome.runs[run_id]) == plain(run) for run_id, run in whole.runs.items())
+    assert table(bench.root / "killed") == table(bench.root / "whole")
+
+
+def test_failed_runs_do_not_stop_the_others(bench, monkeypatch, caplog):
+    original = sweep_module.run
+    fails = [True]
+
+    def run(spec, *args, **kwargs):
+        if fails[0] and spec.method["scale"] == 10 and spec.method["ne"] == 1:
+            raise RuntimeError("no\nmemory")
+        return original(spec, *args, **kwargs)
+
+    monkeypatch.setattr(sweep_module, "run", run)
+    sweep = sweep_of(bench, HEADS | {"ne": [0, 1]})
+    outcome = run_sweep(sweep, bench.places("out"))
+    assert list(outcome.failed.values()) == ["RuntimeError: no memory"] and len(outcome.runs) == 3 + 2
+    path = bench.root / "out" / "failed" / f"{next(iter(outcome.failed))}.txt"
+    assert "RuntimeError" in path.read_text() and "no memory" in caplog.text
+    fails[0] = False
+    again = run_sweep(sweep, bench.places("out"))
+    assert not again.failed and not path.exists() and len(again.runs) == 6
+
+
+def test_progress_counts_what_is_left(bench):
+    made = []
+
+    class Bar:
+        def __init__(self, total, title):
+            self.total, self.title, self.done = total, title, 0
+            made.append(self)
+
+        def update(self):
+            self.done += 1
+
+        def close(self):
+            pass
+
+    sweep = sweep_of(bench, HEADS | {"ne": 1})
+    execute(sweep.search()[:1], bench.places("out"), Outcome())
+    run_sweep(sweep, bench.places("out"), progress=Bar)
+    assert [(bar.title, bar.total, bar.done) for bar in made] == [("search", 1, 1), ("report", 1, 1)]

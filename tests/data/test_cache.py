@@ -1,0 +1,366 @@
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import trees
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from peft_heads.data import image_store
+from peft_heads.data.cache import CachedImages, StreamedImages, cache_entries, cache_size, clean_cache, open_images
+from peft_heads.data.images import collate, decode_image, load_image_dataset
+from peft_heads.data.preprocessing import Preprocessing
+from peft_heads.data.trees import load_split
+
+
+TASK = trees.small("cifar", "vtab")
+SMALL = Preprocessing(size=16, normalization="imagenet")
+VARIED = Preprocessing(size=16, resize="shorter_side", resize_size=18, crop="random")
+
+
+@pytest.fixture
+def root(tmp_path):
+    trees.write_vtab(tmp_path / "root", TASK)
+    return tmp_path / "root"
+
+
+@pytest.fixture
+def split(root):
+    return load_split(root, TASK, "train800")
+
+
+@pytest.fixture
+def cache_dir(tmp_path, monkeypatch):
+    monkeypatch.setenv("PEFT_HEADS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Paths of the images that were decoded."""
+    paths = []
+
+    def decode(image):
+        paths.append(image["path"])
+        return decode_image(image)
+
+    monkeypatch.setattr(image_store, "decode_image", decode)
+    return paths
+
+
+def whole(images):
+    """An augmentation that crops at a corner and changes nothing else."""
+    return torch.stack([image[:, :16, :16] / 255 for image in images])
+
+
+# values
+
+
+def test_cached_values_are_those_of_pillow(split, cache_dir):
+    images = CachedImages(split, SMALL)
+    assert len(images) == 8 and images.labels == [0, 1, 2, 0, 1, 2, 0, 1]
+    with Image.open(split.dataset[5]["image"]["path"]) as image:
+        expected = np.asarray(image.convert("RGB").resize((16, 16), Image.Resampling.BICUBIC)) / 255
+    expected = (expected - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    assert images[5]["labels"] == 2
+    assert images[5]["pixel_values"].dtype == torch.float32
+    np.testing.assert_allclose(images[5]["pixel_values"].numpy(), expected.transpose(2, 0, 1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("preprocessing", [SMALL, VARIED])
+def test_streamed_images_are_the_same_bit_for_bit(tmp_path, cache_dir, preprocessing):
+    task = trees.small("cifar", "vtab", sizes={"train800": 70, "val200": 1, "test": 1})
+    trees.write_vtab(tmp_path, task, size=(21, 37))
+    split = load_split(tmp_path, task, "train800")
+    augment = whole if preprocessing is VARIED else None
+    cached = CachedImages(split, preprocessing, augment=augment)
+    streamed = StreamedImages(split, preprocessing, augment=augment)
+    assert len(cached) == 70 and (cached.entry.shapes == ([[32, 18]] if augment else [[16, 16]])).all()
+    for one, other in zip(cached, streamed, strict=True):
+        assert torch.equal(one["pixel_values"], other["pixel_values"]) and one["labels"] == other["labels"]
+    assert torch.equal(cached[-1]["pixel_values"], streamed[69]["pixel_values"])
+    assert not torch.equal(cached[0]["pixel_values"], cached[1]["pixel_values"])
+    with pytest.raises(IndexError):
+        cached[70]
+
+
+def test_batches_in_worker_processes(split, cache_dir):
+    images = CachedImages(split, Preprocessing(size=64))
+    expected = collate([images[i] for i in range(8)])
+    copy = pickle.loads(pickle.dumps(images))
+    assert len(pickle.dumps(images)) < images.entry.size / 4  # the pixels stay on disk
+    for batch in DataLoader(copy, batch_size=8, collate_fn=collate, num_workers=1):
+        assert torch.equal(batch["pixel_values"], expected["pixel_values"])
+        assert torch.equal(batch["labels"], expected["labels"])
+
+
+def test_a_random_crop_needs_an_augmentation(split):
+    with pytest.raises(ValueError, match="crop='random' leaves the cropping to an augmentation"):
+        StreamedImages(split, VARIED)
+
+
+def test_test_images_are_streamed_unless_asked_for(root, split, cache_dir):
+    test = load_split(root, TASK, "test")
+    assert type(open_images(test, SMALL)) is StreamedImages and not cache_dir.exists()
+    assert type(open_images(test, SMALL, cache=True)) is CachedImages
+    assert type(open_images(split, SMALL)) is CachedImages
+    assert type(open_images(split, SMALL, cache=False)) is StreamedImages
+
+
+def test_plain_image_folders_and_bytes(tmp_path, cache_dir):
+    for i in range(4):
+        path = tmp_path / "folder" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trees.picture(i, 4).save(path)
+    rows = load_image_dataset(train_dir=str(tmp_path / "folder"), train_val_split=0, cache_dir=str(tmp_path / "c"))
+    images = CachedImages(rows["train"], SMALL)
+    assert images.labels == [0, 0, 1, 1]
+    assert torch.equal(images[1]["pixel_values"], StreamedImages(rows["train"], SMALL)[1]["pixel_values"])
+    shutil.copytree(tmp_path / "folder", tmp_path / "copy")  # with the times of the files
+    copy = load_image_dataset(train_dir=str(tmp_path / "copy"), train_val_split=0, cache_dir=str(tmp_path / "c"))
+    assert CachedImages(copy["train"], SMALL).entry.path != images.entry.path
+    embedded = [
+        datasets.Dataset.from_dict(
+            {"image": [trees.picture(label, 4)], "label": [label]},
+            features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")}),
+        )
+        for label in (1, 2)
+    ]
+    for rows in embedded:
+        assert torch.equal(
+            CachedImages(rows, SMALL)[0]["pixel_values"], StreamedImages(rows, SMALL)[0]["pixel_values"]
+        )
+    assert len(cache_entries()) == 4
+    with pytest.raises(ValueError, match="class_encode_column"):
+        StreamedImages(datasets.Dataset.from_dict({"image": [None], "label": ["cat"]}), SMALL)
+
+
+# what is made, and when
+
+
+def test_decoded_once_and_reused(split, root, tmp_path, cache_dir, decoded):
+    CachedImages(split, SMALL)
+    assert sorted(decoded) == sorted(image["path"] for image in split.dataset["image"])
+    CachedImages(split, SMALL)
+    CachedImages(load_split(root, TASK, "train800"), Preprocessing(size=16, normalization="half"))
+    os.rename(root, tmp_path / "moved")
+    CachedImages(load_split(tmp_path / "moved", TASK, "train800"), SMALL)
+    assert len(decoded) == 8
+
+
+@pytest.mark.parametrize("change", ["size", "filter", "crop", "time", "file", "list", "pillow", "format"])
+def test_made_anew_if_pixels_may_have_changed(split, root, cache_dir, decoded, monkeypatch, change):
+    CachedImages(split, SMALL)
+    preprocessing, image = SMALL, root / "cifar/images/train800/000003.jpg"
+    if change == "size":
+        preprocessing = Preprocessing(size=8)
+    elif change == "filter":
+        preprocessing = Preprocessing(size=16, filter="bilinear")
+    elif change == "crop":
+        preprocessing = Preprocessing(size=16, resize_size=20)
+    elif change == "time":
+        os.utime(image, ns=(0, image.stat().st_mtime_ns + 1))
+    elif change == "file":
+        stat = image.stat()
+        trees.picture(1, 3, size=(50, 50)).save(image)
+        os.utime(image, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    elif change == "list":
+        lines = (root / "cifar/train800.txt").read_text().splitlines()
+        (root / "cifar/train800.txt").write_text("\n".join(lines[1:] + lines[:1]))
+    elif change == "pillow":
+        monkeypatch.setattr("PIL.__version__", "0.1")
+    elif change == "format":
+        monkeypatch.setattr(image_store, "FORMAT_VERSION", 0)
+    changed = load_split(root, TASK, "train800")
+    found = CachedImages(changed, preprocessing)
+    assert len(decoded) == 16
+    for one, other in zip(found, StreamedImages(changed, preprocessing), strict=True):
+        assert torch.equal(one["pixel_values"], other["pixel_values"])
+
+
+def test_the_list_is_part_of_the_key(split):
+    keys = {image_store.pixel_key(split.dataset, SMALL, fingerprint) for fingerprint in ("a", "b", "a")}
+    assert len(keys) == 2 and all(len(key) == 64 for key in keys)
+
+
+def test_a_damaged_entry_is_made_anew(split, cache_dir, decoded):
+    for name, content in (("pixels.bin", b"short"), ("entry.json", b"{"), ("entry.json", b"[]"), ("entry.json", None)):
+        entry = CachedImages(split, SMALL).entry
+        before = len(decoded)
+        (entry.path / name).unlink()
+        if content is not None:
+            (entry.path / name).write_bytes(content)
+        assert cache_entries() == []
+        images = CachedImages(split, SMALL)
+        assert len(decoded) == before + 8 and images[7]["pixel_values"].isfinite().all()
+
+
+def test_a_damaged_image_leaves_nothing_behind(split, root, cache_dir):
+    path = root / "cifar/images/train800/000006.jpg"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"image .*000006.jpg cannot be read"):
+        CachedImages(split, SMALL)
+    assert [path.suffix for path in cache_dir.iterdir()] in ([], [".lock"])
+    with pytest.raises(ValueError, match=r"image .*000006.jpg cannot be read"):
+        StreamedImages(split, SMALL)[6]
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"image .*000006.jpg is gone"):
+        CachedImages(split, SMALL)
+
+
+def test_decompression_bombs_are_refused(split, cache_dir, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20 * 16 // 2 - 1)
+    for kind in (CachedImages, StreamedImages):
+        with pytest.raises(ValueError, match=r"image .*train800/00000\d.jpg cannot be read: .*decompression bomb"):
+            kind(split, SMALL)[0]
+
+
+def test_a_cache_that_cannot_be_written(split, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"the image cache .*file/cache cannot be written .*PEFT_HEADS_CACHE"):
+        CachedImages(split, SMALL, cache_dir=tmp_path / "file" / "cache")
+
+
+def test_a_file_system_without_locks(split, cache_dir, monkeypatch, decoded):
+    """Two processes make the same entry; the slower one uses what the faster one made."""
+
+    def acquire(*args, **kwargs):
+        raise NotImplementedError
+
+    monkeypatch.setattr("filelock.FileLock.acquire", acquire)
+    write = image_store._write_pixels
+
+    def overtaken(*args):
+        shapes = write(*args)
+        monkeypatch.setattr(image_store, "_write_pixels", write)
+        CachedImages(split, SMALL)
+        assert len(list(cache_dir.glob("_*"))) == 1  # the unfinished entry is still there
+        return shapes
+
+    monkeypatch.setattr(image_store, "_write_pixels", overtaken)
+    assert len(CachedImages(split, SMALL)) == 8
+    assert len(decoded) == 16 and len(cache_entries()) == 1
+    assert [path.name for path in cache_dir.iterdir()] == [cache_entries()[0].path.name]
+
+
+def test_an_entry_that_appears_meanwhile_is_used(split, cache_dir, monkeypatch, decoded):
+    make = image_store.new_folder
+
+    def overtaken(target):
+        with make(target) as folder:
+            image_store._write_pixels(split.dataset["image"], SMALL, folder / "pixels.bin", 1)
+            content = {"description": "faster", "shapes": [[16, 16]] * 8}
+            (folder / "entry.json").write_text(json.dumps(content))
+        return make(target)
+
+    monkeypatch.setattr(image_store, "new_folder", overtaken)
+    assert CachedImages(split, SMALL).entry.description == "faster" and len(decoded) == 8
+
+
+def test_an_entry_is_read_without_writing(split, cache_dir, monkeypatch):
+    entry = CachedImages(split, SMALL).entry
+    for path in cache_dir.glob(".*.lock"):
+        path.unlink()
+    assert CachedImages(split, SMALL).entry.path == entry.path
+    assert list(cache_dir.iterdir()) == [entry.path]
+
+
+# several processes
+
+MAKER = """
+import sys, time
+sys.path[:0] = {path!r}
+import trees
+from peft_heads.data import image_store
+from peft_heads.data.cache import CachedImages
+from peft_heads.data.preprocessing import Preprocessing
+from peft_heads.data.trees import load_split
+decode = image_store.decode_image
+def slow(image):
+    print("decoding", flush=True)
+    time.sleep({seconds})
+    return decode(image)
+image_store.decode_image = slow
+split = load_split({root!r}, trees.small("cifar", "vtab"), "train800")
+print("values", CachedImages(split, Preprocessing(size=16), workers=1)[7]["pixel_values"].sum().item(), flush=True)
+"""
+
+
+def start(root, seconds):
+    code = MAKER.format(path=sys.path, root=str(root), seconds=seconds)
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_one_process_makes_and_others_wait(root, cache_dir):
+    makers = [start(root, 0.1) for _ in range(3)]
+    lines = [line for maker in makers for line in maker.communicate()[0].splitlines()]
+    assert [maker.returncode for maker in makers] == [0, 0, 0]
+    assert lines.count("decoding") == 8
+    assert len({line for line in lines if line.startswith("values")}) == 1
+    assert len(cache_entries()) == 1
+
+
+@pytest.mark.slow
+def test_a_killed_maker_leaves_nothing_that_is_read(root, split, cache_dir):
+    maker = start(root, 60)
+    maker.stdout.readline()
+    assert cache_entries() == [] and cache_size() == 0
+    (unfinished,) = cache_dir.glob("_*")
+    (unfinished / "new" / "pixels.bin").write_bytes(b"half")
+    assert clean_cache() == 0 and unfinished.exists()  # it is being made
+    maker.send_signal(signal.SIGKILL)
+    maker.communicate()
+    assert cache_size() == 4
+    CachedImages(split, Preprocessing(size=16))
+    assert not unfinished.exists() and len(cache_entries()) == 1
+
+
+# size and deletion
+
+
+def test_size_and_deletion(split, cache_dir, caplog):
+    caplog.set_level("INFO", logger="peft_heads")
+    images = CachedImages(split, SMALL)
+    CachedImages(split, VARIED, augment=whole)
+    names = [entry.description for entry in cache_entries()]
+    assert names == ["vtab cifar train800, 8 images"] * 2
+    assert caplog.messages[0].startswith(f"{names[0]}: decoded into {cache_dir} (0.0")
+    size = sum(path.stat().st_size for path in cache_dir.glob("*/*"))
+    assert size > 8 * 3 * 16 * 16 and cache_size() == cache_size(cache_dir) == size
+
+    unfinished = cache_dir / f"_{images.entry.path.name}.x" / "new"
+    unfinished.mkdir(parents=True)
+    (unfinished / "pixels.bin").write_bytes(b"1234")
+    for other in ("notes", "ab" * 31, "_" + "x" * 64):
+        (cache_dir / other).mkdir()
+        (cache_dir / other / "pixels.bin").write_bytes(b"mine")
+    assert clean_cache() == size + 4
+    assert sorted(path.name for path in cache_dir.iterdir() if path.is_dir()) == sorted(
+        ["notes", "ab" * 31, "_" + "x" * 64]
+    )
+    assert cache_size() == 0 and clean_cache(cache_dir / "nowhere") == 0
+    # an open entry is still read
+    assert torch.equal(images[3]["pixel_values"], StreamedImages(split, SMALL)[3]["pixel_values"])
+
+
+def test_the_default_folder(monkeypatch, tmp_path):
+    monkeypatch.delenv("PEFT_HEADS_CACHE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert image_store.default_cache_dir() == tmp_path / ".cache" / "peft_heads" / "images"
+
+
+def test_an_entry_says_what_it_is(split, cache_dir):
+    entry = CachedImages(split, SMALL).entry
+    content = json.loads((entry.path / "entry.json").read_text())
+    assert content == {"format": 1, "description": "vtab cifar train800, 8 images", "shapes": [[16, 16]] * 8}
+    assert (entry.path / "pixels.bin").stat().st_size == 8 * 3 * 16 * 16
+    shutil.rmtree(cache_dir)
