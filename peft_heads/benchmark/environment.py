@@ -14,7 +14,7 @@ import torch
 from .results import Environment
 
 
-LIBRARIES = ("peft-heads", "torch", "transformers", "peft", "accelerate", "datasets", "numpy", "pillow")
+LIBRARIES = ("peft-heads", "torch", "transformers", "peft", "accelerate", "datasets", "numpy", "pillow", "kornia")
 
 
 def describe_environment(

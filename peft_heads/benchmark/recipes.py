@@ -20,6 +20,8 @@ class Recipe:
             epoch of the first, and falls by a half cosine to the third.
         drop_path: Stochastic depth, growing linearly over the blocks to this rate.
         drop_last: Whether the last, incomplete batch of an epoch is left out; never if it is the only one.
+        max_grad_norm: Gradients are clipped to this norm; 0 does not clip, as the papers.
+        bf16: Mixed precision.
         head_warmup_epochs: Epochs before the heads are selected.
         train_images, eval_images: Arguments of `data.preprocessing.Preprocessing`.
         augmentation: Arguments of `data.augmentation.Augmentation`; empty for none.
@@ -37,6 +39,8 @@ class Recipe:
     final_learning_rate: float = 1e-5
     drop_path: float = 0.1
     drop_last: bool = True
+    max_grad_norm: float = 0.0
+    bf16: bool = False
     head_warmup_epochs: int = 10
     train_images: dict[str, Any] = field(default_factory=dict)
     eval_images: dict[str, Any] = field(default_factory=dict)
@@ -46,7 +50,7 @@ class Recipe:
         for name in ("epochs", "batch_size", "learning_rate", "head_warmup_epochs"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)!r}")
-        for name in ("weight_decay", "warmup_epochs", "warmup_learning_rate", "final_learning_rate"):
+        for name in ("weight_decay", "max_grad_norm", "warmup_epochs", "warmup_learning_rate", "final_learning_rate"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative; got {getattr(self, name)!r}")
         if not 0 <= self.drop_path < 1:

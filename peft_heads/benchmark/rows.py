@@ -12,7 +12,7 @@ from .schema import canonical_json
 
 
 # Settings of a method that a "best per task" row may choose anew for every task.
-SCALE = ("scale",)
+SCALE = ("scale", "lora_alpha")
 VARIANTS = ("ne", "ratio", "criterion", "granularity", "joint", "mask_seed", *SCALE)
 
 
@@ -64,10 +64,15 @@ def row_settings(run: Run) -> dict[str, Any]:
     spec = run.spec.to_json()
     settings = {name: value for name, value in spec.items() if name not in ("task", "seed", "list_seed")}
     return settings | {
-        "image_format": run.environment.image_format,
+        "image_format": _main_format(run.environment.image_format),
         "checkpoint_revision": run.environment.checkpoint_revision,
         "official": run.official,
     }
+
+
+def _main_format(image_format: str | None) -> str | None:
+    """A JPEG tree with some images of another format is a JPEG tree: which tasks have them is no setting."""
+    return "JPEG" if "JPEG" in (image_format or "").split("+") else image_format
 
 
 def make_rows(runs: Iterable[Run]) -> list[Row]:
@@ -137,7 +142,7 @@ def best_on_validation(rows: Iterable[Row], variants: tuple[str, ...] = VARIANTS
                 continue
             best, missing = {}, []
             for task in _tasks(validated):
-                method = max(_having(validated, task), key=lambda row: row.mean(task)).method
+                method = max(_having(validated, task), key=lambda row: round(row.mean(task), 7)).method
                 found = [row for row in _having(family, task) if _key(row.method) == _key(method)]
                 if found:
                     best[task] = found[0]
@@ -197,12 +202,16 @@ def _on_different_data(seeds: dict[tuple, Run]) -> bool:
 
 def _order(row: Row) -> tuple:
     """Methods by name, their settings as numbers where they are numbers."""
-    method = sorted((name, value) for name, value in row.method.items() if name != "name")
-    words = [
+    return row.method["name"], row.settings["shots"] or 0, method_order(row.method), _key(row.settings)
+
+
+def method_order(method: dict[str, Any]) -> list[tuple]:
+    """A key to sort the settings of one method by; of equally good ones the first is chosen, everywhere."""
+    settings = sorted((name, value) for name, value in method.items() if name != "name")
+    return [
         (name, isinstance(value, str), value if isinstance(value, int | float) else 0, str(value))
-        for name, value in method
+        for name, value in settings
     ]
-    return row.method["name"], row.settings["shots"] or 0, words, _key(row.settings)
 
 
 def _key(value: Any) -> str:

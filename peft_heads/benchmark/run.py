@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import AutoConfig
 
+from ..atomic import write_atomically
 from ..checkpoints import last_complete_checkpoint
 from ..data.augmentation import Augmentation
 from ..data.preprocessing import Preprocessing
@@ -21,9 +23,11 @@ from ..data.tasks import Task
 from ..methods import check_method_arguments
 from .drop_path import has_drop_path
 from .recipes import Recipe
-from .results import Run, RunSpec, find_result, write_result
+from .results import Environment, Run, RunSpec, find_result, write_result
 from .training import Places, Training, method_arguments
 
+
+logger = logging.getLogger(__name__)
 
 PROTOCOL = {  # suite: what settings are chosen by, and what is reported; each (trained on, looked at)
     "vtab": (("train800", "val200"), ("train800val200", "test")),
@@ -112,11 +116,13 @@ def run(
     """
     training = Training(spec, places)
     environment = training.environment()
-    found = find_result(places.output_dir, spec, environment, unofficial=True)
+    # of uncommitted code only as long as the code is not committed
+    found = find_result(places.output_dir, spec, environment, unofficial=bool(environment.dirty))
     PartialState().wait_for_everyone()  # nobody writes before all have looked
     if found is not None:
         return found, False
     folder = places.work / spec.run_id
+    _begin(folder, environment)
     trainer = training.trainer(folder, test_every)
     checkpoint = last_complete_checkpoint(folder) or begin_with
     trainer.train(resume_from_checkpoint=None if checkpoint is None else os.fspath(checkpoint))
@@ -127,6 +133,22 @@ def run(
         shutil.rmtree(folder, ignore_errors=True)
     PartialState().wait_for_everyone()
     return Run(spec, result, environment, path), True
+
+
+def _begin(folder: Path, environment: Environment) -> None:
+    """Remember on what the checkpoints in a folder are trained; those of other data or other code are not gone on from."""
+    path, now = folder / "environment.json", environment.to_json()
+    if PartialState().is_main_process:
+        try:
+            then = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        except ValueError:
+            then = None
+        if then != now:
+            if folder.exists():
+                logger.warning("%s is of other data or other code and begun anew", folder)
+                shutil.rmtree(folder)
+            write_atomically(path, json.dumps(now))
+    PartialState().wait_for_everyone()
 
 
 def trunk_key(spec: RunSpec) -> str:
@@ -160,6 +182,7 @@ def train_trunk(spec: RunSpec, places: Places) -> Path:
     digest = hashlib.sha256(trunk_key(spec).encode()).hexdigest()[:10]
     folder = places.work / f"trunk-{spec.task}-{spec.eval_split}-seed{spec.seed}-{digest}"
     end = folder / f"checkpoint-{epochs * training.steps_per_epoch}"
+    _begin(folder, training.environment())
     checkpoint = last_complete_checkpoint(folder)
     PartialState().wait_for_everyone()
     if checkpoint != os.fspath(end):

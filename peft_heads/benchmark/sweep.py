@@ -17,8 +17,10 @@ from accelerate.utils import broadcast_object_list
 
 from ..atomic import write_atomically
 from ..data.tasks import Task
+from .environment import source_state
 from .recipes import Recipe
 from .results import Run, RunSpec, describe_method, find_result
+from .rows import method_order
 from .run import SELECTION, make_spec, run, train_trunk, trunk_epochs, trunk_key
 from .shared import SharedQueue, take_turns
 from .training import Places
@@ -111,10 +113,11 @@ class Sweep:
         return specs
 
     def _best(self, task, shots, candidates, results) -> dict[str, Any] | None:
-        """The candidate with the highest mean accuracy on validation images; the first of equals."""
+        """The candidate with the highest mean accuracy on validation images; of equals the first in the report's order."""
         if len(candidates) == 1:
             return candidates[0]
         means = {}
+        candidates = sorted(candidates, key=method_order)
         for index, method in enumerate(candidates):
             specs = [
                 self._spec(task, method, seed, shots, list_seed, final=False)
@@ -123,7 +126,7 @@ class Sweep:
             ]
             runs = [results(spec) for spec in specs]
             if all(runs):
-                means[index] = statistics.mean(run.result.accuracy for run in runs)
+                means[index] = round(statistics.fmean(100 * run.result.accuracy for run in runs), 7)
         return candidates[max(means, key=means.get)] if means else None
 
     def _spec(self, task, method, seed, shots, list_seed, *, final: bool) -> RunSpec:
@@ -190,10 +193,8 @@ def execute(
     groups: dict[str, list[RunSpec]] = {}
     for spec in specs:
         groups.setdefault(trunk_key(spec), []).append(spec)
-    missing_of = {
-        key: [spec for spec in group if find_result(places.output_dir, spec, unofficial=True) is None]
-        for key, group in groups.items()
-    }
+    dirty = bool(source_state()[1])
+    missing_of = {key: [spec for spec in group if not _is_done(spec, places, dirty)] for key, group in groups.items()}
     bar = progress(sum(map(len, missing_of.values())), title) if progress else None
     shared = _from_main(queue is not None)
     for key in _turns(groups, places, outcome, title, queue) if shared else groups:
@@ -225,6 +226,13 @@ def execute(
             outcome.runs[spec.run_id] = found
 
 
+def _is_done(spec: RunSpec, places: Places, dirty: bool) -> bool:
+    try:
+        return find_result(places.output_dir, spec, unofficial=dirty) is not None
+    except ValueError:
+        return False  # a damaged file, which the run is going to name
+
+
 def _turns(
     groups: dict[str, list[RunSpec]], places: Places, outcome: Outcome, title: str, queue: SharedQueue | None
 ) -> Iterator[str]:
@@ -249,6 +257,8 @@ def _attempt(outcome: Outcome, spec: RunSpec, places: Places, call: Callable[[],
         logger.error("%s failed (%s): %s", spec.run_id, path, outcome.failed[spec.run_id])
         if PartialState().is_main_process:
             write_atomically(path, traceback.format_exc())
+        if PartialState().num_processes > 1:
+            raise  # the others wait for this process; begun again, the sweep goes on
         return None
     if PartialState().is_main_process:
         path.unlink(missing_ok=True)

@@ -103,7 +103,11 @@ class Training:
         if revision is None and os.path.isdir(backbone):
             revision = folder_hash(backbone)
         return describe_environment(
-            data_fingerprint={part: split.fingerprint for part, split in self.splits.items()},
+            data_fingerprint={
+                part: {"images": len(split.dataset), "layout": split.layout, "drawn": split.drawn}
+                | {"sha256": split.fingerprint}
+                for part, split in self.splits.items()
+            },
             image_format="+".join(sorted({split.image_format for split in self.splits.values()})),
             checkpoint_revision=revision,
             device=PartialState().device,
@@ -119,6 +123,8 @@ class Training:
             stop_after: Save and stop after so many epochs.
         """
         recipe = self.spec.recipe
+        # what a launcher has put there would change results without a word
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if recipe["bf16"] else "no"
         args = TrainingArguments(
             os.fspath(folder),
             num_train_epochs=self.spec.epochs,
@@ -126,6 +132,8 @@ class Training:
             per_device_eval_batch_size=self.batch_size,
             learning_rate=recipe["learning_rate"],
             weight_decay=recipe["weight_decay"],
+            max_grad_norm=recipe["max_grad_norm"],
+            bf16=recipe["bf16"],
             warmup_steps=recipe["warmup_epochs"] * self.steps_per_epoch,
             lr_scheduler_type="cosine_warmup_with_min_lr",
             lr_scheduler_kwargs={

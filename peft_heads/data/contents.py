@@ -85,10 +85,10 @@ def read_content(
         raise FileNotFoundError(f"no list {path.relative_to(folder)} in {folder}")
     lines = layout.read(path)
     rows, faults = list(lines.rows), list(lines.faults)
-    if drawn:
-        rows = _draw(rows, split, task)
     expected = task.size(split, shots) if check_sizes else None
-    rows, repeated, contradictions = _without_repeats(rows, expected)
+    rows, repeated, contradictions = _without_repeats(rows, None if drawn else expected)
+    if drawn:  # of every image once: a second copy could be drawn into the other part
+        rows = _draw(rows, split, task)
     content = Content(rows, [], faults + contradictions, repeated, drawn)
     if expected not in (None, len(rows)):
         also = f" (and {repeated:,} lines that repeat others)" if repeated else ""

@@ -6,6 +6,7 @@ import json
 import pytest
 import tiny
 import torch
+from packaging.version import Version
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
@@ -343,10 +344,13 @@ def test_files_of_other_settings(settings, message, tmp_path):
 
 
 def test_without_its_codes(tmp_path):
-    """transformers loads adapters by code of its own, which fills what it does not find with random numbers."""
+    """transformers 5 loads adapters by code of its own, which fills what it does not find with random numbers."""
     folder = saved(tmp_path, modules_to_save=[], classifier_bits=32)
     model = tiny.make("vit")
     model.load_adapter(str(folder))
+    if tiny.VERSION < Version("5"):  # by PEFT's, which finds the codes
+        assert torch.equal(logits(model), logits(load(folder)))
+        return
     for one in (model, copy.deepcopy(model)):
         with pytest.raises(ValueError, match="packed, but no codes have been loaded: transformers' own load_adapter"):
             one(tiny.images())
