@@ -98,6 +98,8 @@ def test_few_shot_without_augmentation(root, tmp_path, monkeypatch):
     assert main(["bench", "run", *few, "--shots", "1"]) == 2
 
 
+# scikit-learn, of as many classes as images
+@pytest.mark.filterwarnings("ignore:The number of unique classes is greater than 50%:UserWarning")
 @pytest.mark.parametrize("model", ["vit", "swin"])
 def test_fgvc(root, tmp_path, model):
     heads = "--ratio 0.5" if model == "swin" else "--ne 1"
