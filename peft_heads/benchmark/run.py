@@ -9,9 +9,12 @@ import math
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import filelock
 from accelerate import PartialState
 from transformers import AutoConfig
 
@@ -121,18 +124,37 @@ def run(
     PartialState().wait_for_everyone()  # nobody writes before all have looked
     if found is not None:
         return found, False
-    folder = places.work / spec.run_id
-    _begin(folder, environment)
-    trainer = training.trainer(folder, test_every)
-    checkpoint = last_complete_checkpoint(folder) or begin_with
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else os.fspath(checkpoint))
-    result = training.result(trainer)
-    path = None
-    if trainer.is_world_process_zero():
-        path = write_result(places.output_dir, spec, result, environment)
-        shutil.rmtree(folder, ignore_errors=True)
+    folder, path = places.work / spec.run_id, None
+    with _alone(folder):
+        _begin(folder, environment)
+        trainer = training.trainer(folder, test_every)
+        checkpoint = last_complete_checkpoint(folder) or begin_with
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else os.fspath(checkpoint))
+        result = training.result(trainer)
+        if trainer.is_world_process_zero():
+            path = write_result(places.output_dir, spec, result, environment)
+            shutil.rmtree(folder, ignore_errors=True)
     PartialState().wait_for_everyone()
     return Run(spec, result, environment, path), True
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Two sweeps in one output folder must not train in one folder at once. A killed one's lock is free."""
+    if not PartialState().is_main_process:
+        yield
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.parent / f".{folder.name}.lock"
+    try:
+        with filelock.FileLock(path, timeout=0):
+            yield
+    except filelock.Timeout as error:
+        raise ValueError(
+            f"{folder} is being trained by another process; give this one another output_dir, or share the sweep by "
+            "--storage"
+        ) from error
+    path.unlink(missing_ok=True)
 
 
 def _begin(folder: Path, environment: Environment) -> None:
@@ -182,12 +204,13 @@ def train_trunk(spec: RunSpec, places: Places) -> Path:
     digest = hashlib.sha256(trunk_key(spec).encode()).hexdigest()[:10]
     folder = places.work / f"trunk-{spec.task}-{spec.eval_split}-seed{spec.seed}-{digest}"
     end = folder / f"checkpoint-{epochs * training.steps_per_epoch}"
-    _begin(folder, training.environment())
-    checkpoint = last_complete_checkpoint(folder)
-    PartialState().wait_for_everyone()
-    if checkpoint != os.fspath(end):
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="training ended at step .*, before the selection")
-            training.trainer(folder, stop_after=epochs).train(resume_from_checkpoint=checkpoint)
+    with _alone(folder):
+        _begin(folder, training.environment())
+        checkpoint = last_complete_checkpoint(folder)
         PartialState().wait_for_everyone()
+        if checkpoint != os.fspath(end):
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="training ended at step .*, before the selection")
+                training.trainer(folder, stop_after=epochs).train(resume_from_checkpoint=checkpoint)
+            PartialState().wait_for_everyone()
     return end

@@ -48,7 +48,7 @@ class Places:
         check_sizes: Whether the tasks must have as many images as published.
         cache_test_images: Whether test images are decoded once as well, instead of whenever they are looked at.
         save_every: Epochs between checkpoints.
-        num_workers: Processes that load images.
+        num_workers: Processes that load images; none do where images are changed at random.
         use_cpu: Leave accelerators alone.
     """
 
@@ -141,7 +141,8 @@ class Training:
                 "warmup_lr_rate": recipe["warmup_learning_rate"] / recipe["learning_rate"],
             },
             dataloader_drop_last=self.drop_last,
-            dataloader_num_workers=self.places.num_workers,
+            # workers draw random changes of images from generators of their own: results would depend on their number
+            dataloader_num_workers=0 if self.spec.preprocessing["augmentation"] else self.places.num_workers,
             dataloader_pin_memory=torch.accelerator.is_available() and not self.places.use_cpu,
             seed=self.spec.seed,
             logging_strategy="epoch",

@@ -67,6 +67,9 @@ def sweep(argv: list[str]) -> int:
         search = sweep.search()
         reported = len(sweep.variants()) * len(sweep.runs(sweep.methods()[:1], sweep.seeds, final=True))
         print(f"{len(search):,} runs to choose by, {reported:,} to report")
+        print(f"recipe: {sweep.recipe.paper}")
+        for setting, accuracy in sweep.recipe.expected.items():
+            print(f"  published: {accuracy:.2f} %  {setting}")
         return 0
     outcome = run_sweep(
         sweep,

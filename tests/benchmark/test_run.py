@@ -187,6 +187,49 @@ def test_other_data_under_an_old_result_are_refused(bench):
         run(spec_of(bench), places)
 
 
+@pytest.mark.parametrize("what", ["data_fingerprint", "commit", "checkpoint_revision"])
+def test_checkpoints_of_other_data_or_code_are_not_gone_on_from(bench, kill_at, monkeypatch, what):
+    whole, _ = run(spec_of(bench), bench.places("whole"))
+    environment = Training.environment
+
+    def other(self):
+        found = environment(self)
+        return replace(found, **{what: {"train": "other"} if what == "data_fingerprint" else "other"})
+
+    monkeypatch.setattr(Training, "environment", other)
+    kill_at(8)
+    with pytest.raises(Killed):
+        run(spec_of(bench), bench.places("out"))
+    (checkpoint,) = (bench.root / "out" / "work").glob("*/checkpoint-6")
+    (checkpoint / "adapter_model.safetensors").write_bytes(b"must not be read")
+    monkeypatch.setattr(Training, "environment", environment)
+    kill_at(None)
+    done, _ = run(spec_of(bench), bench.places("out"))
+    assert plain(done.result) == plain(whole.result)
+
+
+def test_one_process_at_a_time(bench):
+    import filelock
+
+    spec = spec_of(bench)
+    work = bench.places("out").work
+    work.mkdir(parents=True)
+    with filelock.FileLock(work / f".{spec.run_id}.lock"), pytest.raises(ValueError, match="by another process"):
+        run(spec, bench.places("out"))
+    assert run(spec, bench.places("out"))[1]
+
+
+def test_precision_and_clipping_are_the_recipes(bench, monkeypatch):
+    expected, _ = run(spec_of(bench), bench.places("plain"))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as a launcher does
+    again, _ = run(spec_of(bench), bench.places("again"))
+    assert plain(again.result) == plain(expected.result)
+    for change in ({"bf16": True}, {"max_grad_norm": 0.01}):
+        other = spec_of(bench, **change)
+        assert other.run_id != expected.spec.run_id
+        assert run(other, bench.places("other"))[0].result.epoch_losses != expected.result.epoch_losses
+
+
 # The shared warm-up
 
 

@@ -229,3 +229,18 @@ def test_progress_counts_what_is_left(bench):
     execute(sweep.search()[:1], bench.places("out"), Outcome())
     run_sweep(sweep, bench.places("out"), progress=Bar)
     assert [(bar.title, bar.total, bar.done) for bar in made] == [("search", 1, 1), ("report", 1, 1)]
+
+
+def test_equally_good_settings_are_chosen_as_in_the_report(bench):
+    sweep = sweep_of(bench, HEADS | {"scale": [10, 1], "ne": 1})
+    (chosen,) = sweep.final(lambda spec: result(spec, 0.5))
+    assert chosen.method["scale"] == 1
+
+
+def test_a_damaged_result_stops_nothing(bench):
+    sweep = sweep_of(bench, HEADS | {"ne": 1})
+    run_sweep(sweep, bench.places("out"))
+    path = next(path for path in (bench.root / "out").rglob("*val200*.json"))
+    path.write_text(path.read_text()[:100])
+    outcome = run_sweep(sweep, bench.places("out"))
+    assert len(outcome.failed) == 1 and str(path) in next(iter(outcome.failed.values())) and len(outcome.runs) == 2
