@@ -119,3 +119,12 @@ def test_what_rows_share_and_what_not():
         {"recipe.drop_path": 0.0, "recipe.learning_rate": None},
         {"recipe.drop_path": 0.1, "recipe.learning_rate": 0.001},
     ]
+
+
+def test_a_jpeg_tree_with_some_other_images_is_one_row():
+    runs = [
+        make_run("cifar", environment={"image_format": "JPEG"}),
+        make_run("dtd", environment={"image_format": "JPEG+PNG"}),
+        make_run("svhn", environment={"image_format": "PNG"}),
+    ]
+    assert [sorted(row.runs) for row in make_rows(runs)] == [["cifar", "dtd"], ["svhn"]]

@@ -208,6 +208,20 @@ def test_checkpoints_of_other_data_or_code_are_not_gone_on_from(bench, kill_at, 
     assert plain(done.result) == plain(whole.result)
 
 
+def test_results_of_uncommitted_code_are_made_again(bench, monkeypatch):
+    from peft_heads.benchmark import environment
+
+    for state, expected in (
+        ((None, True), True),
+        ((None, True), False),
+        (("abc", False), True),
+        (("abc", False), False),
+    ):
+        monkeypatch.setattr(environment, "source_state", lambda state=state: state)
+        done, new = run(spec_of(bench), bench.places("out"))
+        assert new is expected and done.official is not state[1]
+
+
 def test_one_process_at_a_time(bench):
     import filelock
 

@@ -312,3 +312,16 @@ def test_check_compares_the_splits(vtab, tmp_path):
     (lists / "val_meta.list").write_text((lists / "test_meta.list").read_text())
     (report,) = check_tree(tmp_path, "fewshot", [PETS])
     assert report.faults == ("6 images of val are test images as well, the first 'test_0_0.jpg'",)
+
+
+def test_an_image_listed_twice_is_drawn_into_one_part(tmp_path):
+    """Of a tree without lists of train800 and val200."""
+    import json
+
+    task = trees.small("cifar", "vtab", sizes={"train800": 8, "val200": 8, "train800val200": 16, "test": 3})
+    home = trees.write_vtab(tmp_path, task, layout="json")
+    path = home / "train800val200.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) * 2))
+    parts = [load_split(tmp_path, task, split, check_sizes=False) for split in ("train800", "val200")]
+    train, val = ({row["path"] for row in part.dataset["image"]} for part in parts)
+    assert len(train) == len(val) == 8 and not train & val
