@@ -117,7 +117,7 @@ RECIPES = {
     ),
     "folder": Recipe(
         name="folder",
-        paper="A data set of your own, as HEAT and Heart-LoRA train VTAB-1K; --normalization as the checkpoint was made",
+        paper="A data set of your own, as HEAT and Heart-LoRA train VTAB-1K, images not normalised",
         train_images=_SQUASHED,
         eval_images=_SQUASHED,
     ),
