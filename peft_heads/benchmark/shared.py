@@ -6,7 +6,6 @@ result files, with a common disk or without.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -24,16 +23,19 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 5.0
 CLAIM_SECONDS = 0.2
 ATTEMPTS = 5
+RESULT = "result "
+WAIT = ""
 
 
 class SharedQueue:
     """The groups of a sweep in a storage.
 
     Args:
-        storage: URL of a database (`sqlite:///sweep.db`, `postgresql://…`), as Optuna reads it.
+        storage: URL of a database (`sqlite:///sweep.db`, `postgresql://…`), or the path of a file, which becomes a journal
+            of Optuna: that one may lie on a network drive.
         study_name: The same on all machines.
         output_dir: Of this machine's results. With the host it says who took a group: begun again, it goes on with it.
-        take_over: Take groups as well that other machines have begun and not finished, because they are gone.
+        take_over: Take groups as well that other machines have begun and, by now, not finished, because they are gone.
 
     Raises:
         ValueError: Optuna is not installed, or there is no such storage.
@@ -45,12 +47,13 @@ class SharedQueue:
         except ImportError as error:
             raise ValueError("--storage needs Optuna: pip install 'peft-heads[optuna]'") from error
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.study = _open_study(storage, study_name)
+        self.storage, self.study = _open_study(storage, study_name)
         self.states = optuna.trial.TrialState
-        self.new_trial = optuna.trial.Trial
         self.finished = optuna.exceptions.UpdateFinishedTrialError
         self.worker = f"{socket.gethostname()}:{os.path.abspath(output_dir)}"
-        self.take_over = take_over
+        # what a machine that lives begins later on stays its own
+        begun = self._trials(self.states.RUNNING) if take_over else []
+        self.left_behind = {(trial.number, trial.user_attrs.get("worker")) for trial in begun}
 
     def enqueue(self, groups: list[str]) -> None:
         """Put up the groups that nobody has put up yet."""
@@ -60,48 +63,61 @@ class SharedQueue:
                 self.study.enqueue_trial({}, user_attrs={"group": group})
 
     def take(self, groups: list[str]) -> tuple[Any, str] | None:
-        """`(trial, group)` of the next group to run here, first those begun before; None if none is left to take."""
+        """`(trial, group)` of the next group to run here, first those begun before; None if none is left to take.
+
+        Trials are taken by number: `Study.ask` would take those of another plan in the study too, and make new ones.
+        """
+        first = self._first()
         for trial in self._trials(self.states.RUNNING):
-            mine = trial.user_attrs.get("worker") == self.worker or self.take_over
-            if mine and trial.user_attrs.get("group") in groups:
-                trial = self.new_trial(self.study, trial._trial_id)
-                if self._claim(trial):
-                    return trial, trial.user_attrs["group"]
-        while any(trial.user_attrs.get("group") in groups for trial in self._trials(self.states.WAITING)):
-            trial = self.study.ask()  # of two machines that ask at once each gets another
-            group = trial.user_attrs.get("group")
-            if group not in groups or trial.number != self._first(group):
-                # the last waiting one was taken meanwhile; or two machines have put the group up at once
-                self._tell(trial, state=self.states.FAIL)
-            elif self._claim(trial):
+            worker, group = trial.user_attrs.get("worker"), trial.user_attrs.get("group")
+            mine = worker == self.worker or (trial.number, worker) in self.left_behind
+            if mine and group in groups and self._claim(trial):
                 return trial, group
+        for trial in self._trials(self.states.WAITING):
+            group = trial.user_attrs.get("group")
+            if group not in groups:
+                continue
+            if trial.number != first[group]:  # two machines have put it up at once
+                self._become(trial, self.states.FAIL)
+            # the name comes first: of a machine killed in between, no trial stays that runs and is nobody's
+            elif self._set(trial, worker=self.worker) and self._become(trial, self.states.RUNNING):
+                if self._claim(trial):
+                    return trial, group
         return None
 
     def finish(self, trial: Any, runs: list[Run], failed: dict[str, str]) -> None:
-        """Say what came out of a group."""
-        contents = [
-            {"spec": x.spec.to_json(), "result": x.result.to_json(), "environment": x.environment.to_json()}
-            for x in runs
-        ]
-        accuracies = [run.result.accuracy for run in runs]
-        if self._set(trial, results=json.dumps(contents), failed=failed):
-            if accuracies:
-                self._tell(trial, sum(accuracies) / len(accuracies))
+        """Say what came out of a group: its mean accuracy, or that a run of it has failed."""
+        # one attribute per run: MySQL takes 64 KB of text
+        parts = {f"{RESULT}{run.spec.run_id}": json.dumps(_content(run)) for run in runs}
+        if self._set(trial, **parts, failed=failed, finished=True):
+            if runs and not failed:
+                self._become(trial, self.states.COMPLETE, [sum(run.result.accuracy for run in runs) / len(runs)])
             else:
-                self._tell(trial, state=self.states.FAIL)
+                self._become(trial, self.states.FAIL)
 
     def unfinished(self, groups: list[str]) -> list[str]:
         """The groups that are waiting, or are being run by some machine."""
-        return [group for group in groups if self._result(group) is None]
+        finished = self._finished()
+        return [group for group in groups if group not in finished]
 
     def collect(self, groups: list[str], output_dir: str | os.PathLike) -> dict[str, str]:
-        """Write the result files that this machine lacks; gives `{run: why it failed}`."""
-        failed = {}
-        for attributes in filter(None, map(self._result, groups)):
-            failed |= attributes.get("failed", {})
-            for content in json.loads(attributes["results"]):
+        """Write the result files that this machine lacks; gives `{run: why it failed}`.
+
+        A damaged file stays as it is, and its run counts as failed.
+        """
+        failed: dict[str, str] = {}
+        finished = self._finished()
+        for attributes in (finished[group] for group in groups if group in finished):
+            failed |= attributes["failed"]
+            for name in filter(lambda name: name.startswith(RESULT), attributes):
+                content = json.loads(attributes[name])
                 spec = RunSpec.from_json(content["spec"])
-                if find_result(output_dir, spec, unofficial=True) is None:
+                try:
+                    found = find_result(output_dir, spec, unofficial=True)
+                except ValueError as error:
+                    failed[spec.run_id] = f"ValueError: {error}"
+                    continue
+                if found is None:
                     result = RunResult.from_json(content["result"])
                     write_result(output_dir, spec, result, Environment.from_json(content["environment"]))
         return failed
@@ -117,36 +133,41 @@ class SharedQueue:
         """False if another machine has finished the trial."""
         try:
             for name, value in attributes.items():
-                trial.set_user_attr(name, value)
+                self.storage.set_trial_user_attr(trial._trial_id, name, value)
         except self.finished:
             return False
         return True
 
-    def _tell(self, trial: Any, *values: Any, **state: Any) -> None:
-        with contextlib.suppress(self.finished, ValueError):  # the second: told by another machine
-            self.study.tell(trial, *values, **state)
+    def _become(self, trial: Any, state: Any, values: list[float] | None = None) -> bool:
+        """False if another machine has taken or finished the trial."""
+        try:
+            return self.storage.set_trial_state_values(trial._trial_id, state, values)
+        except self.finished:
+            return False
 
-    def _result(self, group: str) -> dict[str, Any] | None:
-        for trial in self._trials(self.states.COMPLETE, self.states.FAIL):
-            if trial.user_attrs.get("group") == group and "results" in trial.user_attrs:
-                return trial.user_attrs
-        return None
+    def _finished(self) -> dict[str, dict[str, Any]]:
+        """`{group: what is known of it}`."""
+        trials = self._trials(self.states.COMPLETE, self.states.FAIL)
+        return {x.user_attrs["group"]: x.user_attrs for x in trials if "finished" in x.user_attrs}
 
-    def _first(self, group: str) -> int:
-        return min(trial.number for trial in self._trials() if trial.user_attrs.get("group") == group)
+    def _first(self) -> dict[str | None, int]:
+        """`{group: the lowest number of a trial of it}`."""
+        return {trial.user_attrs.get("group"): trial.number for trial in reversed(self._trials())}
 
     def _trials(self, *states: Any) -> list[Any]:
         return self.study.get_trials(deepcopy=False, states=states or None)
 
 
-def _open_study(storage: str, study_name: str) -> Any:
+def _open_study(storage: str, study_name: str) -> tuple[Any, Any]:
     import optuna
 
     for attempt in range(ATTEMPTS):
         try:
-            return optuna.create_study(
-                storage=storage, study_name=study_name, direction="maximize", load_if_exists=True
+            backend = optuna.storages.RDBStorage(storage) if "://" in storage else _journal(storage)
+            study = optuna.create_study(
+                storage=backend, study_name=study_name, direction="maximize", load_if_exists=True
             )
+            return backend, study
         except Exception as error:  # of whatever library is behind the URL
             # two machines have made the tables of a new storage at once
             if "already exists" not in str(error) or attempt == ATTEMPTS - 1:
@@ -154,15 +175,30 @@ def _open_study(storage: str, study_name: str) -> Any:
             time.sleep(1.0)
 
 
-def group_name(key: str, title: str) -> str:
-    """What a group is called in the storage."""
-    return f"{title} {hashlib.sha256(key.encode()).hexdigest()[:16]}"
+def _journal(path: str) -> Any:
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
+    # the default lock is a symbolic link, which Windows keeps for administrators
+    return JournalStorage(JournalFileBackend(path, JournalFileOpenLock(path) if os.name == "nt" else None))
+
+
+def _content(run: Run) -> dict[str, Any]:
+    return {name: getattr(run, name).to_json() for name in ("spec", "result", "environment")}
+
+
+def group_name(specs: list[RunSpec], title: str) -> str:
+    """What a group is called in the storage: equal for equal runs."""
+    return f"{title} {_digest(specs)[:16]}"
 
 
 def default_study_name(specs: list[RunSpec]) -> str:
     """Equal for equal plans."""
-    digest = hashlib.sha256("\n".join(sorted(spec.run_id for spec in specs)).encode()).hexdigest()
-    return f"peft-heads-{digest[:12]}"
+    return f"peft-heads-{_digest(specs)[:12]}"
+
+
+def _digest(specs: list[RunSpec]) -> str:
+    return hashlib.sha256("\n".join(sorted(spec.run_id for spec in specs)).encode()).hexdigest()
 
 
 def take_turns(
@@ -174,6 +210,8 @@ def take_turns(
 ) -> Iterator[str]:
     """The keys of the groups that are this machine's to run, one after the other; then waits for the others.
 
+    While it waits it gives `WAIT`, again and again: processes that hear nothing for long end each other.
+
     Args:
         queue: The groups of all machines.
         groups: `{key: runs}`, the same on all machines.
@@ -181,7 +219,7 @@ def take_turns(
         failed: `{run: why}`, filled by the caller for its own runs, and here for the others'.
         title: Of this part of the sweep.
     """
-    names = {group_name(key, title): key for key in groups}
+    names = {group_name(specs, title): key for key, specs in groups.items()}
     queue.enqueue(list(names))
     waited = False
     while True:
@@ -190,7 +228,7 @@ def take_turns(
             trial, name = taken
             yield names[name]
             specs = groups[names[name]]
-            found = [find_result(output_dir, spec, unofficial=True) for spec in specs]
+            found = [find_result(output_dir, spec, unofficial=True) for spec in specs if spec.run_id not in failed]
             why = {spec.run_id: failed[spec.run_id] for spec in specs if spec.run_id in failed}
             queue.finish(trial, [run for run in found if run is not None], why)
             continue
@@ -201,4 +239,5 @@ def take_turns(
             logger.warning("%s: waiting for %d groups of runs on other machines", title, len(left))
         waited = True
         time.sleep(POLL_SECONDS)
+        yield WAIT
     failed |= queue.collect(list(names), output_dir)

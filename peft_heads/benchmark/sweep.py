@@ -22,7 +22,7 @@ from .recipes import Recipe
 from .results import Run, RunSpec, describe_method, find_result
 from .rows import method_order
 from .run import SELECTION, make_spec, run, train_trunk, trunk_epochs, trunk_key
-from .shared import SharedQueue, take_turns
+from .shared import WAIT, SharedQueue, take_turns
 from .training import Places
 
 
@@ -221,9 +221,9 @@ def execute(
     if bar is not None:
         bar.close()
     for spec in itertools.chain(*groups.values()) if shared else ():
-        found = find_result(places.output_dir, spec, unofficial=True)  # of other machines
-        if found is not None:
-            outcome.runs[spec.run_id] = found
+        if _is_done(spec, places, dirty=True):  # by other machines
+            outcome.runs[spec.run_id] = find_result(places.output_dir, spec, unofficial=True)
+            outcome.failed.pop(spec.run_id, None)
 
 
 def _is_done(spec: RunSpec, places: Places, dirty: bool) -> bool:
@@ -239,7 +239,8 @@ def _turns(
     """The keys of the groups that are to be run here; the main process asks the queue and tells the others."""
     turns = iter(()) if queue is None else take_turns(queue, groups, places.output_dir, outcome.failed, title)
     while (key := _from_main(next(turns, None))) is not None:
-        yield key
+        if key != WAIT:
+            yield key
 
 
 def _from_main(value: Any) -> Any:

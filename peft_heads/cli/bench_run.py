@@ -52,10 +52,12 @@ def sweep(argv: list[str]) -> int:
     parser.add_argument(
         "--no_shared_warmup", action="store_true", help="train the epochs before heads are selected in each run anew"
     )
-    parser.add_argument("--storage", metavar="URL", help="share the sweep with other machines by Optuna's storage")
+    parser.add_argument(
+        "--storage", metavar="URL|FILE", help="share the sweep with other machines by Optuna's storage"
+    )
     parser.add_argument("--study_name", help="in the storage (default: one per plan)")
     parser.add_argument(
-        "--take_over", action="store_true", help="take what other machines have begun as well: they are gone"
+        "--take_over", action="store_true", help="take what other machines have begun by now as well: they are gone"
     )
     parser.add_argument("--dry_run", action="store_true", help="only say how many runs there are")
     args = parser.parse_args(argv)
@@ -133,7 +135,8 @@ def _prepare(args: argparse.Namespace, settings: dict[str, Any]):
 def _queue(args: argparse.Namespace, sweep):
     from ..benchmark.shared import SharedQueue, default_study_name
 
-    name = args.study_name or default_study_name(sweep.runs(sweep.methods(), sweep.seeds, final=True))
+    plan = sweep.search() + sweep.runs(sweep.methods(), sweep.seeds, final=True)
+    name = args.study_name or default_study_name(plan)
     return SharedQueue(args.storage, name, args.output_dir, args.take_over)
 
 

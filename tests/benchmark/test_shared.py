@@ -13,7 +13,8 @@ from benchmark_runs import make_run
 
 from peft_heads.benchmark import shared
 from peft_heads.benchmark import sweep as sweep_module
-from peft_heads.benchmark.results import find_result, read_results, write_result
+from peft_heads.benchmark.report import make_report
+from peft_heads.benchmark.results import find_result, read_results, result_path, write_result
 from peft_heads.benchmark.shared import SharedQueue, default_study_name
 from peft_heads.benchmark.sweep import Outcome, Sweep, execute, run_sweep
 
@@ -30,6 +31,18 @@ def sweep_of(bench, **changes):
 
 def queue_of(bench, machine, **options):
     return SharedQueue(f"sqlite:///{bench.root}/sweep.db", "study", bench.root / machine, **options)
+
+
+def names_of(specs, title):
+    groups = {}
+    for spec in specs:
+        groups.setdefault(sweep_module.trunk_key(spec), []).append(spec)
+    return [shared.group_name(group, title) for group in groups.values()]
+
+
+@pytest.fixture
+def never_waits(monkeypatch):
+    monkeypatch.setattr(shared, "POLL_SECONDS", None)  # to wait is an error then
 
 
 @pytest.fixture
@@ -59,9 +72,11 @@ def results(bench, machine):
     return {run.spec.run_id: run.result.to_json() for run in read_results(bench.root / machine, unofficial=True)}
 
 
-def test_two_machines(bench, made_up):
+@pytest.mark.parametrize("storage", ["sqlite:///{}/sweep.db", "{}/sweep.log"])
+def test_two_machines(bench, made_up, storage):
     """Every group is run once, by one of them, and both have all results."""
-    outcomes, queues = {}, {name: queue_of(bench, name) for name in ("a", "b")}
+    url = storage.format(bench.root)
+    outcomes, queues = {}, {name: SharedQueue(url, "study", bench.root / name) for name in ("a", "b")}
 
     def machine(name):
         outcomes[name] = run_sweep(sweep_of(bench), bench.places(name), queue=queues[name])
@@ -78,6 +93,9 @@ def test_two_machines(bench, made_up):
     assert results(bench, "a") == results(bench, "b") and len(results(bench, "a")) == 20
     alone = run_sweep(sweep_of(bench), bench.places("alone"))
     assert outcomes["a"].runs.keys() == outcomes["b"].runs.keys() == alone.runs.keys()
+    assert results(bench, "alone") == results(bench, "a")
+    reports = [make_report(outcome.runs.values(), "vtab") for outcome in (outcomes["a"], outcomes["b"], alone)]
+    assert reports[0] == reports[1] == reports[2]
 
 
 def test_a_second_machine_finds_all_done(bench, made_up):
@@ -124,7 +142,7 @@ def test_a_killed_machine_goes_on(bench, made_up, monkeypatch):
 def test_take_over(bench, made_up, monkeypatch):
     specs = sweep_of(bench).search()
     gone = queue_of(bench, "gone")
-    names = [shared.group_name(key, "search") for key in {sweep_module.trunk_key(spec): 0 for spec in specs}]
+    names = names_of(specs, "search")
     gone.enqueue(names)
     assert gone.take(names)[1] == names[0]
     monkeypatch.setattr(shared, "POLL_SECONDS", None)  # to wait for a machine that is gone would be an error
@@ -159,6 +177,134 @@ def test_a_group_put_up_twice_is_run_once(bench, made_up):
     assert queue.unfinished(["g"]) == [] and queue.take(["g"]) is None
 
 
+def test_a_failed_run_fails_its_group(bench, made_up):
+    queue = queue_of(bench, "a")
+    queue.enqueue(["g", "h"])
+    for failed in ({"x": "no memory"}, {}):
+        trial, _ = queue.take(["g", "h"])
+        queue.finish(trial, [make_run(accuracy=0.25), make_run(accuracy=0.75, seed=1)], failed)
+    states = queue.states
+    assert [(x.state, x.value) for x in queue.study.trials] == [(states.FAIL, None), (states.COMPLETE, 0.5)]
+    assert queue.collect(["g", "h"], bench.root / "a") == {"x": "no memory"} and len(results(bench, "a")) == 2
+
+
+def test_plans_in_one_study_leave_each_other_alone(bench, made_up):
+    one, other = queue_of(bench, "a"), queue_of(bench, "b")
+    one.enqueue(["a1", "a2"])
+    other.enqueue(["b"])
+    other.finish(other.take(["b"])[0], [make_run()], {})
+    assert other.take(["b"]) is None
+    for group in ("a1", "a2"):
+        trial, taken = one.take(["a1", "a2"])
+        assert taken == group
+        one.finish(trial, [make_run()], {})
+    assert len(one.study.trials) == 3
+
+
+def test_a_plan_with_more_runs_of_a_group(bench, made_up, never_waits):
+    """What another plan has run of a group is not taken for all of it."""
+    run_sweep(sweep_of(bench, tuned=("scale", "ne")), bench.places("a"), queue=queue_of(bench, "a"))
+    outcome = run_sweep(sweep_of(bench), bench.places("b"), queue=queue_of(bench, "b"))
+    alone = run_sweep(sweep_of(bench), bench.places("alone"))
+    assert outcome.runs.keys() == alone.runs.keys() and len(alone.runs) == 20
+
+
+def test_killed_between_the_name_and_the_state(bench, made_up, monkeypatch):
+    """A trial that runs always has a worker, who takes it again."""
+    queue = queue_of(bench, "a")
+    queue.enqueue(["g"])
+    monkeypatch.setattr(queue, "_claim", lambda trial: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        queue.take(["g"])
+    assert queue.study.trials[0].state == queue.states.RUNNING
+    assert queue_of(bench, "b").take(["g"]) is None
+    assert queue_of(bench, "a").take(["g"])[1] == "g"
+
+
+def test_take_over_leaves_the_living_alone(bench, made_up):
+    """What is begun after it stays with whoever began it."""
+    groups = ["g1", "g2", "g3"]
+    gone, living = queue_of(bench, "gone"), queue_of(bench, "living")
+    gone.enqueue(groups)
+    gone.take(groups)
+    queue = queue_of(bench, "c", take_over=True)
+    trial, group = queue.take(groups)
+    assert group == "g1"
+    queue.finish(trial, [make_run()], {})
+    assert living.take(groups)[1] == "g2"
+    assert queue.take(groups)[1] == "g3"
+
+
+def test_a_damaged_result_keeps_nobody_waiting(bench, made_up, never_waits):
+    spec = sweep_of(bench).search()[0]
+    path = result_path(bench.root / "a", spec)
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    for machine in ("a", "b"):
+        outcome = Outcome()
+        specs = sweep_of(bench).search()
+        execute(specs, bench.places(machine), outcome, title="search", queue=queue_of(bench, machine))
+        assert list(outcome.failed) == [spec.run_id] and len(outcome.runs) == 11
+    assert path.read_text() == "{"
+
+
+def test_a_damaged_result_of_a_run_of_others_stays(bench, made_up):
+    queue, run = queue_of(bench, "a"), make_run()
+    queue.enqueue(["g"])
+    queue.finish(queue.take(["g"])[0], [run], {})
+    path = result_path(bench.root / "b", run.spec)
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    assert str(path) in queue.collect(["g"], bench.root / "b")[run.spec.run_id]
+    assert path.read_text() == "{"
+
+
+def test_a_failure_elsewhere_of_what_is_here(bench, made_up):
+    specs = sweep_of(bench).search()
+    execute(specs, bench.places("b"), Outcome())
+    queue = queue_of(bench, "a")
+    names = names_of(specs, "search")
+    queue.enqueue(names)
+    for _ in names:
+        queue.finish(queue.take(names)[0], [], {spec.run_id: "no memory" for spec in specs})
+    outcome = Outcome()
+    execute(specs, bench.places("b"), outcome, title="search", queue=queue_of(bench, "b"))
+    assert len(outcome.runs) == 12 and outcome.failed == {}
+
+
+def test_many_results_are_short_texts(bench, made_up):
+    """MySQL takes 64 KB of one."""
+    queue = queue_of(bench, "a")
+    queue.enqueue(["g"])
+    layers = [f"layer.{index}" for index in range(48)]
+    extras = {"masks": {x: [True] * 12 for x in layers}, "scores": {x: [0.1234567890123456] * 12 for x in layers}}
+    runs = [make_run(seed=seed, **extras) for seed in range(20)]
+    queue.finish(queue.take(["g"])[0], runs, {})
+    assert max(len(json.dumps(value)) for value in queue.study.trials[0].user_attrs.values()) < 2**16
+    queue.collect(["g"], bench.root / "b")
+    assert results(bench, "b") == {run.spec.run_id: run.result.to_json() for run in runs}
+
+
+def test_gives_a_sign_while_it_waits(bench, made_up, monkeypatch):
+    """So that the processes of a machine, which wait for its main one, hear from it."""
+    sleeps = iter(range(8))
+    monkeypatch.setattr(shared, "time", SimpleNamespace(sleep=lambda seconds: next(sleeps)))
+    spec = make_run().spec
+    other, failed = queue_of(bench, "b"), {}
+    other.enqueue([shared.group_name([spec], "t")])
+    trial, _ = other.take([shared.group_name([spec], "t")])
+    turns = shared.take_turns(queue_of(bench, "a"), {"key": [spec]}, bench.root / "a", failed, "t")
+    assert [next(turns), next(turns)] == [shared.WAIT] * 2
+    other.finish(trial, [], {spec.run_id: "no memory"})
+    assert list(turns) in ([], [shared.WAIT]) and failed == {spec.run_id: "no memory"}
+
+
+@pytest.mark.slow
+def test_optuna_is_not_imported_without_storage():
+    code = "import sys, peft_heads.cli.bench_run, peft_heads.benchmark.sweep; sys.exit('optuna' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_names(bench):
     one, other = sweep_of(bench), sweep_of(bench, seeds=(0, 2))
     plans = [sweep.runs(sweep.methods(), sweep.seeds, final=True) for sweep in (one, one, other)]
@@ -166,8 +312,9 @@ def test_names(bench):
 
 
 def test_no_such_storage(bench):
-    with pytest.raises(ValueError, match="--storage 'nonsense' cannot be used: "):
-        SharedQueue("nonsense", "study", bench.root)
+    for storage in ("nonsense://x", f"{bench.root}/no_folder/sweep.log"):
+        with pytest.raises(ValueError, match=f"--storage '{storage}' cannot be used: "):
+            SharedQueue(storage, "study", bench.root)
 
 
 def test_without_optuna(bench, monkeypatch):
