@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 5.0
 CLAIM_SECONDS = 0.2
 ATTEMPTS = 5
+# What databases say when two make the same tables or rows, or write at once.
+AT_ONCE = ("already exists", "unique", "duplicate", "locked")
 RESULT = "result "
 WAIT = ""
 
@@ -170,7 +172,8 @@ def _open_study(storage: str, study_name: str) -> tuple[Any, Any]:
             return backend, study
         except Exception as error:  # of whatever library is behind the URL
             # two machines have made the tables of a new storage at once
-            if "already exists" not in str(error) or attempt == ATTEMPTS - 1:
+            at_once = any(word in str(error).lower() for word in AT_ONCE)
+            if not at_once or attempt == ATTEMPTS - 1:
                 raise ValueError(f"--storage {storage!r} cannot be used: {' '.join(str(error).split())}") from error
             time.sleep(1.0)
 

@@ -27,6 +27,11 @@ def test_what_became_of_each_head():
     np.testing.assert_allclose(atlas["rank"], [[0.25, 0.25, 1], [1, 0.5, 0]])
 
 
+def test_ranks_are_places_not_the_order_of_places():
+    (row,) = make_rows([make_run("cifar", method=heads(1), masks=masks(1), scores={"q": [5.0, 0.0, 2.0]})])
+    np.testing.assert_allclose(head_atlas(row, GROUPS)[3]["rank"], [[1, 0, 0.5]])
+
+
 def test_layers_that_choose_apart_and_stages_with_other_numbers_of_heads():
     mask = {"0.q": [False, True], "1.q": [True, True], "2.q": [True, False, False, True]}
     (row,) = make_rows([make_run("cifar", method=heads(1), masks=mask)])

@@ -39,6 +39,13 @@ def test_the_files_of_a_report():
     assert "unofficial" not in files["report.md"]
 
 
+def test_heads_of_validation_runs_show_only_where_there_are_no_test_runs():
+    validated = [make_run(task, method=heads(1), split="val200", masks=masks(0)) for task in GROUPS]
+    tested = [make_run(task, method=heads(1), masks=masks(0)) for task in GROUPS]
+    alone, both = make_report(validated, "vtab"), make_report([*validated, *tested], "vtab")
+    assert alone["overlap.csv"].count("same group") == both["overlap.csv"].count("same group") == 1
+
+
 def test_few_shot_and_validation():
     runs = [make_run("food101", suite="fewshot", spec={"shots": shots, "list_seed": 0}) for shots in (1, 2)]
     runs.append(make_run("food101", suite="fewshot", split="val", spec={"shots": 1, "list_seed": 0}))
@@ -58,6 +65,9 @@ def test_fine_grained_tasks():
     report = make_report([make_run("nabirds", suite="fgvc")], "fgvc")["report.md"]
     assert "| RLRR (RLRR, Table 3) | 89.3 | 84.7 |" in report and "(HEAT" not in report
     assert "mean of group means |" not in report
+    # no group but all tasks: none is named above the columns
+    latex = make_report([make_run("nabirds", suite="fgvc")], "fgvc")["accuracy.tex"]
+    assert r"\multicolumn{5}{c}{}" in latex and set(suite_groups("fgvc").values()) == {"all tasks"}
 
 
 def test_unofficial_runs_are_said():

@@ -1,5 +1,5 @@
 import pytest
-from benchmark_runs import make_run
+from benchmark_runs import heads, make_run
 
 from peft_heads.benchmark.results import write_result
 from peft_heads.cli import bench
@@ -8,7 +8,8 @@ from peft_heads.cli.bench_report import run
 
 @pytest.fixture
 def results(tmp_path):
-    for made in (make_run("cifar", 0.725), make_run("dtd", 0.5, environment={"dirty": True})):
+    masked = make_run("dtd", 0.7, method=heads(1), masks={"q": [False, True]})  # it has a figure
+    for made in (make_run("cifar", 0.725), masked, make_run("dtd", 0.5, environment={"dirty": True})):
         write_result(tmp_path / "results", made.spec, made.result, made.environment)
     return str(tmp_path / "results")
 
@@ -25,8 +26,11 @@ def test_prints_the_tables(results, capsys):
 def test_writes_the_report_and_replaces_nothing_unasked(results, tmp_path, capsys):
     target = tmp_path / "report"
     assert run([results, "--output_dir", str(target)]) == 0
-    assert {"report.md", "accuracy.csv", "accuracy.tex", "cost.csv", "cost.tex"} == {p.name for p in target.iterdir()}
-    assert "5 files in" in capsys.readouterr().out
+    tables = {f"{name}.{kind}" for name in ("accuracy", "cost") for kind in ("csv", "tex")}
+    figure = "atlas_head-masked-lora-criterion-absolute-ne-1.png"
+    assert {path.name for path in target.iterdir()} == {"report.md", figure, *tables}
+    printed = capsys.readouterr().out
+    assert "6 files in" in printed and ".png" not in printed
     (target / "report.md").write_text("mine")
     with pytest.raises(ValueError, match="report.md already and nothing was changed; --overwrite"):
         run([results, "--output_dir", str(target)])
