@@ -83,6 +83,8 @@ GRIDS: dict[str, dict[str, Any]] = {
 # Images are resized straight to 224 x 224 and not normalised.
 _SQUASHED = {"size": 224, "resize": "squash", "filter": "bicubic", "normalization": "none"}
 _CENTRE_CROP = {"size": 224, "resize": "shorter_side", "filter": "bicubic", "normalization": "imagenet"}
+# As the small ViT was pre-trained.
+_OFFLINE = {"size": 32, "resize": "squash", "filter": "bilinear", "normalization": "half"}
 
 RECIPES = {
     "vtab": Recipe(
@@ -114,6 +116,18 @@ RECIPES = {
         train_images={**_CENTRE_CROP, "crop": "random"},
         eval_images=_CENTRE_CROP,
         augmentation=FGVC,
+    ),
+    "offline": Recipe(
+        name="offline",
+        paper="None: sized so that all runs of the offline suite take hours on two CPU cores, heads scored in the third epoch",
+        epochs=12,
+        batch_size=32,
+        learning_rate=1e-2,
+        warmup_epochs=1,
+        drop_path=0.0,
+        head_warmup_epochs=3,
+        train_images=_OFFLINE,
+        eval_images=_OFFLINE,
     ),
     "folder": Recipe(
         name="folder",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -26,7 +27,7 @@ from ..data.tasks import Task
 from ..methods import check_method_arguments
 from .drop_path import has_drop_path
 from .recipes import Recipe
-from .results import Environment, Run, RunSpec, find_result, write_result
+from .results import Environment, Run, RunResult, RunSpec, find_result, write_result
 from .training import Places, Training, method_arguments
 
 
@@ -37,6 +38,7 @@ PROTOCOL = {  # suite: what settings are chosen by, and what is reported; each (
     "fewshot": (("train", "val"), ("train", "test")),
     "fgvc": (("train", "val"), ("train", "test")),
     "folder": (("train", "val"), ("train", "test")),
+    "offline": (("train", "val"), ("train", "test")),
 }
 # What is read when heads are selected, and not before.
 SELECTION = ("ne", "ratio", "criterion", "granularity", "joint", "mask_scope", "mask_seed")
@@ -99,7 +101,12 @@ def make_spec(
 
 
 def run(
-    spec: RunSpec, places: Places, *, begin_with: str | os.PathLike | None = None, test_every: int = 0
+    spec: RunSpec,
+    places: Places,
+    *,
+    begin_with: str | os.PathLike | None = None,
+    test_every: int = 0,
+    also: tuple[RunSpec, ...] = (),
 ) -> tuple[Run, bool]:
     """Train and evaluate, unless there is a result of this very run; goes on where a killed one has stopped.
 
@@ -110,6 +117,8 @@ def run(
         places: Where.
         begin_with: A checkpoint of the same training, from `train_trunk`.
         test_every: Look at the evaluation split every so many epochs as well, for `best_on_test`; 0 does not.
+        also: Runs without a result that differ in `eval_split` alone (equal `training_key`): trained with this one,
+            evaluated apart, each with a result file of its own. Not looked at if this run has its result.
 
     Returns:
         The run, whose file is written, and whether it was run now.
@@ -131,11 +140,21 @@ def run(
         checkpoint = last_complete_checkpoint(folder) or begin_with
         trainer.train(resume_from_checkpoint=None if checkpoint is None else os.fspath(checkpoint))
         result = training.result(trainer)
+        others = [_evaluated(other, places, trainer, result) for other in also]
         if trainer.is_world_process_zero():
             path = write_result(places.output_dir, spec, result, environment)
+            for other, of_other, where in others:
+                write_result(places.output_dir, other, of_other, where)
             shutil.rmtree(folder, ignore_errors=True)
     PartialState().wait_for_everyone()
     return Run(spec, result, environment, path), True
+
+
+def _evaluated(spec: RunSpec, places: Places, trainer, result: RunResult) -> tuple[RunSpec, RunResult, Environment]:
+    """A run of the same training on its own evaluation split."""
+    training = Training(spec, places)
+    accuracy = training.accuracy(trainer)
+    return spec, dataclasses.replace(result, accuracy=accuracy, best_on_test=None), training.environment()
 
 
 @contextmanager
@@ -173,9 +192,17 @@ def _begin(folder: Path, environment: Environment) -> None:
     PartialState().wait_for_everyone()
 
 
+def training_key(spec: RunSpec) -> str:
+    """Equal for runs that train alike and are evaluated on different images."""
+    settings = spec.to_json()
+    del settings["eval_split"]
+    return json.dumps(settings, sort_keys=True)
+
+
 def trunk_key(spec: RunSpec) -> str:
     """Equal for runs that train alike until heads are scored."""
     settings = spec.to_json()
+    del settings["eval_split"]
     settings["method"] = {name: value for name, value in spec.method.items() if name not in SELECTION}
     return json.dumps(settings, sort_keys=True)
 

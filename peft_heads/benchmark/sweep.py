@@ -21,7 +21,7 @@ from .environment import source_state
 from .recipes import Recipe
 from .results import Run, RunSpec, describe_method, find_result
 from .rows import method_order
-from .run import SELECTION, make_spec, run, train_trunk, trunk_epochs, trunk_key
+from .run import SELECTION, make_spec, run, train_trunk, training_key, trunk_epochs, trunk_key
 from .shared import WAIT, SharedQueue, take_turns
 from .training import Places
 
@@ -200,20 +200,26 @@ def execute(
     for key in _turns(groups, places, outcome, title, queue) if shared else groups:
         group = groups[key]
         trunk, missing = None, missing_of[key]
-        if share_warmup and len(missing) > 1 and trunk_epochs(missing[0]) > 0:
+        if share_warmup and len(set(map(training_key, missing))) > 1 and trunk_epochs(missing[0]) > 0:
             # a run without masks can go on from a checkpoint with them, in which all heads are active, not vice versa
             first = max(missing, key=lambda spec: bool(spec.method.get("ne", 1)))
             trunk = _attempt(outcome, first, places, lambda spec=first: train_trunk(spec, places))
+        open_specs = list(missing)
         for spec in group:
+            twins = [other for other in open_specs if other != spec and training_key(other) == training_key(spec)]
             done = _attempt(
                 outcome,
                 spec,
                 places,
-                lambda spec=spec, trunk=trunk: run(spec, places, begin_with=trunk, test_every=test_every),
+                lambda spec=spec, trunk=trunk, twins=tuple(twins): run(
+                    spec, places, begin_with=trunk, test_every=test_every, also=twins
+                ),
             )
             if done is not None:
                 outcome.runs[spec.run_id] = done[0]
                 outcome.failed.pop(spec.run_id, None)
+                if done[1]:  # trained, and its twins with it
+                    open_specs = [other for other in open_specs if other not in (spec, *twins)]
             if bar is not None and spec in missing:
                 bar.update()
         if trunk is not None and PartialState().is_main_process:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -86,6 +87,8 @@ class Training:
 
     def _split(self, name: str) -> Split:
         spec, root = self.spec, self.places.data_root
+        if spec.suite == "offline":
+            return image_folders.load_folder_split(root, find_task(spec.task, spec.suite), name)
         if spec.suite == image_folders.SUITE:
             return image_folders.load_folder_split(root, image_folders.folder_task(root, spec.task), name)
         return load_split(
@@ -178,7 +181,7 @@ class Training:
         memory = torch.cuda.max_memory_allocated() if trainer.args.device.type == "cuda" else None
         pack(model)
         earlier = [entry["eval_accuracy"] for entry in log if "eval_accuracy" in entry]
-        accuracy = trainer.evaluate()["eval_accuracy"]
+        accuracy = self.accuracy(trainer)
         losses = [entry["loss"] for entry in log if "loss" in entry]
         adapter_bytes, head_bytes = saved_bytes(model)
         masks = get_head_masks(model) if _is_head_masked(model) else {}
@@ -195,6 +198,10 @@ class Training:
             best_on_test=max([accuracy, *earlier]) if earlier and self.spec.eval_split == "test" else None,
         )
 
+    def accuracy(self, trainer: Trainer) -> float:
+        """In [0, 1], of a trained model on this run's evaluation split."""
+        return trainer.evaluate(self._images("eval"))["eval_accuracy"]
+
     def _model(self) -> tuple[nn.Module, list]:
         rate, by = self.spec.recipe["drop_path"], self.spec.recipe.get("drop_path_by")
         names = self.splits["train"].dataset.features["label"].names
@@ -203,7 +210,10 @@ class Training:
                 self.spec.backbone, names, config_changes={CONFIG_FIELD: rate} if by == "config" else {}
             )
         branches = residual_branches(base) if by == "hooks" else []
-        model, callbacks = apply_method(base, method_arguments(self.spec.method, self.spec.recipe))
+        args = method_arguments(self.spec.method, self.spec.recipe)
+        if args.criterion == "random":
+            args.mask_seed = random_mask_seed(self.spec)
+        model, callbacks = apply_method(base, args)
         add_drop_path(base, branches, rate)
         return model, callbacks
 
@@ -260,6 +270,12 @@ def method_arguments(method: dict[str, Any], recipe: dict[str, Any]) -> MethodAr
         return MethodArguments(method=method["name"], **settings)
     except TypeError as error:
         raise ValueError(f"method {method}: {error}") from error
+
+
+def random_mask_seed(spec: RunSpec) -> int:
+    """Of a run's random masks: every task and seed draws its own, or an average over them would be one of few heads."""
+    drawn = f"{spec.task} {spec.seed} {spec.list_seed} {spec.method.get('mask_seed') or 0}"
+    return zlib.crc32(drawn.encode())
 
 
 def pack(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ COMMANDS = {
         "compare settings: choose on validation images, report on test images",
         "peft_heads.cli.bench_run:sweep",
     ),
+    "offline": ("evidence of our own, on data that are made here", "peft_heads.cli.bench_offline:run"),
     "report": ("tables and figures of a folder of results", "peft_heads.cli.bench_report:run"),
 }
 

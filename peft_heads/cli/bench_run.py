@@ -29,11 +29,11 @@ def run(argv: list[str]) -> int:
     seeds = sweep.seeds
     specs = sweep.runs(sweep.methods(), seeds, final=not args.validation)
     outcome = Outcome()
-    execute(specs, places, outcome, test_every=args.test_every, progress=_progress)
+    execute(specs, places, outcome, test_every=args.test_every, progress=progress_bar)
     if _is_main():
         for done in outcome.runs.values():
             print(f"{done.spec.task:22} seed {done.spec.seed}  {100 * done.result.accuracy:6.2f} %  {done.path}")
-    return _finish(outcome, args)
+    return finish(outcome, args)
 
 
 def sweep(argv: list[str]) -> int:
@@ -78,7 +78,7 @@ def sweep(argv: list[str]) -> int:
         places,
         share_warmup=not args.no_shared_warmup,
         test_every=args.test_every,
-        progress=_progress,
+        progress=progress_bar,
         queue=_queue(args, sweep) if args.storage and _is_main() else None,
     )
     if _is_main() and outcome.runs:
@@ -91,7 +91,7 @@ def sweep(argv: list[str]) -> int:
             write_atomically(folder / name, files[name])
         print(summarize(outcome.runs.values(), args.suite))
         print(f"{len(files)} files in {folder}: report.md has all tables, what the rows share, and the figures")
-    return _finish(outcome, args)
+    return finish(outcome, args)
 
 
 def _prepare(args: argparse.Namespace, settings: dict[str, Any]):
@@ -159,7 +159,7 @@ def _check_single(args: argparse.Namespace) -> None:
         raise ValueError(f"one setting is run: give {names} (bench sweep tries several values)")
 
 
-def _progress(count: int, title: str):
+def progress_bar(count: int, title: str):
     from tqdm import tqdm
 
     return tqdm(total=count, desc=title, unit="run", file=sys.stderr, disable=not _is_main())
@@ -171,7 +171,7 @@ def _is_main() -> bool:
     return PartialState().is_main_process
 
 
-def _finish(outcome, args: argparse.Namespace) -> int:
+def finish(outcome, args: argparse.Namespace) -> int:
     """The exit code; the processes end together."""
     from accelerate import PartialState
 

@@ -9,6 +9,9 @@ first-order Taylor expansion of the loss change when `p` is set to zero gives (H
     absolute   Σ |p·g|
     positive   Σ  p·g    low where removing the head raises the loss
     negative   Σ -p·g    low where removing the head lowers the loss
+
+Baselines say what a score must be better than: `random`, `front` (the first heads), and `most_responsive`, which
+deactivates the heads that `absolute` would keep longest.
 """
 
 from __future__ import annotations
@@ -19,9 +22,17 @@ from .layout import HeadLayout
 
 
 STATISTICS = ("absolute", "signed", "grad_norm")
-CRITERIA = ("absolute", "positive", "negative", "weight_norm", "grad_norm", "random", "front")
+CRITERIA = ("absolute", "positive", "negative", "weight_norm", "grad_norm", "random", "front", "most_responsive")
 # Criteria that need gradients, hence a window of training steps.
-GRADIENT_CRITERIA = ("absolute", "positive", "negative", "grad_norm")
+GRADIENT_CRITERIA = ("absolute", "positive", "negative", "grad_norm", "most_responsive")
+
+_FROM_STATISTICS = {  # criterion: (row of STATISTICS, sign)
+    "absolute": (0, 1),
+    "positive": (1, 1),
+    "negative": (1, -1),
+    "grad_norm": (2, 1),
+    "most_responsive": (0, -1),
+}
 
 
 def head_statistics(params: torch.Tensor, grads: torch.Tensor, layout: HeadLayout) -> torch.Tensor:
@@ -61,7 +72,7 @@ def head_scores(
         criterion: One of `CRITERIA`.
         layouts: `{module name: HeadLayout}`.
         statistics: `{module name: (3, num_heads)}`, the mean of `head_statistics` over the window's steps. Needed by
-            the Taylor criteria and `grad_norm`.
+            `GRADIENT_CRITERIA`.
         params: `{module name: (out_features, n)}`, the head-wise parameters at selection. Needed by `weight_norm`.
         seed: Of the criterion `random`: the same numbers on every machine and process.
 
@@ -72,7 +83,7 @@ def head_scores(
         ValueError: Unknown criterion, or a score that is not finite.
     """
     if criterion in GRADIENT_CRITERIA:
-        row, sign = {"absolute": (0, 1), "positive": (1, 1), "negative": (1, -1), "grad_norm": (2, 1)}[criterion]
+        row, sign = _FROM_STATISTICS[criterion]
         scores = {name: sign * statistics[name][row] for name in layouts}
     elif criterion == "weight_norm":
         scores = {

@@ -50,7 +50,7 @@ def made_up(monkeypatch):
     """Runs give a made-up accuracy at once; `made_up` lists `(output_dir, run_id)` as they are run."""
     done = []
 
-    def run(spec, places, *, begin_with=None, test_every=0):
+    def run(spec, places, *, begin_with=None, test_every=0, also=()):
         found = find_result(places.output_dir, spec, unofficial=True)
         if found is not None:
             return found, False

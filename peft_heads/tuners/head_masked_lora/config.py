@@ -82,7 +82,8 @@ class HeadMaskedLoraConfig(LoraConfig):
             Whether the q and v of a layer share one mask, chosen by the sum of their scores.
         criterion (`str`):
             Responsiveness of a head: `"absolute"`, `"positive"`, `"negative"` (first-order Taylor scores),
-            `"weight_norm"`, `"grad_norm"`, or the baselines `"random"` and `"front"`. The lowest are deactivated.
+            `"weight_norm"`, `"grad_norm"`, or the baselines `"random"`, `"front"` and `"most_responsive"` (the reverse
+            of `"absolute"`). The lowest are deactivated.
         mask_scope (`"adapter"` or `"head"`):
             What is zero for a deactivated head: the adapter's delta (the frozen projection stays as it was), or the
             projection's whole output, bias included.
@@ -123,9 +124,9 @@ class HeadMaskedLoraConfig(LoraConfig):
         default="global", metadata={"help": "Deactivate the same heads in all layers, or choose in each layer."}
     )
     joint: bool = field(default=True, metadata={"help": "Whether q and v of a layer share one mask."})
-    criterion: Literal["absolute", "positive", "negative", "weight_norm", "grad_norm", "random", "front"] = field(
-        default="absolute", metadata={"help": "How the responsiveness of a head is measured."}
-    )
+    criterion: Literal[
+        "absolute", "positive", "negative", "weight_norm", "grad_norm", "random", "front", "most_responsive"
+    ] = field(default="absolute", metadata={"help": "How the responsiveness of a head is measured."})
     mask_scope: Literal["adapter", "head"] = field(
         default="adapter", metadata={"help": "Zero the head's part of the update, or the head's whole output."}
     )

@@ -1,0 +1,71 @@
+"""`peft-heads bench offline`: the evidence of our own, on data that are made here."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from pathlib import Path
+
+
+QUICK = {"epochs": 4, "head_warmup_epochs": 2}
+QUICK_TASKS = ("digits", "distance")
+
+
+def run(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="peft-heads bench offline",
+        description="Fine-tunes the small ViT that ships with the package on six tasks (scikit-learn's digits and five "
+        "generated ones, written to OUTPUT_DIR/data) with every method and criterion, and prints what the results say. "
+        "Runs on one thread of one CPU, for results that can be repeated: start it several times at once with other "
+        "seeds to use several. What has a result is not run again, and a killed run is begun anew.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--output_dir", required=True, type=Path, help="data, results and the report")
+    parser.add_argument(
+        "--core", action="store_true", help="only the methods and the criteria, none of the side settings"
+    )
+    parser.add_argument("--quick", action="store_true", help="few runs of few epochs, to see that everything works")
+    parser.add_argument("--seed", type=int, nargs="+", help="default: 0 to 4")
+    parser.add_argument("--task", nargs="+", help="default: all six")
+    parser.add_argument("--dry_run", action="store_true", help="only say how many runs there are")
+    args = parser.parse_args(argv)
+
+    import torch
+    from accelerate import PartialState
+
+    from ..benchmark.offline import OFFLINE_TASKS, SEEDS, SUITE, offline_methods, offline_specs
+    from ..benchmark.recipes import RECIPES
+    from ..benchmark.sweep import Outcome, execute
+    from ..benchmark.training import Places
+    from ..data.tasks import find_task
+    from ..demo.model import DEMO_MODEL_PATH
+    from ..demo.offline_tasks import write_offline_task
+    from .bench_run import finish, progress_bar
+
+    PartialState(cpu=True)
+    torch.set_num_threads(1)  # sums in another order give other results
+    names = args.task or (QUICK_TASKS if args.quick else [task.name for task in OFFLINE_TASKS])
+    tasks = [find_task(name, SUITE) for name in names]
+    recipe = dataclasses.replace(RECIPES[SUITE], **(QUICK if args.quick else {}))
+    seeds = args.seed or (SEEDS[:2] if args.quick else SEEDS)
+    methods = offline_methods(core=args.core, quick=args.quick)
+    specs = offline_specs(os.fspath(DEMO_MODEL_PATH), methods, recipe, seeds, tasks)
+    trainings = len(specs) // 2
+    print(f"{trainings:,} trainings of {recipe.epochs} epochs, each evaluated on validation and on test images")
+    if args.dry_run:
+        return 0
+    data = args.output_dir / "data"
+    for task in tasks:
+        write_offline_task(data, task.name)
+    outcome = Outcome()
+    places = Places(
+        data,
+        args.output_dir,
+        cache_dir=args.output_dir / "cache",
+        cache_test_images=True,
+        save_every=0,
+        use_cpu=True,
+    )
+    execute(specs, places, outcome, progress=progress_bar)
+    return finish(outcome, args)
