@@ -8,7 +8,7 @@ from typing import Any
 
 from ..data.tasks import TASKS, Task
 from .recipes import RECIPES, Recipe
-from .results import RunSpec
+from .results import RunSpec, describe_method
 from .run import make_spec
 
 
@@ -26,19 +26,23 @@ ONE_BIT = {"adapter_bits": 1, "r": 32}  # the rank of the papers
 # Learning rates that differ from the recipe's, by method; chosen on validation images with a seed that is not reported.
 LEARNING_RATES = {"full": 1e-3, "linear": 1e-2}
 
-CORE: list[dict[str, Any]] = [
-    {"name": "linear"},
-    {"name": "full"},
-    LORA,
-    *(
-        HEADS | {"ne": ne, "criterion": criterion}
+CORE: dict[str, dict[str, Any]] = {
+    "linear": {"name": "linear"},
+    "full": {"name": "full"},
+    "LoRA": LORA,
+    **{
+        f"{criterion} ne={ne}": HEADS | {"ne": ne, "criterion": criterion}
         for ne in NES
         for criterion in (*TAYLOR, "weight_norm", "grad_norm", "front", "most_responsive")
-    ),
-    *(HEADS | {"ne": ne, "criterion": "random", "mask_seed": seed} for ne in NES for seed in RANDOM_MASKS),
-]
+    },
+    **{
+        f"random ne={ne} mask {seed}": HEADS | {"ne": ne, "criterion": "random", "mask_seed": seed}
+        for ne in NES
+        for seed in RANDOM_MASKS
+    },
+}
 
-# What is changed, beside ne = 1: each with the Taylor criterion that is the default, and with random masks.
+# What is changed, beside ne = 1: each with the default criterion, and with random masks.
 CHANGES: dict[str, dict[str, Any]] = {
     "per layer": {"granularity": "layer"},
     "q and v apart": {"joint": False},
@@ -49,27 +53,31 @@ CHANGES: dict[str, dict[str, Any]] = {
     "scored after 1 epoch": {"head_warmup_epochs": 1},
     "scored after 10 epochs": {"head_warmup_epochs": 10},
 }
-SIDE: list[dict[str, Any]] = [
-    HEADS | ONE_BIT | {"ne": 0},
-    *(
-        HEADS | {"ne": 1, "criterion": criterion} | change
-        for change in CHANGES.values()
+SIDE: dict[str, dict[str, Any]] = {
+    "LoRA, 1 bit": HEADS | ONE_BIT | {"ne": 0},
+    **{
+        f"{criterion} ne=1, {name}": HEADS | {"ne": 1, "criterion": criterion} | change
+        for name, change in CHANGES.items()
         for criterion in ("absolute", "random")
-    ),
-]
+    },
+}
+QUICK = {name: CORE[name] for name in ("LoRA", "absolute ne=1", "front ne=1", "most_responsive ne=1")}
+_NAMES = {describe_method(method): name for name, method in (CORE | SIDE).items()}
 
 
-QUICK = [LORA, *(HEADS | {"ne": 1, "criterion": criterion} for criterion in ("absolute", "random", "most_responsive"))]
+def setting_name(method: dict[str, Any]) -> str:
+    """What a method of these is called here; of others, the method in words."""
+    return _NAMES.get(describe_method(method), describe_method(method))
 
 
-def offline_methods(*, core: bool = False, quick: bool = False) -> list[dict[str, Any]]:
-    """The settings that are compared: all, `CORE` alone, or a few."""
-    return QUICK if quick else CORE if core else CORE + SIDE
+def offline_settings(*, core: bool = False, quick: bool = False) -> dict[str, dict[str, Any]]:
+    """`{name: method}` of the settings that are compared: all, `CORE` alone, or a few."""
+    return QUICK if quick else CORE if core else CORE | SIDE
 
 
 def offline_specs(
     backbone: str,
-    methods: list[dict[str, Any]],
+    methods: Iterable[dict[str, Any]],
     recipe: Recipe = RECIPES[SUITE],
     seeds: Iterable[int] = SEEDS,
     tasks: Iterable[Task] = OFFLINE_TASKS,
@@ -78,12 +86,12 @@ def offline_specs(
 
     Args:
         backbone: The checkpoint.
-        methods: Of `offline_methods`.
+        methods: Of `offline_settings`.
         recipe: How they are trained, but for `LEARNING_RATES`.
         seeds: Of everything that is drawn.
         tasks: Of the suite.
     """
-    tasks = tuple(tasks)
+    tasks, methods = tuple(tasks), tuple(methods)
     return [
         make_spec(task, method, _recipe_of(method, recipe), backbone, seed, final=final)
         for seed in seeds

@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 
 
-QUICK = {"epochs": 4, "head_warmup_epochs": 2}
-QUICK_TASKS = ("digits", "distance")
+QUICK = {"epochs": 3, "head_warmup_epochs": 2}
+QUICK_TASKS = ("digits",)
 
 
 def run(argv: list[str]) -> int:
@@ -34,9 +34,14 @@ def run(argv: list[str]) -> int:
     import torch
     from accelerate import PartialState
 
-    from ..benchmark.offline import OFFLINE_TASKS, SEEDS, SUITE, offline_methods, offline_specs
+    from ..atomic import write_atomically
+    from ..benchmark.evidence import make_records, write_records
+    from ..benchmark.evidence_tables import evidence_tables
+    from ..benchmark.offline import OFFLINE_TASKS, SEEDS, SUITE, offline_settings, offline_specs
     from ..benchmark.recipes import RECIPES
+    from ..benchmark.report import make_report
     from ..benchmark.sweep import Outcome, execute
+    from ..benchmark.tables import to_csv, to_markdown, to_text
     from ..benchmark.training import Places
     from ..data.tasks import find_task
     from ..demo.model import DEMO_MODEL_PATH
@@ -49,8 +54,8 @@ def run(argv: list[str]) -> int:
     tasks = [find_task(name, SUITE) for name in names]
     recipe = dataclasses.replace(RECIPES[SUITE], **(QUICK if args.quick else {}))
     seeds = args.seed or (SEEDS[:2] if args.quick else SEEDS)
-    methods = offline_methods(core=args.core, quick=args.quick)
-    specs = offline_specs(os.fspath(DEMO_MODEL_PATH), methods, recipe, seeds, tasks)
+    settings = offline_settings(core=args.core, quick=args.quick)
+    specs = offline_specs(os.fspath(DEMO_MODEL_PATH), settings.values(), recipe, seeds, tasks)
     trainings = len(specs) // 2
     print(f"{trainings:,} trainings of {recipe.epochs} epochs, each evaluated on validation and on test images")
     if args.dry_run:
@@ -68,4 +73,16 @@ def run(argv: list[str]) -> int:
         use_cpu=True,
     )
     execute(specs, places, outcome, progress=progress_bar)
+    if outcome.runs:
+        runs = list(outcome.runs.values())
+        records = make_records(runs)
+        tables = evidence_tables(records)
+        files = {f"{name}.csv": to_csv(table) for name, table in tables.items()}
+        files |= {"runs.csv": write_records(records), "evidence.md": "\n".join(map(to_markdown, tables.values()))}
+        files |= make_report(runs, SUITE)
+        for name, content in files.items():
+            write_atomically(args.output_dir / "report" / name, content)
+        for table in tables.values():
+            print("\n" + to_text(table, table.columns) + "\n".join(table.notes))
+        print(f"\n{args.output_dir / 'report'}: evidence.md has these tables, report.md the accuracies and figures")
     return finish(outcome, args)

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback
 from peft_heads import TaylorHeadScorer
 from peft_heads.benchmark import training
 from peft_heads.benchmark.results import read_results
-from peft_heads.benchmark.run import make_spec, run, train_trunk, trunk_epochs, trunk_key
+from peft_heads.benchmark.run import make_spec, run, train_trunk, training_key, trunk_epochs, trunk_key
 from peft_heads.benchmark.training import Training
 from peft_heads.data.tasks import find_task
 
@@ -298,6 +298,37 @@ def test_what_runs_can_share(bench):
     assert trunk_epochs(spec_of(bench, HEADS | {"head_select_at": 0.5})) == 0
     assert trunk_epochs(spec_of(bench, HEADS | {"head_warmup_epochs": 1})) == 0
     assert trunk_epochs(spec_of(bench, HEADS | {"head_warmup_epochs": 2.5})) == 2
+
+
+# One training, several splits
+
+
+def test_twins_are_trained_once_and_are_runs_of_their_own(bench, monkeypatch):
+    test = spec_of(bench)
+    twin = replace(test, eval_split="val200")
+    assert training_key(test) == training_key(twin) != training_key(spec_of(bench, seed=1))
+    trained = []
+    original = Training.trainer
+    monkeypatch.setattr(Training, "trainer", lambda self, *args: trained.append(self) or original(self, *args))
+    run(test, bench.places("together"), also=(twin,))
+    assert len(trained) == 1
+    alone, _ = run(twin, bench.places("alone"))
+    together, now = run(twin, bench.places("together"))
+    assert not now and len(trained) == 2
+    assert plain(together.result) == plain(alone.result)
+    assert together.environment.to_json() == alone.environment.to_json()
+
+
+def test_random_masks_are_drawn_by_every_run(bench):
+    drawn = HEADS | {"criterion": "random"}
+    specs = [spec_of(bench, drawn, seed=seed) for seed in (0, 1, 2)]
+    specs += [replace(specs[0], task="eurosat"), spec_of(bench, drawn | {"mask_seed": 1})]
+    seeds = [training.random_mask_seed(spec) for spec in specs]
+    assert len(set(seeds)) == 5
+    # what a mask is drawn with does not hang on how it is scored, or on the images that are looked at
+    assert seeds[0] == training.random_mask_seed(spec_of(bench, drawn | {"ne": 3, "mask_seed": 0}, final=False))
+    model, _ = Training(specs[1], bench.places("out"))._model()
+    assert model.peft_config["default"].mask_seed == seeds[1]
 
 
 # Bad input

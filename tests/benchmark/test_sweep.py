@@ -9,6 +9,7 @@ from peft_heads.benchmark import sweep as sweep_module
 from peft_heads.benchmark.report import make_report
 from peft_heads.benchmark.results import Run, RunResult, read_results
 from peft_heads.benchmark.sweep import Outcome, Sweep, execute, run_sweep
+from peft_heads.benchmark.training import Training
 
 
 HEADS = {"name": "head-masked-lora", "r": 4, "adapter_bits": 1, "scale": [0.1, 10]}
@@ -146,6 +147,40 @@ def test_shared_warmup_is_trained_once(bench, monkeypatch):
     execute(sweep_of(bench, GRID | {"ne": 3, "criterion": "front", "scale": 5}).runs(
         [HEADS | {"ne": 3, "scale": 5}], (0,), final=False), bench.places("out"), outcome)  # fmt: skip
     assert len(trunks) == 2
+
+
+def test_runs_of_one_training_are_trained_once(bench, monkeypatch):
+    trunks, trained = [], []
+    original, trunk = Training.trainer, sweep_module.train_trunk
+    monkeypatch.setattr(Training, "trainer", lambda self, *args: trained.append(self.spec) or original(self, *args))
+    monkeypatch.setattr(sweep_module, "train_trunk", lambda spec, places: trunks.append(spec) or trunk(spec, places))
+    tests = sweep_of(bench).runs([HEADS | {"scale": 1, "ne": ne} for ne in (1, 3)], (0,), final=True)
+    specs = [twin for spec in tests for twin in (spec, replace(spec, eval_split="val200"))]
+    bars = []
+    execute(
+        specs[:2], bench.places("out"), Outcome(), progress=lambda count, title: bars.append(Bar(count)) or bars[0]
+    )
+    # one variant: nothing is shared with others, and nothing trained twice
+    assert (len(trunks), len(trained), bars[0].count, bars[0].updates) == (0, 1, 2, 2)
+    execute(specs, bench.places("out"), outcome := Outcome())
+    assert (len(trunks), len(trained)) == (0, 2) and len(outcome.runs) == 4
+    # a result that is lost is made again, by itself
+    outcome.runs[specs[1].run_id].path.unlink()
+    execute(specs, bench.places("out"), again := Outcome())
+    assert len(trained) == 3 and {k: plain(run) for k, run in again.runs.items()} == {
+        k: plain(run) for k, run in outcome.runs.items()
+    }
+
+
+class Bar:
+    def __init__(self, count):
+        self.count, self.updates = count, 0
+
+    def update(self):
+        self.updates += 1
+
+    def close(self):
+        pass
 
 
 class Killed(BaseException):

@@ -87,6 +87,13 @@ def test_front():
     assert head_scores("front", {"q": HeadLayout("query", 3, 1)})["q"].tolist() == [0, 1, 2]
 
 
+def test_most_responsive_is_the_reverse_of_absolute():
+    layouts = {"q": HeadLayout("query", 3, 1)}
+    statistics = {"q": torch.tensor([[3.0, 1.0, 2.0], [-1.0, 5.0, 0.0], [0.0, 7.0, 1.0]])}
+    assert head_scores("absolute", layouts, statistics=statistics)["q"].tolist() == [3, 1, 2]
+    assert head_scores("most_responsive", layouts, statistics=statistics)["q"].tolist() == [-3, -1, -2]
+
+
 def test_errors():
     layouts = {"q": HeadLayout("query", 2, 1)}
     with pytest.raises(ValueError, match=r"criterion must be one of absolute, .*got 'best'"):

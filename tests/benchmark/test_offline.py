@@ -1,0 +1,156 @@
+"""The settings of the offline suite, and what is read out of its results."""
+
+import numpy as np
+import pytest
+from benchmark_runs import make_run
+from scipy import stats
+
+from peft_heads.benchmark import evidence, evidence_tables, offline
+from peft_heads.benchmark.evidence import Record
+from peft_heads.benchmark.run import training_key, trunk_epochs
+from peft_heads.demo.model import DEMO_MODEL_PATH
+
+
+TASKS = [task.name for task in offline.OFFLINE_TASKS]
+SEEDS = range(3)
+
+
+def records_of(settings, accuracy, tasks=TASKS, seeds=SEEDS):
+    """`accuracy(setting, task, seed)` gives (val, test)."""
+    return [Record(s, t, k, *accuracy(s, t, k)) for s in settings for t in tasks for k in seeds]
+
+
+def test_settings():
+    everything = offline.offline_settings()
+    assert len(offline.CORE) == 23 and len(offline.SIDE) == 15 and len(everything) == 38
+    assert [offline.setting_name(method) for method in everything.values()] == list(everything)
+    assert offline.setting_name({"name": "lora", "r": 9}) == "lora r=9"
+    assert set(offline.offline_settings(core=True)) == set(offline.CORE)
+    compared = {setting for *_, first, second in evidence_tables.comparisons() for setting in (*first, *second)}
+    assert compared == set(everything)
+
+
+def test_specs():
+    specs = offline.offline_specs(str(DEMO_MODEL_PATH), offline.CORE.values(), seeds=(3, 4))
+    assert len(specs) == 23 * 6 * 2 * 2
+    assert [spec.seed for spec in specs] == sorted(spec.seed for spec in specs)
+    for test, validation in zip(specs[::2], specs[1::2], strict=True):
+        assert (test.eval_split, validation.eval_split) == ("test", "val")
+        assert training_key(test) == training_key(validation)
+    rates = {spec.method["name"]: spec.recipe["learning_rate"] for spec in specs}
+    assert rates == {"linear": 1e-2, "full": 1e-3, "lora": 1e-2, "head-masked-lora": 1e-2}
+    masked = [spec for spec in specs if spec.method["name"] == "head-masked-lora"]
+    assert {trunk_epochs(spec) for spec in masked} == {2}
+
+
+def test_records_of_runs():
+    def pair(method, **more):
+        settings = {name: value for name, value in method.items() if name != "name"}
+        return [
+            make_run("count", x, 2, suite="offline", split=split, method=(method["name"], settings), **more)
+            for split, x in (("val", 0.5), ("test", 0.25))
+        ]
+
+    masks = {"a.q": [True, False, True], "a.v": [True, False, True]}
+    scores = {"a.q": [1.0, 0.5, 2.0], "a.v": [1.0, 0.0, 0.125]}
+    runs = pair(offline.CORE["absolute ne=1"], masks=masks, scores=scores) + pair(offline.LORA)
+    runs += pair(offline.SIDE["absolute ne=1, per layer"], masks=masks | {"a.v": [False, True, True]}, scores=scores)
+    runs += pair(offline.CORE["front ne=1"])[:1]  # not on test
+    records = evidence.make_records(runs)
+    assert records == [
+        Record("absolute ne=1", "count", 2, 50.0, 25.0, (1,), (2.0, 0.5, 2.125)),
+        Record("LoRA", "count", 2, 50.0, 25.0),
+        Record("absolute ne=1, per layer", "count", 2, 50.0, 25.0, None, (2.0, 0.5, 2.125)),
+    ]
+
+
+def test_records_on_disk(tmp_path):
+    records = [
+        Record("LoRA", "count", 0, 12.5, 99.95),
+        Record("absolute ne=1, per layer", "count", 1, 12.5, 0.0, None, (0.1234, 2e-9)),
+        Record("absolute ne=3", "count", 1, 12.5, 0.0, (0, 11), (1.0, 2.0)),
+        Record("positive ne=1", "count", 1, 12.5, 0.0, ()),
+    ]
+    path = tmp_path / "runs.csv"
+    path.write_text(evidence.write_records(reversed(records)), encoding="utf-8")
+    assert evidence.read_records(path) == records
+    path.write_text("setting,task\nLoRA,count\n")
+    with pytest.raises(ValueError, match=r"runs.csv is no table of runs"):
+        evidence.read_records(path)
+
+
+def test_difference_is_a_paired_t_test():
+    draw = np.random.default_rng(0)
+    noise = {(t, k): draw.normal() for t in TASKS for k in SEEDS}
+    records = records_of(["LoRA"], lambda s, t, k: (0, 70 + 10 * noise[t, k]))
+    records += records_of(["full"], lambda s, t, k: (0, 71 + 10 * noise[t, k] + 0.1 * draw.normal()))
+    full, lora = (evidence.accuracies(records, [name]) for name in ("full", "LoRA"))
+    found = evidence.difference(full, lora)
+    test = stats.ttest_rel([full[key] for key in sorted(full)], [lora[key] for key in sorted(full)])
+    interval = test.confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+    assert found.pairs == 18 and found.is_clear and 0.9 < found.mean < 1.1
+    assert np.mean(list(found.by_task.values())) == pytest.approx(found.mean)
+    assert not evidence.difference(lora, lora).is_clear
+    del full["count", 0]
+    assert evidence.difference(full, lora).pairs == 17  # only what both have
+    assert evidence.difference({("count", 0): 1.0}, lora) is None
+
+
+def test_accuracies_need_every_setting():
+    records = [Record("a", "count", 0, 1, 2), Record("b", "count", 0, 3, 6), Record("a", "count", 1, 5, 8)]
+    assert evidence.accuracies(records, ["a", "b"]) == {("count", 0): 4}
+    assert evidence.accuracies(records, ["a"], "val") == {("count", 0): 1, ("count", 1): 5}
+
+
+def test_best_of_is_chosen_on_validation_or_test():
+    accuracy = {"a": (50, 60), "b": (52, 58), "c": (52, 70)}
+    records = records_of("abc", lambda s, t, k: accuracy[s], tasks=["count"], seeds=[0])
+    assert evidence.best_of(records, ["a", "b", "c"], "val") == {("count", 0): 58}  # the first of equals
+    assert evidence.best_of(records, ["a", "b", "c"], "test") == {("count", 0): 70}
+
+
+def test_early_scores():
+    late, early = "absolute ne=1, scored after 10 epochs", "absolute ne=1"
+    records = [
+        Record(late, "count", 0, 0, 0, (0,), (1.0, 2.0, 3.0, 4.0)),
+        Record(early, "count", 0, 0, 0, (0,), (10.0, 20.0, 40.0, 30.0)),
+        Record(late, "count", 1, 0, 0, (3,), (4.0, 3.0, 2.0, 1.0)),
+        Record(early, "count", 1, 0, 0, (0,), (0.0, 0.0, 0.0, 0.0)),  # says nothing about an order
+        Record(early, "count", 2, 0, 0, (0,), (1.0, 2.0, 3.0, 4.0)),
+    ]
+    assert evidence.rank_correlations(records, early, late) == pytest.approx([0.8])
+    assert evidence.agreement(records, early, late) == [1.0, 0.0]
+
+
+def test_tables():
+    better = {"absolute ne=1": 1.0, "LoRA": 0.5, "full": 5.0}
+    draw = np.random.default_rng(0)
+    records = records_of(
+        offline.offline_settings(), lambda s, t, k: (50.0, 70 + better.get(s, 0) + 0.01 * draw.normal())
+    )
+    heads = {"count": (0,), "location": (0,), "orientation": (0,), "distance": (0,), "digits": (7,), "textures": (7,)}
+    records = [
+        Record(r.setting, r.task, r.seed, r.val, r.test, heads[r.task], tuple(range(12)))
+        if "absolute" in r.setting
+        else r
+        for r in records
+    ]
+    tables = evidence_tables.evidence_tables(records)
+    assert set(tables) == {"settings", "comparisons", "choice", "early", "heads"}
+    rows = {(row.section, row.label): row.cells for row in tables["comparisons"].rows}
+    gain = rows["Does masking the least responsive heads cost less? ne=1", "absolute − random *"]
+    assert gain["difference"].mean == pytest.approx(1, abs=0.02) and gain["from"].mean > 0.9
+    assert gain["pairs"].mean == 18 and gain["count"].mean == pytest.approx(1, abs=0.05)
+    assert rows["Do the criteria differ? ne=1", "negative − absolute *"]["to"].mean < -0.9
+    choice = {(row.section, row.label): row.cells["difference"].mean for row in tables["choice"].rows}
+    assert choice["best of 6, chosen on test", "Taylor − random"] == pytest.approx(1, abs=0.05)
+    assert tables["early"].rows[0].cells["same head"].mean == 1
+    overlap = {(row.label, row.section): row.cells["overlap"].mean for row in tables["heads"].rows}
+    assert overlap["same group", "absolute ne=1"] == 1 and overlap["different groups", "absolute ne=1"] == 0
+    means = {row.label: row.cells["mean"].mean for row in tables["settings"].rows}
+    assert means["full"] == pytest.approx(75, abs=0.05)
+    # a mean over some of the tasks is none
+    part = evidence_tables.setting_table([r for r in records if r.task != "count"])
+    assert {row.cells["mean"].mean for row in part.rows} == {None}
+    assert evidence_tables.evidence_tables([]) == {}
