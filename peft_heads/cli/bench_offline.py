@@ -36,6 +36,7 @@ def run(argv: list[str]) -> int:
 
     from ..atomic import write_atomically
     from ..benchmark.evidence import make_records, write_records
+    from ..benchmark.evidence_plots import plot_differences
     from ..benchmark.evidence_tables import evidence_tables
     from ..benchmark.offline import OFFLINE_TASKS, SEEDS, SUITE, offline_settings, offline_specs
     from ..benchmark.recipes import RECIPES
@@ -46,6 +47,7 @@ def run(argv: list[str]) -> int:
     from ..data.tasks import find_task
     from ..demo.model import DEMO_MODEL_PATH
     from ..demo.offline_tasks import write_offline_task
+    from ..plotting import figure_bytes
     from .bench_run import finish, progress_bar
 
     PartialState(cpu=True)
@@ -79,6 +81,9 @@ def run(argv: list[str]) -> int:
         tables = evidence_tables(records)
         files = {f"{name}.csv": to_csv(table) for name, table in tables.items()}
         files |= {"runs.csv": write_records(records), "evidence.md": "\n".join(map(to_markdown, tables.values()))}
+        for name in ("comparisons", "choice"):
+            if name in tables:
+                files[f"{name}.png"] = figure_bytes(plot_differences(tables[name]))
         files |= make_report(runs, SUITE)
         for name, content in files.items():
             write_atomically(args.output_dir / "report" / name, content)

@@ -5,7 +5,7 @@ import pytest
 from benchmark_runs import make_run
 from scipy import stats
 
-from peft_heads.benchmark import evidence, evidence_tables, offline
+from peft_heads.benchmark import evidence, evidence_plots, evidence_tables, offline
 from peft_heads.benchmark.evidence import Record
 from peft_heads.benchmark.run import training_key, trunk_epochs
 from peft_heads.demo.model import DEMO_MODEL_PATH
@@ -150,6 +150,16 @@ def test_tables():
     assert overlap["same group", "absolute ne=1"] == 1 and overlap["different groups", "absolute ne=1"] == 0
     means = {row.label: row.cells["mean"].mean for row in tables["settings"].rows}
     assert means["full"] == pytest.approx(75, abs=0.05)
+    figure = evidence_plots.plot_differences(tables["comparisons"], ["Do the criteria differ?"])
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "Do the criteria differ? ne=1",
+        "Do the criteria differ? ne=3",
+    ]
+    labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert len(labels) == 4 and labels[0].startswith("positive − absolute")
+    bar = figure.axes[0].containers[0].lines[0].get_xdata()[0]
+    assert bar == rows["Do the criteria differ? ne=1", labels[0]]["difference"].mean
+    assert len(evidence_plots.plot_differences(tables["choice"]).axes) == 2
     # a mean over some of the tasks is none
     part = evidence_tables.setting_table([r for r in records if r.task != "count"])
     assert {row.cells["mean"].mean for row in part.rows} == {None}
