@@ -19,10 +19,10 @@ from ...heads.maskable import check_mask, deactivated_heads
 from ...heads.renames import match_renamed
 from ...heads.resolve import named_targets
 from ...sharding import whole
+from ..targets import module_patterns
 from ..task_heads import QuantizedLinear
 from .config import HeadMaskedLoraConfig
 from .layer import HeadMaskedLinear
-from .targets import module_patterns
 
 
 BASE = "base_model.model."
