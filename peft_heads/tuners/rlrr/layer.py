@@ -1,0 +1,315 @@
+"""The RLRR layers: rescaled matrices, and scaled and shifted channels."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+
+from ...heads.layout import ProjectionLayout
+from ...rescaling import ConvolutionOperation, LinearOperation, Rescaling, delta, rescaled_operation
+from ...sharding import on_gradient
+from ..head_mask import HeadMask, HeadMaskedLayer
+from .config import RLRRConfig
+
+
+# Deviations of γ and β (the paper's), and size of the factors' entries where the paper names an initialisation alone.
+SCALE_STD, FACTOR_SIZE = 0.02, 0.02
+
+
+class RLRRLayer(nn.Module, BaseTunerLayer):
+    """What all RLRR layers do alike: adapters by name, merging, mixed batches.
+
+    Several active adapters add up their changes of the frozen tensors, in whatever order they are named or merged.
+    """
+
+    # All names of layers that may contain adapter (trainable) weights
+    adapter_layer_names: tuple[str, ...] = ("rlrr_left", "rlrr_right", "rlrr_scale", "rlrr_shift")
+    # All names of other parameters that may contain adapter-related parameters
+    other_param_names: tuple[str, ...] = ("rlrr_head_mask", "head_layout", "rlrr_variant")
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: RLRRConfig, **kwargs: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.rlrr_left = nn.ParameterDict({})  # S_out (out, r)
+        self.rlrr_right = nn.ParameterDict({})  # S_in (r, in)
+        self.rlrr_scale = nn.ParameterDict({})  # γ (channels,)
+        self.rlrr_shift = nn.ParameterDict({})  # f (out,), or β (channels,)
+        self.rlrr_head_mask = nn.ModuleDict({})
+        self.head_layout: dict[str, ProjectionLayout] = {}
+        self.rlrr_variant: dict[str, Rescaling] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        # what a merge has overwritten: weight, and bias (None where there was none)
+        self._frozen: dict[str, torch.Tensor | None] = {}
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, **kwargs)
+
+    def update_layer(self, adapter_name: str, config: RLRRConfig, target_name: str = "", **kwargs: Any) -> None:
+        """Add an adapter."""
+        self.rlrr_variant[adapter_name] = config.variant
+        self.create_parameters(adapter_name, config, target_name)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def create_parameters(self, adapter_name: str, config: RLRRConfig, target_name: str) -> None:
+        raise NotImplementedError
+
+    def adapted_forward(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+        """The layer's output with these adapters, none of them merged."""
+        raise NotImplementedError
+
+    def changed_tensors(self, adapter_names: list[str]) -> dict[str, torch.Tensor]:
+        """`{"weight": …, "bias": …}` of the base layer as these adapters have it act; a bias of zeros is left out if it has none."""
+        raise NotImplementedError
+
+    def has_adapter(self, adapter_name: str) -> bool:
+        return adapter_name in self.rlrr_variant
+
+    def frozen_weight(self) -> torch.Tensor:
+        """The base layer's weight without anything merged into it."""
+        return self._frozen["weight"].to(self.weight) if self.merged else self.get_base_layer().weight
+
+    def frozen_bias(self) -> torch.Tensor | None:
+        bias = self._frozen["bias"] if self.merged else self.get_base_layer().bias
+        return bias.to(self.weight) if self.merged and bias is not None else bias
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        active = [name for name in self.active_adapters if self.has_adapter(name)]
+        if self.merged or not active:
+            return self.base_layer(x, *args, **kwargs)
+        return self.adapted_forward(x, active)
+
+    def _mixed_batch_forward(self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any):
+        """Every example by the adapter named for it; `__base__` is the frozen layer."""
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        result = None
+        for name in dict.fromkeys(adapter_names):
+            index = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
+            part = x[index]
+            part = self.adapted_forward(part, [name]) if self.has_adapter(name) else self.base_layer(part)
+            result = part.new_empty(len(x), *part.shape[1:]) if result is None else result
+            result[index] = part
+        return result
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the adapters into the base layer, which gets a bias if it has none; see PEFT's layers.
+
+        The overwritten tensors are kept, so that `unmerge` restores them bit for bit.
+        """
+        adapter_names = [name for name in check_adapters_to_merge(self, adapter_names) if self.has_adapter(name)]
+        if not adapter_names:
+            return
+        base_layer, frozen = self.get_base_layer(), {"weight": self.frozen_weight(), "bias": self.frozen_bias()}
+        merged = [*self.merged_adapters, *adapter_names]
+        with torch.no_grad():
+            changed = self.changed_tensors(merged)
+        for name, tensor in changed.items() if safe_merge else ():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"NaNs detected in the merged {name}. The adapter {adapter_names} seems to be broken")
+        if not self.merged:
+            self._frozen = {name: None if tensor is None else tensor.data for name, tensor in frozen.items()}
+        for name, tensor in changed.items():
+            if getattr(base_layer, name) is None:
+                setattr(base_layer, name, nn.Parameter(tensor, requires_grad=False))
+            else:
+                getattr(base_layer, name).data = tensor
+        self.merged_adapters = merged
+
+    def unmerge(self) -> None:
+        """Restore what `merge` has overwritten, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.")
+            return
+        base_layer, frozen = self.get_base_layer(), self._frozen
+        for name, tensor in frozen.items():
+            param = getattr(base_layer, name)
+            if tensor is not None:
+                param.data = tensor.to(param)  # the model may have been cast or moved since
+            elif param is not None:
+                setattr(base_layer, name, None)
+        self._frozen, self.merged_adapters = {}, []
+
+    def __repr__(self) -> str:
+        return "rlrr." + super().__repr__()
+
+
+class RLRRLinear(HeadMaskedLayer, RLRRLayer):
+    """A linear layer that acts as `(W + (S_out S_in) ⊙ W) x + b + f`.
+
+    On a query or value projection it may carry one binary mask entry per attention head. From the moment a head is
+    deactivated its rows of `S_out` and entries of f count as zeros: the frozen weight and bias act alone there.
+    """
+
+    head_masks_name = "rlrr_head_mask"
+
+    @property
+    def operation(self) -> LinearOperation:
+        return LinearOperation()
+
+    def create_parameters(self, adapter_name: str, config: RLRRConfig, target_name: str) -> None:
+        rows, columns = self.operation.matrix(self.get_base_layer().weight.detach()).shape
+        if config.left:
+            self.rlrr_left[adapter_name] = nn.Parameter(torch.empty(rows, config.r))
+        if config.right:
+            self.rlrr_right[adapter_name] = nn.Parameter(torch.empty(config.r, columns))
+        if config.shift_without_bias or self.frozen_bias() is not None:
+            self.rlrr_shift[adapter_name] = nn.Parameter(torch.zeros(self.get_base_layer().weight.shape[0]))
+        layout = config.head_layouts.get(target_name)
+        if layout is not None:
+            self.head_layout[adapter_name] = layout
+            if config.masks_heads:
+                self.rlrr_head_mask[adapter_name] = HeadMask(layout.num_heads)
+        self.reset_parameters(adapter_name, config)
+
+    def reset_parameters(self, adapter_name: str, config: RLRRConfig) -> None:
+        factors = [factor[adapter_name] for factor in (self.rlrr_left, self.rlrr_right) if adapter_name in factor]
+        for factor in factors:
+            if config.init == "normal":
+                nn.init.normal_(factor, std=FACTOR_SIZE)
+            elif config.init == "uniform":
+                nn.init.uniform_(factor, -FACTOR_SIZE, FACTOR_SIZE)
+            elif config.init == "constant":
+                nn.init.constant_(factor, FACTOR_SIZE if config.residual else 1 / math.sqrt(config.r))
+            else:
+                nn.init.kaiming_uniform_(factor)
+        if config.init == "zero":
+            nn.init.zeros_(factors[0])
+
+    # The protocol of heads/maskable.py
+
+    def head_parameters(self, adapter_name: str) -> list[nn.Parameter]:
+        """`S_out` (out, r) and f (out,); `S_in` is shared by all heads."""
+        return [factor[adapter_name] for factor in (self.rlrr_left, self.rlrr_shift) if adapter_name in factor]
+
+    def scored_tensor(self, adapter_name: str, param: nn.Parameter) -> torch.Tensor:
+        return param
+
+    def on_scored_gradient(
+        self, adapter_name: str, param: nn.Parameter, call: Callable[[torch.Tensor, bool], None]
+    ) -> Any:
+        return on_gradient(param, call)
+
+    def active_rows(self, adapter_name: str) -> torch.Tensor:
+        """bool (out,), True = the adapter changes the row: all but those of deactivated heads."""
+        return ~self.deactivated_rows(adapter_name)
+
+    def mask_rows(self, adapter_name: str, rows: torch.Tensor) -> torch.Tensor:
+        """`rows` (out, ...) with those of deactivated heads replaced by zero."""
+        if adapter_name not in self.rlrr_head_mask:
+            return rows
+        return torch.where(self.active_rows(adapter_name).view(-1, *[1] * (rows.dim() - 1)), rows, 0)
+
+    # How the adapters act
+
+    def factors(self, adapter_name: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """`S_out` (out, r) without deactivated heads, and `S_in` (r, in); None for one that there is not."""
+        left = self.rlrr_left[adapter_name] if adapter_name in self.rlrr_left else None
+        right = self.rlrr_right[adapter_name] if adapter_name in self.rlrr_right else None
+        return left if left is None else self.mask_rows(adapter_name, left), right
+
+    def shift(self, adapter_name: str) -> torch.Tensor | None:
+        """f (out,), without deactivated heads; None if there is none."""
+        if adapter_name not in self.rlrr_shift:
+            return None
+        return self.mask_rows(adapter_name, self.rlrr_shift[adapter_name])
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """What the adapter adds to the frozen weight, of its shape, in the wider dtype of the two."""
+        weight = self.frozen_weight()
+        change = delta(self.operation.matrix(weight), *self.factors(adapter), self.rlrr_variant[adapter])
+        return self.operation.weight(change, weight.shape)
+
+    def adapted_forward(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+        weight, bias = self.frozen_weight(), self.frozen_bias()
+        is_frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
+        if len(adapter_names) == 1 and is_frozen:
+            (name,) = adapter_names
+            shift, variant = self.shift(name), self.rlrr_variant[name]
+            return rescaled_operation(x, weight, bias, *self.factors(name), shift, variant, self.operation)
+        changed = self.changed_tensors(adapter_names)
+        return self.operation(x, changed["weight"], changed.get("bias"))
+
+    def changed_tensors(self, adapter_names: list[str]) -> dict[str, torch.Tensor]:
+        weight, bias = self.frozen_weight(), self.frozen_bias()
+        changed = {"weight": sum((self.get_delta_weight(name) for name in adapter_names), start=weight)}
+        shifts = [shift for name in adapter_names if (shift := self.shift(name)) is not None]
+        if shifts:
+            changed["bias"] = sum(shifts, start=0 if bias is None else bias)
+        elif bias is not None:
+            changed["bias"] = bias
+        return {name: tensor.to(weight.dtype) for name, tensor in changed.items()}
+
+
+class RLRRConv2d(RLRRLinear):
+    """A convolution whose kernels, laid out as a matrix (out·k, in·k), are rescaled."""
+
+    @property
+    def operation(self) -> ConvolutionOperation:
+        return ConvolutionOperation(self.get_base_layer())
+
+
+class RLRRScale(RLRRLayer):
+    """A layer whose output is scaled and shifted per channel, `y ⊙ γ + β`: a layer norm, or the patch embedding.
+
+    A layer norm does so by its own weight and bias, at no cost per token.
+    """
+
+    def create_parameters(self, adapter_name: str, config: RLRRConfig, target_name: str) -> None:
+        channels = self.get_base_layer().weight.shape[0]
+        self.rlrr_scale[adapter_name] = nn.Parameter(torch.ones(channels))
+        self.rlrr_shift[adapter_name] = nn.Parameter(torch.zeros(channels))
+        if config.init != "zero":
+            nn.init.normal_(self.rlrr_scale[adapter_name], mean=1.0, std=SCALE_STD)
+            nn.init.normal_(self.rlrr_shift[adapter_name], std=SCALE_STD)
+
+    def scale_and_shift(self, adapter_names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """γ and β, (channels,), of the adapters together."""
+        first, *rest = adapter_names
+        scale, shift = self.rlrr_scale[first], self.rlrr_shift[first]
+        for name in rest:
+            scale, shift = scale + (self.rlrr_scale[name] - 1), shift + self.rlrr_shift[name]
+        return scale, shift
+
+    def adapted_forward(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+        base_layer = self.get_base_layer()
+        if isinstance(base_layer, nn.LayerNorm):
+            changed = self.changed_tensors(adapter_names)
+            if type(base_layer) is nn.LayerNorm:
+                return F.layer_norm(x, base_layer.normalized_shape, **changed, eps=base_layer.eps)
+            return torch.func.functional_call(base_layer, changed, (x,))
+        scale, shift = self.scale_and_shift(adapter_names)
+        y = self.base_layer(x)
+        if isinstance(base_layer, nn.Conv2d):
+            scale, shift = scale.view(-1, 1, 1), shift.view(-1, 1, 1)
+        return torch.addcmul(shift, y, scale).to(y.dtype)
+
+    def changed_tensors(self, adapter_names: list[str]) -> dict[str, torch.Tensor]:
+        weight, bias = self.frozen_weight(), self.frozen_bias()
+        scale, shift = self.scale_and_shift(adapter_names)
+        changed = {
+            "weight": weight * scale.view(-1, *[1] * (weight.dim() - 1)),
+            "bias": shift if bias is None else torch.addcmul(shift, bias.to(shift.dtype), scale),
+        }
+        return {name: tensor.to(weight.dtype) for name, tensor in changed.items()}
