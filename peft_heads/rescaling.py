@@ -125,7 +125,11 @@ def matrix_to_kernel(matrix: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 class LinearOperation:
-    """`F.linear` as `rescaled_operation` needs it: the operation, its two gradients, and its weight as a matrix."""
+    """`F.linear` as `rescaled_operation` needs it: the operation, its gradients, and its weight as a matrix."""
+
+    def prepare(self, x: torch.Tensor) -> torch.Tensor:
+        """What the operation itself is applied to."""
+        return x
 
     def matrix(self, weight: torch.Tensor) -> torch.Tensor:
         return weight
@@ -154,8 +158,15 @@ class ConvolutionOperation:
     """
 
     def __init__(self, layer: nn.Conv2d) -> None:
-        self.layer = layer
         self.settings = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+        self.padding: dict[str, Any] | None = None
+        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):  # as a step of its own
+            mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+            self.padding = {"pad": layer._reversed_padding_repeated_twice, "mode": mode}
+            self.settings["padding"] = 0
+
+    def prepare(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.padding is None else F.pad(x, **self.padding)
 
     def matrix(self, weight: torch.Tensor) -> torch.Tensor:
         return kernel_to_matrix(weight)
@@ -164,7 +175,7 @@ class ConvolutionOperation:
         return matrix_to_kernel(matrix, shape)
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return self.layer._conv_forward(x, weight, bias)  # which knows of padding other than zeros
+        return F.conv2d(x, weight, bias, **self.settings)
 
     def input_gradient(self, grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return nn.grad.conv2d_input(x.shape, weight, grad, **self.settings)
@@ -207,7 +218,7 @@ def rescaled_operation(
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     with torch.autocast(device, enabled=False):
-        return _Rescaled.apply(x.to(dtype), weight, bias, left, right, shift, variant, operation)
+        return _Rescaled.apply(operation.prepare(x).to(dtype), weight, bias, left, right, shift, variant, operation)
 
 
 class _Rescaled(torch.autograd.Function):

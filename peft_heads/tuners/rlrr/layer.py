@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import nn
 
 from ...heads.layout import ProjectionLayout
@@ -165,6 +165,14 @@ class RLRRLinear(HeadMaskedLayer, RLRRLayer):
     head_masks_name = "rlrr_head_mask"
 
     @property
+    def in_features(self) -> int:
+        return _get_in_out_features(self.get_base_layer())[0]
+
+    @property
+    def out_features(self) -> int:
+        return _get_in_out_features(self.get_base_layer())[1]
+
+    @property
     def operation(self) -> LinearOperation:
         return LinearOperation()
 
@@ -249,7 +257,8 @@ class RLRRLinear(HeadMaskedLayer, RLRRLayer):
             shift, variant = self.shift(name), self.rlrr_variant[name]
             return rescaled_operation(x, weight, bias, *self.factors(name), shift, variant, self.operation)
         changed = self.changed_tensors(adapter_names)
-        return self.operation(x, changed["weight"], changed.get("bias"))
+        operation = self.operation
+        return operation(operation.prepare(x), changed["weight"], changed.get("bias"))
 
     def changed_tensors(self, adapter_names: list[str]) -> dict[str, torch.Tensor]:
         weight, bias = self.frozen_weight(), self.frozen_bias()
