@@ -50,13 +50,12 @@ def backbone_parts(model: nn.Module) -> BackboneParts:
     last = max(order.index(name) for name in inside)
     backbone = backbone_name(model)
     tower = f"{backbone}." if all(name.startswith(f"{backbone}.") for name in projections) else ""
-    norms = [name for name, module in inside.items() if is_norm(module)]
-    norms += [name for name in order[last + 1 :] if is_norm(modules[name]) and name.startswith(tower)]
     first = min(order.index(name) for name in inside)
+    after = [name for name in order[last + 1 :] if is_norm(modules[name])]
     return BackboneParts(
         tuple(name for name, m in inside.items() if isinstance(m, nn.Linear) and not _POSITION_NETWORKS.search(name)),
-        tuple(norms),
-        _patch_embedding(modules, [name for name in order[:first] if name.startswith(tower)]),
+        (*(name for name, module in inside.items() if is_norm(module)), *_within(tower, after)),
+        _patch_embedding(modules, order[:first], tower),
     )
 
 
@@ -99,10 +98,15 @@ def _block_of(projection: str) -> str:
     return match.group(1) if match else projection.rpartition(".")[0].rpartition(".")[0]
 
 
-def _patch_embedding(modules: dict[str, nn.Module], before: list[str]) -> str | None:
+def _patch_embedding(modules: dict[str, nn.Module], before: list[str], tower: str) -> str | None:
     """The first convolution before the blocks, or linear layer where the patches are given as vectors."""
     for kind in (nn.Conv2d, nn.Linear):
-        found = [name for name in before if isinstance(modules[name], kind)]
+        found = _within(tower, [name for name in before if isinstance(modules[name], kind)])
         if found:
             return found[0]
     return None
+
+
+def _within(tower: str, names: list[str]) -> list[str]:
+    """Those in the tower that sees the image, if there are any (it may be the stack of blocks alone)."""
+    return [name for name in names if name.startswith(tower)] or names

@@ -34,11 +34,8 @@ def check_foldable(model: nn.Module, adapter_names: list[str]) -> tuple[list[RLR
         ValueError: A layer gets a bias for which the checkpoint has no place.
     """
     new = {name: layer for name, layer in model.named_modules() if _gets_bias(layer, adapter_names)}
-    if not new:
-        return [], {}
-    useless = [name for name in new if _is_shift_invariant(model, name)]
-    new = {name: layer for name, layer in new.items() if name not in useless}
-    dropped = [model.get_submodule(name) for name in useless]
+    useless = [n for n, layer in new.items() if _is_shift_invariant(model, n) or not _shifts(layer, adapter_names)]
+    dropped = [new.pop(name) for name in useless]
     config = getattr(model, "config", None)
     if not new or config is None or not hasattr(model, "save_pretrained"):
         return dropped, {}  # a plain module has no format but its own
@@ -52,7 +49,7 @@ def check_foldable(model: nn.Module, adapter_names: list[str]) -> tuple[list[RLR
         # with the settings there must be no bias either that the model has not
         if not changes or _biases(model, asked) != _biases(model, config) | {f"{name}.bias" for name in new}:
             raise ValueError(
-                f"{module_patterns(missing)}: this layer has no bias in the checkpoint format of "
+                f"{module_patterns(missing)}: there is no bias in the checkpoint format of "
                 f"{type(model).__name__} (expected one, for the trained shift f of RLRR), so that a merged checkpoint "
                 "would lose it. Keep the adapter as an adapter, use merge_adapter() in memory, or train with "
                 "RLRRConfig(shift_without_bias=False)"
@@ -67,10 +64,15 @@ def fold_into_config(model: nn.Module, changes: dict[str, Any]) -> None:
 
 
 def _gets_bias(layer: nn.Module, adapter_names: list[str]) -> bool:
-    """Whether merging gives a layer a bias that it has not; a shift of zeros does not."""
+    """Whether merging gives a layer a bias that it has not."""
     if not isinstance(layer, RLRRLayer) or layer.frozen_bias() is not None:
         return False
-    return any(name in layer.rlrr_shift and bool(layer.rlrr_shift[name].any()) for name in adapter_names)
+    return any(name in layer.rlrr_shift for name in adapter_names)
+
+
+def _shifts(layer: RLRRLayer, adapter_names: list[str]) -> bool:
+    """Whether any of the adapters' shifts is something else than zeros."""
+    return any(bool(layer.rlrr_shift[name].any()) for name in adapter_names if name in layer.rlrr_shift)
 
 
 def _is_shift_invariant(model: nn.Module, name: str) -> bool:

@@ -288,18 +288,19 @@ class RLRRScale(RLRRLayer):
     def create_parameters(self, adapter_name: str, config: RLRRConfig, target_name: str) -> None:
         channels = self.get_base_layer().weight.shape[0]
         self.rlrr_scale[adapter_name] = nn.Parameter(torch.ones(channels))
-        self.rlrr_shift[adapter_name] = nn.Parameter(torch.zeros(channels))
+        if config.shift_without_bias or self.frozen_bias() is not None:
+            self.rlrr_shift[adapter_name] = nn.Parameter(torch.zeros(channels))
         if config.init != "zero":
             nn.init.normal_(self.rlrr_scale[adapter_name], mean=1.0, std=SCALE_STD)
-            nn.init.normal_(self.rlrr_shift[adapter_name], std=SCALE_STD)
+            if adapter_name in self.rlrr_shift:
+                nn.init.normal_(self.rlrr_shift[adapter_name], std=SCALE_STD)
 
-    def scale_and_shift(self, adapter_names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """γ and β, (channels,), of the adapters together."""
+    def scale_and_shift(self, adapter_names: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """γ and β, (channels,), of the adapters together; None where no adapter has a β."""
         first, *rest = adapter_names
-        scale, shift = self.rlrr_scale[first], self.rlrr_shift[first]
-        for name in rest:
-            scale, shift = scale + (self.rlrr_scale[name] - 1), shift + self.rlrr_shift[name]
-        return scale, shift
+        scale = sum((self.rlrr_scale[name] - 1 for name in rest), start=self.rlrr_scale[first])
+        shifts = [self.rlrr_shift[name] for name in adapter_names if name in self.rlrr_shift]
+        return scale, sum(shifts[1:], start=shifts[0]) if shifts else None
 
     def adapted_forward(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
         base_layer = self.get_base_layer()
@@ -311,14 +312,15 @@ class RLRRScale(RLRRLayer):
         scale, shift = self.scale_and_shift(adapter_names)
         y = self.base_layer(x)
         if isinstance(base_layer, nn.Conv2d):
-            scale, shift = scale.view(-1, 1, 1), shift.view(-1, 1, 1)
-        return torch.addcmul(shift, y, scale).to(y.dtype)
+            scale, shift = scale.view(-1, 1, 1), None if shift is None else shift.view(-1, 1, 1)
+        return (y * scale if shift is None else torch.addcmul(shift, y, scale)).to(y.dtype)
 
     def changed_tensors(self, adapter_names: list[str]) -> dict[str, torch.Tensor]:
         weight, bias = self.frozen_weight(), self.frozen_bias()
         scale, shift = self.scale_and_shift(adapter_names)
-        changed = {
-            "weight": weight * scale.view(-1, *[1] * (weight.dim() - 1)),
-            "bias": shift if bias is None else torch.addcmul(shift, bias.to(shift.dtype), scale),
-        }
+        changed = {"weight": weight * scale.view(-1, *[1] * (weight.dim() - 1))}
+        parts = [shift] if shift is not None else []
+        parts += [bias * scale] if bias is not None else []
+        if parts:
+            changed["bias"] = sum(parts[1:], start=parts[0])
         return {name: tensor.to(weight.dtype) for name, tensor in changed.items()}

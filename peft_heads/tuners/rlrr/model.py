@@ -142,6 +142,10 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
             layer.requires_grad_(False)  # an additional adapter is not trainable by itself
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # as PEFT's, without giving a trained head (which may be any module) the weight of what it replaces
+        setattr(parent, child_name, new_module)
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # PEFT makes new, trainable parameters, also of an adapter that is not active
         trained = {name: param.requires_grad for name, param in self.named_parameters()}
@@ -157,7 +161,8 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
         without_shift, changes = check_foldable(self.model, adapter_names)
         for layer in without_shift:
             for name in adapter_names:
-                layer.rlrr_shift.pop(name)
+                if name in layer.rlrr_shift:
+                    del layer.rlrr_shift[name]
         model = super()._unload_and_optionally_merge(merge=True, **kwargs)
         fold_into_config(model, changes)
         return model
