@@ -17,7 +17,7 @@ from peft_heads.heads.layout import HeadLayout, ProjectionLayout
         "heads.renames",
         "heads.scores",
         "heads.selection",
-        "tuners.head_masked_lora.state_dict",
+        "tuners.saved_keys",
     ],
 )
 def test_doctests(module):

@@ -18,22 +18,13 @@ from ...heads.resolve import default_targets, named_targets, task_head_names
 from ...sharding import whole
 from ..labelled import LabelledTuner
 from ..quantizer import WeightQuantizer
-from ..targets import module_patterns
+from ..saved_keys import BASE, follow_file, is_adapter_key, rename_modules
 from ..task_heads import check_quantizable, quantize_task_heads, settle_task_heads
 from .config import FULL_PRECISION, HeadMaskedLoraConfig
 from .layer import HeadMaskedLinear
 from .packed import is_packed, read_packed, write_packed
-from .state_dict import (
-    BASE,
-    check_state_dict,
-    is_lora_key,
-    make_plain_lora,
-    masked_layers,
-    module_of,
-    rename_modules,
-    saved_keys,
-)
-from .targets import find_head_layouts, follow_renames, unknown_architecture
+from .state_dict import check_state_dict, make_plain_lora, masked_layers
+from .targets import find_head_layouts, unknown_architecture
 
 
 class HeadMaskedLoraModel(LabelledTuner, LoraModel):
@@ -65,8 +56,7 @@ class HeadMaskedLoraModel(LabelledTuner, LoraModel):
         # of a configuration that comes from no file there are no codes to be read
         peft_config.packed = peft_config.packed and peft_config.source is not None
         if peft_config.source is not None:
-            self._follow_renames(peft_config)
-            peft_config.source = None  # read; the folder may be gone when the configuration serves again
+            follow_file(peft_config, self.model)
         if peft_config.target_modules is None and not peft_config.target_parameters:
             # PEFT's own table of defaults is asked for architectures without a recognisable attention layer
             peft_config.target_modules = set(self._default_targets(peft_config)) or None
@@ -105,21 +95,6 @@ class HeadMaskedLoraModel(LabelledTuner, LoraModel):
         by_ending = copy.copy(peft_config)
         by_ending.target_modules = {name.rpartition(".")[2] for name in names}
         return [name for name in names if "." not in name or self._check_target_module_exists(by_ending, name)]
-
-    def _follow_renames(self, peft_config: HeadMaskedLoraConfig) -> None:
-        keys = saved_keys(**peft_config.source)
-        adapted = list(dict.fromkeys(module_of(key) for key in keys if is_lora_key(key)))
-        trained = list(dict.fromkeys(module_of(key) for key in keys if not is_lora_key(key)))
-        in_full = tuple(peft_config.modules_to_save or ())  # the ends of names
-        renamed = follow_renames(peft_config, adapted, trained, self.model)
-        moved = [name for name in trained if name in renamed and name.endswith(in_full)]
-        if moved:
-            # PEFT looks them up in the file before a tuner can say what they are called there
-            raise ValueError(
-                f"the adapter trains modules whose names transformers has changed: {module_patterns(moved)} (now "
-                f"{module_patterns(renamed[name] for name in moved)}); rewrite the adapter with `peft-heads migrate "
-                f"{peft_config.source['path_or_repo']}`"
-            )
 
     def _create_and_replace(
         self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs: Any
@@ -216,7 +191,7 @@ class HeadMaskedLoraModel(LabelledTuner, LoraModel):
         # Parts of a sharded model, unless the caller has put them together. In place: PEFT goes on to take what is
         # trained in full from the same dict.
         in_full = f".modules_to_save.{adapter_name}."
-        state_dict |= {key: whole(value) for key, value in state_dict.items() if is_lora_key(key) or in_full in key}
+        state_dict |= {key: whole(value) for key, value in state_dict.items() if is_adapter_key(key) or in_full in key}
         to_return = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         to_return = {key: whole(value) for key, value in to_return.items()}  # biases of the base model
         make_plain_lora(model, adapter_name, to_return, state_dict)

@@ -4,29 +4,18 @@ from __future__ import annotations
 
 import warnings
 
-from peft import LoraConfig
 from torch import nn
 
 from ...heads.layout import ProjectionLayout
-from ...heads.renames import match_renamed
 from ...heads.resolve import (
     FUSED_PROJECTIONS,
     NUM_HEADS_ATTRIBUTES,
     PROJECTION_ROLES,
     interleaved_projections,
-    matches_pattern,
-    named_targets,
     resolve_heads,
-    shortest_names,
 )
 from ..targets import check_called, check_head_groups, module_patterns
 from .config import HeadMaskedLoraConfig
-
-
-# Options whose values may be names of modules, beside `target_modules`.
-NAME_PATTERNS = ("rank_pattern", "alpha_pattern", "num_heads")
-NAME_FILTERS = ("exclude_modules", "layers_to_transform", "layers_pattern")
-RENAMED_OPTIONS = (*NAME_PATTERNS, *NAME_FILTERS, "modules_to_save")
 
 
 def unknown_architecture(model: nn.Module) -> ValueError:
@@ -39,46 +28,6 @@ def unknown_architecture(model: nn.Module) -> ValueError:
         "and value projections and their heads yourself, e.g. "
         'HeadMaskedLoraConfig(target_modules=["to_q", "to_v"], num_heads={"to_q": 12, "to_v": 12})'
     )
-
-
-def follow_renames(config: LoraConfig, adapted: list[str], trained: list[str], model: nn.Module) -> dict[str, str]:
-    """Let the configuration of a saved adapter mean the same modules in a model that names them otherwise.
-
-    Which modules the adapter has is read from its file, so that every way of saying it (lists, patterns, layers,
-    exclusions) comes out right; the names that are written into `config` are the model's.
-
-    Args:
-        config: A configuration as it was saved.
-        adapted: The modules that the adapter's file has LoRA weights for.
-        trained: The modules that it has in full (`modules_to_save`).
-        model: The base model.
-
-    Returns:
-        `{old name: new name}` of the modules that are renamed.
-    """
-    renamed = match_renamed([*adapted, *trained], [name for name, _ in named_targets(model)])
-    names = {name: renamed.get(name, name) for name in adapted}
-    if any(name in renamed for name in adapted):
-        config.target_modules = set(shortest_names(list(names.values()), model))
-        for option in NAME_FILTERS:  # the modules are named one by one now
-            setattr(config, option, None)
-        for option in NAME_PATTERNS:
-            patterns = getattr(config, option, None)
-            if isinstance(patterns, dict):
-                values = {}
-                for old, new in names.items():
-                    # the new names stand there already if a migration was interrupted
-                    keys = [key for name in (old, new) for key in patterns if matches_pattern(key, name)]
-                    if keys:
-                        values[new] = patterns[keys[0]]
-                setattr(config, option, values)
-    if config.modules_to_save:
-        entries = []
-        for entry in config.modules_to_save:  # the ends of names
-            now = [renamed[name] for name in trained if name in renamed and name.endswith(entry)]
-            entries += [entry] if all(name.endswith(entry) for name in now) else now
-        config.modules_to_save = entries
-    return renamed
 
 
 def find_head_layouts(

@@ -21,11 +21,12 @@ from ...heads.maskable import read_masks
 from ...heads.resolve import named_targets, shortest_names, task_head_names
 from ...sharding import whole
 from ..labelled import LabelledTuner
+from ..saved_keys import follow_file, is_adapter_key, rename_modules
 from .config import RLRRConfig
 from .folding import check_foldable, fold_into_config
 from .layer import RLRRConv2d, RLRRLayer, RLRRLinear, RLRRScale
 from .state_dict import check_state_dict, masked_layers, write_deactivated
-from .targets import check_module, default_modules, find_head_layouts, warn_of_batch_norms
+from .targets import check_module, default_modules, find_head_layouts, moving_statistics
 
 
 LAYERS = {"linear": RLRRLinear, "convolution": RLRRConv2d, "scale": RLRRScale}
@@ -89,7 +90,8 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: RLRRConfig, model_config: dict) -> RLRRConfig:
         self.begin_adapter(peft_config)
-        peft_config.source = None
+        if peft_config.source is not None:
+            follow_file(peft_config, self.model)
         parts = backbone_parts(self.model)
         peft_config.patch_embedding_name = parts.patch_embedding
         if peft_config.modules_to_save is None:
@@ -105,7 +107,7 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
         for name in targets:
             check_module(name, getattr(modules[name], "base_layer", modules[name]), peft_config)
         peft_config.head_layouts = find_head_layouts(self.model, peft_config, targets)
-        if self.model.training and (warning := warn_of_batch_norms(self.model)):
+        if self.model.training and (warning := moving_statistics(self.model)):
             warnings.warn(warning)
         return peft_config
 
@@ -232,7 +234,7 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         in_full = f".modules_to_save.{adapter_name}."
-        state_dict |= {key: whole(value) for key, value in state_dict.items() if ".rlrr_" in key or in_full in key}
+        state_dict |= {key: whole(value) for key, value in state_dict.items() if is_adapter_key(key) or in_full in key}
         to_return = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         write_deactivated(model, adapter_name, to_return)
         layers = masked_layers(model, adapter_name)
@@ -241,6 +243,7 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        state_dict = rename_modules(model, state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         cls.take_heads_and_labels(model, config, adapter_name, remapped)
         check_state_dict(model, config, adapter_name, remapped)

@@ -6,11 +6,9 @@ import torch
 from torch import nn
 
 from ...heads.maskable import check_mask
+from ..saved_keys import BASE
 from .config import RLRRConfig
 from .layer import RLRRLinear
-
-
-BASE = "base_model.model."
 
 
 def masked_layers(model: nn.Module, adapter_name: str) -> dict[str, RLRRLinear]:

@@ -58,18 +58,17 @@ def check_module(name: str, module: nn.Module, config: RLRRConfig) -> str:
                 f"a shift could be merged into; {way_out}, or pass norms=False"
             )
         return "scale"
-    plain = type(module) in (nn.Linear, nn.Conv2d) and type(weight.data) is torch.Tensor
-    if plain and not (weight.dtype.is_floating_point or weight.dtype.is_complex):
-        plain = False
-    if plain:
+    is_plain = type(module) in (nn.Linear, nn.Conv2d) and type(weight.data) is torch.Tensor
+    if is_plain and weight.dtype.is_floating_point:
         if name == config.patch_embedding_name and config.patch_embedding:
             return "scale"
         return "linear" if isinstance(module, nn.Linear) else "convolution"
     if isinstance(module, (nn.Linear, nn.Conv2d)):
+        expected = "Linear" if isinstance(module, nn.Linear) else "Conv2d"
         raise ValueError(
-            f"{name} is a {kind} with weights of type {type(weight.data).__name__} ({weight.dtype}), which RLRR cannot "
-            f"rescale (expected torch.nn.{'Linear' if isinstance(module, nn.Linear) else 'Conv2d'} with weights of "
-            f"floating point); load the model without quantization, or {way_out}"
+            f"{name} is a {kind} with a {type(weight.data).__name__} of {weight.dtype} for a weight, which RLRR cannot "
+            f"rescale (expected torch.nn.{expected} itself, not quantised, with numbers of floating point); load the "
+            f"model without quantization, or {way_out}"
         )
     hint = ", or pass norms=False" if "Norm" in kind else ""
     raise ValueError(
@@ -106,7 +105,7 @@ def find_head_layouts(model: nn.Module, config: RLRRConfig, targets: list[str]) 
     return {name: layout for name, layout in layouts.items() if name not in interleaved}
 
 
-def warn_of_batch_norms(model: nn.Module) -> str | None:
+def moving_statistics(model: nn.Module) -> str | None:
     """A sentence about batch norms, whose running statistics are saved with no adapter; None if there are none."""
     names = batch_norms(model)
     if not names:
