@@ -154,6 +154,20 @@ class RLRRLayer(nn.Module, BaseTunerLayer):
     def __repr__(self) -> str:
         return "rlrr." + super().__repr__()
 
+    @staticmethod
+    def _check_weight(x: torch.Tensor, weight: torch.Tensor) -> None:
+        """Raise ValueError where the frozen weight is handed to the frozen layer alone, which is not called."""
+        if hasattr(weight, "ds_id"):
+            raise ValueError(
+                "RLRR computes with the frozen weight itself, which ZeRO 3 of DeepSpeed keeps in parts; use ZeRO 1 or 2, "
+                "DistributedDataParallel or FSDP2"
+            )
+        if weight.is_meta and not x.is_meta:
+            raise ValueError(
+                "RLRR computes with the frozen weight itself, which is not there (on the meta device, as offloaded "
+                "weights are): load the model without offloading"
+            )
+
 
 class RLRRLinear(HeadMaskedLayer, RLRRLayer):
     """A linear layer that acts as `(W + (S_out S_in) ⊙ W) x + b + f`.
@@ -251,6 +265,7 @@ class RLRRLinear(HeadMaskedLayer, RLRRLayer):
 
     def adapted_forward(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
         weight, bias = self.frozen_weight(), self.frozen_bias()
+        self._check_weight(x, weight)
         is_frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
         if len(adapter_names) == 1 and is_frozen:
             (name,) = adapter_names
