@@ -7,16 +7,18 @@ import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_callbacks import make_trainer
 from transformers import (
     AutoModelForImageClassification,
     SwinConfig,
     SwinForImageClassification,
+    Trainer,
+    TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
 )
 
 from peft_heads import (
+    HeadScorer,
     RLRRConfig,
     TaylorHeadScorer,
     get_head_masks,
@@ -297,11 +299,24 @@ def rows_off(model):
 def test_taylor_scores_and_resume(tmp_path):
     """Selected by TaylorHeadScorer; after the selection nothing moves; a resumed run ends where the whole one does."""
 
-    def trainer(folder, **arguments):
+    def trainer(folder):
         torch.manual_seed(0)
         model = get_peft_model(tiny.make("vit"), RLRRConfig(ne=2, init="zero"))
-        arguments = {"save_strategy": "steps", "save_steps": 2, "weight_decay": 0.1, **arguments}
-        return make_trainer(tmp_path / folder, [TaylorHeadScorer(select_at=6)], model, **arguments)
+        args = TrainingArguments(
+            str(tmp_path / folder),
+            per_device_train_batch_size=8,
+            num_train_epochs=3,
+            learning_rate=1e-2,
+            weight_decay=0.1,
+            save_strategy="steps",
+            save_steps=2,
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            label_names=["labels"],
+        )
+        return Trainer(model, args, train_dataset=tiny.examples(), callbacks=[TaylorHeadScorer(select_at=6)])
 
     whole = trainer("whole")
     whole.train()
@@ -326,8 +341,6 @@ def test_taylor_scores_and_resume(tmp_path):
 
 def test_the_score_is_what_the_protocol_says():
     """p·g over a head's rows of S_out and entries of f, taken from autograd."""
-    from peft_heads import HeadScorer
-
     model = get_peft_model(tiny.make("vit"), RLRRConfig(ne=1))
     randomize(model)
     scorer = HeadScorer(model)
@@ -346,8 +359,6 @@ def test_the_score_is_what_the_protocol_says():
 
 def test_scores_are_the_gates_derivatives():
     """A gate of 1 on a head's S_out and f: the derivative of the loss is the score."""
-    from peft_heads import HeadScorer
-
     model = get_peft_model(tiny.make("vit").double(), RLRRConfig(ne=1, init="normal")).eval()
     randomize(model)
     batch = {k: v.double() if v.is_floating_point() else v for k, v in tiny.batch().items()}
