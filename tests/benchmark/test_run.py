@@ -23,6 +23,8 @@ METHODS = {
     "lora": {"name": "lora", "r": 4, "scale": 10},
     "linear": {"name": "linear"},
     "full": {"name": "full"},
+    "rlrr": {"name": "rlrr", "r": 1, "init": "zero"},
+    "rlrr with heads": {"name": "rlrr", "r": 2, "ne": 1},
     "peft": {"name": "peft", "peft_config": '{"peft_type": "LOHA", "r": 2}'},
 }
 
