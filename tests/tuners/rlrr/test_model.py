@@ -203,33 +203,6 @@ def test_a_mask_that_has_no_place(tmp_path):
         PeftModel.from_pretrained(tiny.make("vit"), tmp_path, config=RLRRConfig())
 
 
-def test_other_module_names(tmp_path):
-    """As transformers named them before 5.9, and the other way round."""
-    model = get_peft_model(tiny.make("vit"), RLRRConfig())
-    randomize(model)
-    model.save_pretrained(tmp_path)
-    pairs = [
-        ("vit.layers.", "vit.encoder.layer."),
-        (".attention.q_proj.", ".attention.attention.query."),
-        (".attention.k_proj.", ".attention.attention.key."),
-        (".attention.v_proj.", ".attention.attention.value."),
-        (".attention.o_proj.", ".attention.output.dense."),
-        (".mlp.fc1.", ".intermediate.dense."),
-        (".mlp.fc2.", ".output.dense."),
-    ]
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
-    renamed = {}
-    for key, value in tensors.items():
-        for pair in pairs:
-            old, new = reversed(pair) if tiny.OLD_NAMES else pair
-            key = key.replace(old, new)
-        renamed[key] = value
-    assert renamed.keys() != tensors.keys()
-    save_file(renamed, tmp_path / "adapter_model.safetensors")
-    loaded = PeftModel.from_pretrained(tiny.make("vit"), tmp_path)
-    assert torch.equal(logits(loaded), logits(model))
-
-
 # Several adapters
 
 
