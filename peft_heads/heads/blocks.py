@@ -26,7 +26,7 @@ class BackboneParts:
     Attributes:
         matrices: Linear layers of the blocks (query, key, value, attention output, MLP); of a convolutional network all
             convolutions and linear layers.
-        norms: Norms of the blocks, and the final one; of a convolutional network all but batch norms.
+        norms: Norms of the blocks, and the final one; of a convolutional network all layer norms.
         patch_embedding: The projection of the patches; None if there is none.
     """
 
@@ -82,7 +82,7 @@ def _convolutional(model: nn.Module, modules: dict[str, nn.Module]) -> BackboneP
     modules = {name: module for name, module in modules.items() if name.startswith(prefix)}
     return BackboneParts(
         tuple(name for name, module in modules.items() if isinstance(module, (nn.Conv2d, nn.Linear))),
-        tuple(name for name, module in modules.items() if is_norm(module)),
+        tuple(name for name, module in modules.items() if isinstance(module, nn.LayerNorm) and is_norm(module)),
         None,
     )
 

@@ -47,7 +47,8 @@ class RLRRConfig(SavedConfig, PeftConfig):
         rescale_weight (`bool`):
             Whether the product multiplies `W`; without, `W' = W + S_out S_in`: LoRA of rank r with a trained bias.
         norms (`bool`):
-            Whether the layer norms of the blocks and the final one get γ and β.
+            Whether the layer norms of the blocks and the final one are adapted (γ and β) without `target_modules`; of a
+            convolutional network all layer norms. Batch norms never are.
         patch_embedding (`bool`):
             Whether the patch embedding's output gets γ and β. Where `target_modules` names the patch embedding and this
             is off, it is rescaled like any other convolution.

@@ -66,8 +66,18 @@ class RLRRLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError
 
     def changed_tensors(self, adapter_names: list[str]) -> dict[str, torch.Tensor]:
-        """`{"weight": …, "bias": …}` of the base layer as these adapters have it act; a bias of zeros is left out if it has none."""
+        """`{"weight": …, "bias": …}` of the base layer as these adapters have it act; no bias where there is none."""
         raise NotImplementedError
+
+    @property
+    def must_be_called(self) -> bool:
+        """Whether somebody listens to the base layer, or has put a forward of his own into it (Accelerate)."""
+        base_layer = self.get_base_layer()
+        return bool(base_layer._forward_hooks or base_layer._forward_pre_hooks or "forward" in vars(base_layer))
+
+    def call_base_layer(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+        """The base layer itself with the tensors by which it acts; they are kept for the backward pass."""
+        return torch.func.functional_call(self.get_base_layer(), self.changed_tensors(adapter_names), (x,))
 
     def has_adapter(self, adapter_name: str) -> bool:
         return adapter_name in self.rlrr_variant
@@ -267,6 +277,8 @@ class RLRRLinear(HeadMaskedLayer, RLRRLayer):
         weight, bias = self.frozen_weight(), self.frozen_bias()
         self._check_weight(x, weight)
         is_frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
+        if self.must_be_called:
+            return self.call_base_layer(x, adapter_names)
         if len(adapter_names) == 1 and is_frozen:
             (name,) = adapter_names
             shift, variant = self.shift(name), self.rlrr_variant[name]
@@ -320,10 +332,10 @@ class RLRRScale(RLRRLayer):
     def adapted_forward(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
         base_layer = self.get_base_layer()
         if isinstance(base_layer, nn.LayerNorm):
+            if type(base_layer) is not nn.LayerNorm or self.must_be_called:
+                return self.call_base_layer(x, adapter_names)
             changed = self.changed_tensors(adapter_names)
-            if type(base_layer) is nn.LayerNorm:
-                return F.layer_norm(x, base_layer.normalized_shape, **changed, eps=base_layer.eps)
-            return torch.func.functional_call(base_layer, changed, (x,))
+            return F.layer_norm(x, base_layer.normalized_shape, **changed, eps=base_layer.eps)
         scale, shift = self.scale_and_shift(adapter_names)
         y = self.base_layer(x)
         if isinstance(base_layer, nn.Conv2d):

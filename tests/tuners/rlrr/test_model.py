@@ -122,6 +122,29 @@ def test_a_trained_base_weight_has_a_gradient():
     assert layer.base_layer.weight.grad.any() and layer.rlrr_left["default"].grad.any()
 
 
+def test_hooks_of_the_frozen_layer_are_called():
+    """They see what the adapted layer gives, and what they change counts."""
+    model = get_peft_model(tiny.make("vit"), RLRRConfig())
+    randomize(model)
+    expected, seen = logits(model), []
+    layers = [m for m in model.modules() if hasattr(m, "rlrr_left") and not isinstance(m.base_layer, torch.nn.Conv2d)]
+    assert {type(layer).__name__ for layer in layers} == {"RLRRLinear", "RLRRScale"}
+    handles = [layer.base_layer.register_forward_hook(lambda m, args, out: seen.append(out)) for layer in layers]
+    torch.testing.assert_close(logits(model), expected)
+    assert len(seen) == len(layers)
+    model(**tiny.batch()).loss.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    for handle in handles:
+        handle.remove()
+    model.zero_grad()
+    model(**tiny.batch()).loss.backward()
+    for name, param in model.named_parameters():
+        if param.grad is not None:
+            torch.testing.assert_close(param.grad, grads[name], msg=name)
+    layers[-1].base_layer.register_forward_hook(lambda m, args, out: 0 * out)
+    assert not torch.allclose(logits(model), expected)
+
+
 # Files
 
 
