@@ -13,10 +13,12 @@ from peft_heads.heads.layout import HeadLayout, ProjectionLayout
     "module",
     [
         "heads.layout",
+        "heads.blocks",
         "heads.maskable",
         "heads.renames",
         "heads.scores",
         "heads.selection",
+        "rescaling",
         "tuners.saved_keys",
     ],
 )
