@@ -174,7 +174,8 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
 
         `Ŝ_out Ŝ_in = (Σ w_i S_out^i)(Σ w_i S_in^i)` and `f̂ = Σ w_i f^i`. Of norms and the patch embedding, of which the
         paper says nothing, the changes are summed: `γ̂ = 1 + Σ w_i (γ^i - 1)`, `β̂ = Σ w_i β^i`, so that an adapter that
-        changes nothing adds nothing. A head is active in the sum where it is in any of the summands.
+        changes nothing adds nothing. A head is active in the sum where it is in any of the summands. The trained
+        classification head, which only one of them may have, is copied.
 
         Args:
             adapters: Names of the summands.
@@ -187,9 +188,19 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
         if adapter_name in self.peft_config:
             return
         self._check_summands(adapters, weights)
-        new = dataclasses.replace(self.peft_config[adapters[0]], target_modules=self._targets_of(adapters))
-        self.peft_config[adapter_name] = new
+        self._remember_labels()
+        owner = next((name for name in adapters if self.peft_config[name].modules_to_save), None)
+        self.peft_config[adapter_name] = dataclasses.replace(
+            self.peft_config[adapters[0]],
+            target_modules=self._targets_of(adapters),
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+            modules_to_save=self.peft_config[owner].modules_to_save if owner else [],
+        )
         self.inject_adapter(self.model, adapter_name)
+        if owner is not None:
+            self._copy_heads(owner, adapter_name)
         for layer in self.modules():
             if isinstance(layer, RLRRLayer) and layer.has_adapter(adapter_name):
                 _sum_into(layer, adapters, weights, adapter_name)
@@ -223,6 +234,14 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
                         f"adapters with other heads (num_heads) cannot be combined; in {name} they have "
                         f"{' and '.join(map(str, layouts))}"
                     )
+
+    def _copy_heads(self, owner: str, adapter_name: str) -> None:
+        """Give an adapter the trained heads, and the labels, of another."""
+        for wrapper in self.modules():
+            if isinstance(wrapper, ModulesToSaveWrapper) and owner in wrapper.modules_to_save:
+                head = copy.deepcopy(wrapper.modules_to_save[owner])
+                wrapper.modules_to_save[adapter_name] = head.requires_grad_(adapter_name in self.active_adapters)
+        self.adapter_labels[adapter_name] = self.adapter_labels.get(owner)
 
     def _targets_of(self, adapters: list[str]) -> set[str]:
         return {

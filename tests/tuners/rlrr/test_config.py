@@ -5,6 +5,7 @@ import re
 import pytest
 import tiny
 import torch
+from backbones import FusedViT
 from peft import PeftConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
@@ -125,6 +126,14 @@ def test_integer_weights():
     model["good"].weight = nn.Parameter(model["good"].weight.to(torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match="good is a Linear with a Tensor of torch.int8 for a weight"):
         get_peft_model(model, RLRRConfig(target_modules=["good"]))
+
+
+def test_a_norm_of_another_kind_in_a_block():
+    vit = FusedViT((6, 6))
+    vit.blocks[1].norm = nn.RMSNorm(24)
+    with pytest.raises(ValueError, match=r"blocks.1.norm is a RMSNorm.*\(expected .*LayerNorm\).*or pass norms=False"):
+        get_peft_model(vit, RLRRConfig())
+    get_peft_model(vit, RLRRConfig(norms=False))
 
 
 def test_no_backbone():

@@ -145,6 +145,36 @@ def test_hooks_of_the_frozen_layer_are_called():
     assert not torch.allclose(logits(model), expected)
 
 
+def test_safe_merge_changes_nothing_if_it_would_write_nan():
+    model = get_peft_model(tiny.make("vit"), RLRRConfig(target_modules=tiny.now(["fc1"])))
+    layer = next(module for module in model.modules() if hasattr(module, "rlrr_left"))
+    layer.rlrr_left["default"].data[3] = float("nan")
+    before = layer.base_layer.weight.clone()
+    with pytest.raises(ValueError, match="NaNs detected in the merged weight"):
+        model.merge_adapter(safe_merge=True)
+    assert torch.equal(layer.base_layer.weight, before) and not layer.merged
+    model.merge_adapter()
+    assert layer.base_layer.weight[3].isnan().all()
+
+
+def test_unmerging_what_is_not_merged():
+    model = get_peft_model(tiny.make("vit"), RLRRConfig(target_modules=tiny.now(["fc1"])))
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        model.unmerge_adapter()
+
+
+def test_weights_that_are_not_there():
+    """Handed to the frozen layer alone, by ZeRO 3 or by offloading."""
+    model = get_peft_model(tiny.make("vit"), RLRRConfig())
+    layer = model.get_base_model().get_submodule(tiny.now("vit.layers.0.mlp.fc1"))
+    layer.base_layer.weight.ds_id = 0
+    with pytest.raises(ValueError, match="ZeRO 3 of DeepSpeed keeps in parts; use ZeRO 1 or 2"):
+        logits(model)
+    layer.base_layer.to("meta")
+    with pytest.raises(ValueError, match="load the model without offloading"):
+        logits(model)
+
+
 # Files
 
 
@@ -257,6 +287,23 @@ def test_a_sum_of_one_is_the_adapter(tmp_path):
     assert torch.equal(logits(model), expected)
     model.save_pretrained(tmp_path, selected_adapters=["same"])
     assert torch.equal(logits(PeftModel.from_pretrained(tiny.make("vit"), tmp_path / "same")), expected)
+
+
+def test_a_sum_has_all_modules_of_its_summands_and_the_one_trained_head():
+    names = tiny.now(["q_proj", "v_proj"])
+    one = RLRRConfig(target_modules=names[:1], modules_to_save=[], exclude_modules=tiny.now(["0.attention.q_proj"]))
+    model = get_peft_model(tiny.make("vit"), one)
+    model.add_adapter("other", RLRRConfig(target_modules=names[1:]))
+    randomize(model)
+    head = model.get_base_model().classifier.modules_to_save["other"]
+    head.weight.data.normal_()
+    model.add_weighted_adapter(["default", "other"], [0.5, 2.0], "sum")
+    summed = {name for name, p in model.named_parameters() if ".sum" in name}
+    assert len([name for name in summed if "rlrr_left" in name]) == 1 + 2
+    assert torch.equal(model.get_base_model().classifier.modules_to_save["sum"].weight, head.weight)
+    assert not any(p.requires_grad for name, p in model.named_parameters() if ".sum" in name)
+    model.set_adapter("sum")
+    assert all(p.requires_grad for name, p in model.named_parameters() if ".sum" in name)
 
 
 def test_unknown_adapter_in_a_mixed_batch():
