@@ -10,7 +10,7 @@ from torch import nn
 
 from ...heads.resolve import PROJECTION_ROLES
 from ..targets import module_patterns
-from .layer import RLRRLayer
+from .base_layer import RLRRLayer
 
 
 # Attention layers whose scores are softmax(q·k) of the projections as they are, and which leave the bias of the keys

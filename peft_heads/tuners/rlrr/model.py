@@ -10,9 +10,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..._compat import expand_all_linear
@@ -22,9 +21,11 @@ from ...heads.resolve import named_targets, shortest_names, task_head_names
 from ...sharding import whole
 from ..labelled import LabelledTuner
 from ..saved_keys import follow_file, is_adapter_key, rename_modules
+from .base_layer import RLRRLayer
+from .combination import check_summands, copy_heads, modules_of, sum_into
 from .config import RLRRConfig
 from .folding import check_foldable, fold_into_config
-from .layer import RLRRConv2d, RLRRLayer, RLRRLinear, RLRRScale
+from .layer import RLRRConv2d, RLRRLinear, RLRRScale
 from .state_dict import check_state_dict, masked_layers, write_deactivated
 from .targets import check_module, default_modules, find_head_layouts, moving_statistics
 
@@ -187,12 +188,12 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
         """
         if adapter_name in self.peft_config:
             return
-        self._check_summands(adapters, weights)
+        check_summands(self.model, self.peft_config, adapters, weights)
         self._remember_labels()
         owner = next((name for name in adapters if self.peft_config[name].modules_to_save), None)
         self.peft_config[adapter_name] = dataclasses.replace(
             self.peft_config[adapters[0]],
-            target_modules=self._targets_of(adapters),
+            target_modules=modules_of(self.model, adapters),
             exclude_modules=None,
             layers_to_transform=None,
             layers_pattern=None,
@@ -200,55 +201,12 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
         )
         self.inject_adapter(self.model, adapter_name)
         if owner is not None:
-            self._copy_heads(owner, adapter_name)
+            copy_heads(self.model, owner, adapter_name)
+            self.adapter_labels[adapter_name] = self.adapter_labels.get(owner)
         for layer in self.modules():
             if isinstance(layer, RLRRLayer) and layer.has_adapter(adapter_name):
-                _sum_into(layer, adapters, weights, adapter_name)
+                sum_into(layer, adapters, weights, adapter_name)
         self.set_requires_grad(adapter_name, adapter_name in self.active_adapters)
-
-    def _check_summands(self, adapters: list[str], weights: list[float]) -> None:
-        missing = [name for name in adapters if name not in self.peft_config]
-        if missing or not adapters:
-            raise ValueError(f"Adapter {', '.join(missing) or '(none given)'} does not exist")
-        if len(adapters) != len(weights):
-            raise ValueError(f"one weight per adapter is needed; got {len(adapters)} adapters, {len(weights)} weights")
-        for option in ("r", "left", "right", "residual", "rescale_weight", "patch_embedding"):
-            values = {name: getattr(self.peft_config[name], option) for name in adapters}
-            if len(set(values.values())) > 1:
-                raise ValueError(f"adapters with different {option} cannot be combined: {values}")
-        if not self.peft_config[adapters[0]].residual:
-            raise ValueError(
-                "adapters with residual=False cannot be combined: their factors are no change of the weight, but all of it"
-            )
-        for name, wrapper in self.named_modules():
-            if isinstance(wrapper, ModulesToSaveWrapper) and sum(a in wrapper.modules_to_save for a in adapters) > 1:
-                raise ValueError(
-                    f"Cannot add weighted adapters if they target the same module with modules_to_save: {name}; pass "
-                    "modules_to_save=[], or combine the trained heads yourself"
-                )
-        for name, layer in self.named_modules():
-            if isinstance(layer, RLRRLinear):
-                layouts = {layer.head_layout[a] for a in adapters if a in layer.rlrr_head_mask}
-                if len(layouts) > 1:
-                    raise ValueError(
-                        f"adapters with other heads (num_heads) cannot be combined; in {name} they have "
-                        f"{' and '.join(map(str, layouts))}"
-                    )
-
-    def _copy_heads(self, owner: str, adapter_name: str) -> None:
-        """Give an adapter the trained heads, and the labels, of another."""
-        for wrapper in self.modules():
-            if isinstance(wrapper, ModulesToSaveWrapper) and owner in wrapper.modules_to_save:
-                head = copy.deepcopy(wrapper.modules_to_save[owner])
-                wrapper.modules_to_save[adapter_name] = head.requires_grad_(adapter_name in self.active_adapters)
-        self.adapter_labels[adapter_name] = self.adapter_labels.get(owner)
-
-    def _targets_of(self, adapters: list[str]) -> set[str]:
-        return {
-            name
-            for name, layer in self.model.named_modules()
-            if isinstance(layer, RLRRLayer) and any(layer.has_adapter(adapter) for adapter in adapters)
-        }
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
@@ -267,29 +225,6 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
         cls.take_heads_and_labels(model, config, adapter_name, remapped)
         check_state_dict(model, config, adapter_name, remapped)
         return remapped
-
-
-def _sum_into(layer: RLRRLayer, adapters: list[str], weights: list[float], adapter_name: str) -> None:
-    """Write the combination of adapters into `adapter_name` of a layer that has it."""
-    summands = [(name, weight) for name, weight in zip(adapters, weights, strict=True) if layer.has_adapter(name)]
-    # what deactivated heads have is not added: zeros in its place change no adapter
-    rows = getattr(layer, "mask_rows", lambda _, tensor: tensor)
-    with torch.no_grad():
-        for key in layer.adapter_layer_names:
-            params = getattr(layer, key)
-            if adapter_name not in params:
-                continue
-            offset = 1 if key == "rlrr_scale" else 0
-            by_head = key in ("rlrr_left", "rlrr_shift")
-            total = torch.full_like(params[adapter_name], offset)
-            for name, weight in summands:
-                if name in params:
-                    tensor = rows(name, params[name]) if by_head else params[name]
-                    total += weight * (tensor - offset)
-            params[adapter_name].copy_(total)
-    masks = [layer.get_head_mask(name) for name, _ in summands if name in layer.head_layout]
-    if adapter_name in layer.rlrr_head_mask and masks:
-        layer.set_head_mask(adapter_name, torch.stack([mask.cpu() for mask in masks]).any(dim=0))
 
 
 def _pass_adapter_names(target: nn.Module, args: tuple, kwargs: dict[str, Any], adapter_names: list[str]):

@@ -332,7 +332,9 @@ def test_mixed_batch(case):
     with model.disable_adapter():
         expected["__base__"] = logits(model)
     names = ["other", "__base__", "default", "other"]
+    before = logits(model)
     mixed = logits(model, adapter_names=names)
+    assert torch.equal(logits(model), before)  # nothing of it stays
     for index, name in enumerate(names):
         assert_close(mixed[index], expected[name][index])
 
