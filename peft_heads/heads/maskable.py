@@ -14,7 +14,7 @@ from .layout import HeadLayout, ProjectionLayout
 
 @runtime_checkable
 class HeadMaskable(Protocol):
-    """The protocol of a head-maskable adapter layer; LoRA's is the first, any other method can follow."""
+    """The protocol of a head-maskable adapter layer, which head-masked LoRA's and RLRR's follow, and others can."""
 
     head_layout: dict[str, ProjectionLayout]
     """Heads of the wrapped projection, per adapter."""
