@@ -39,21 +39,22 @@ def check_foldable(model: nn.Module, adapter_names: list[str]) -> tuple[list[RLR
     config = getattr(model, "config", None)
     if not new or config is None or not hasattr(model, "save_pretrained"):
         return dropped, {}  # a plain module has no format but its own
-    changes: dict[str, Any] = {}
-    missing = _without_bias(model, new, config)
+    there = _parameters(model, config)
+    missing = {f"{name}.bias" for name in new} - there
+    changes = {}
+    for setting, value in config.to_dict().items() if missing else ():
+        if setting.endswith("bias") and value is False:
+            added = _parameters(model, config, **{setting: True}) - there
+            if added and added <= missing:  # a bias too many would be random
+                changes[setting] = True
+                missing -= added
     if missing:
-        changes = {key: True for key, value in config.to_dict().items() if key.endswith("bias") and value is False}
-        asked = copy.deepcopy(config)
-        for key, value in changes.items():
-            setattr(asked, key, value)
-        # with the settings there must be no bias either that the model has not
-        if not changes or _biases(model, asked) != _biases(model, config) | {f"{name}.bias" for name in new}:
-            raise ValueError(
-                f"{module_patterns(missing)}: there is no bias in the checkpoint format of "
-                f"{type(model).__name__} (expected one, for the trained shift f of RLRR), so that a merged checkpoint "
-                "would lose it. Keep the adapter as an adapter, use merge_adapter() in memory, or train with "
-                "RLRRConfig(shift_without_bias=False)"
-            )
+        names = [name for name in new if f"{name}.bias" in missing]
+        raise ValueError(
+            f"{module_patterns(names)}: there is no bias in the checkpoint format of {type(model).__name__} (expected "
+            "one, for the trained shift f of RLRR), so that a merged checkpoint would lose it. Keep the adapter as an "
+            "adapter, use merge_adapter() in memory, or train with RLRRConfig(shift_without_bias=False)"
+        )
     return dropped, changes
 
 
@@ -82,13 +83,10 @@ def _is_shift_invariant(model: nn.Module, name: str) -> bool:
     )
 
 
-def _without_bias(model: nn.Module, names: dict[str, Any], config: Any) -> list[str]:
-    there = _biases(model, config)
-    return [name for name in names if f"{name}.bias" not in there]
-
-
-def _biases(model: nn.Module, config: Any) -> set[str]:
-    """Names of the biases of a new model of the same class, which is what a checkpoint is loaded into."""
+def _parameters(model: nn.Module, config: Any, **settings: Any) -> set[str]:
+    """Names of what a new model of the same class has, which is what a checkpoint is loaded into."""
+    config = copy.deepcopy(config)
+    for name, value in settings.items():
+        setattr(config, name, value)
     with torch.device("meta"):
-        new = type(model)(copy.deepcopy(config))
-    return {name for name in new.state_dict() if name.endswith(".bias")}
+        return set(type(model)(config).state_dict())

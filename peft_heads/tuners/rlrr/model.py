@@ -141,8 +141,6 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
             return
         layer_class = LAYERS[check_module(current_key, target, peft_config)]
         layer = layer_class(target, adapter_name, peft_config, target_name=current_key)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)  # an additional adapter is not trainable by itself
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:

@@ -44,7 +44,7 @@ def adapter(tmp_path):
 
 
 def rename(folder):
-    """Rewrite the weights with the names of transformers before 5.9 (or after, under an old one)."""
+    """Rewrite weights and configuration with the names of transformers before 5.9 (or after, under an old one)."""
     tensors, renamed = load_file(folder / "adapter_model.safetensors"), {}
     for key, value in tensors.items():
         for pair in OLD:
@@ -53,6 +53,9 @@ def rename(folder):
         renamed[key] = value
     assert renamed.keys() != tensors.keys()
     save_file(renamed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    modules = {key.removeprefix("base_model.model.").partition(".rlrr_")[0] for key in renamed if "rlrr_" in key}
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"target_modules": sorted(modules)}))
 
 
 def test_other_module_names(adapter):

@@ -156,6 +156,13 @@ def test_the_patch_embedding_as_a_convolution():
         model.add_adapter("other", RLRRConfig(target_modules=["projection"]))
 
 
+def test_layers_to_transform():
+    """What belongs to no block is left alone then."""
+    model = get_peft_model(tiny.make("vit"), RLRRConfig(layers_to_transform=[1]))
+    modules = [name for name, module in model.get_base_model().named_modules() if hasattr(module, "rlrr_left")]
+    assert len(modules) == 6 + 2 and all(name.startswith(tiny.now("vit.layers.1.")) for name in modules)
+
+
 # Initialisation
 
 

@@ -6,6 +6,7 @@ import re
 
 import backbones
 import pytest
+import tiny
 import torch
 import transformers as hf
 from peft import get_peft_model
@@ -158,6 +159,13 @@ def test_merge(name, tmp_path):
 def test_a_checkpoint_that_can_be_asked_for_biases():
     base, model = create("vit without qkv bias")
     assert model.merge_and_unload().config.qkv_bias is True and base.config.qkv_bias is False
+
+
+def test_a_setting_that_asks_for_more_biases_than_there_are():
+    """Of q alone: with qkv_bias a loaded model would have random biases in k and v."""
+    _, model = create("vit without qkv bias", target_modules=tiny.now(["q_proj"]))
+    with pytest.raises(ValueError, match="there is no bias in the checkpoint format of ViTForImageClassification"):
+        model.merge_and_unload()
 
 
 def test_a_new_adapter_needs_no_place_for_its_shift(tmp_path):
