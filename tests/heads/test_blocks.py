@@ -3,7 +3,7 @@ from backbones import FAMILIES, FusedViT
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from peft_heads.heads.blocks import backbone_parts, batch_norms, is_norm
+from peft_heads.heads.blocks import _within, backbone_parts, batch_norms, is_norm
 
 
 def test_vit():
@@ -35,6 +35,11 @@ def test_a_backbone_alone():
     """Its final norm and patch embedding stand beside the stack of blocks."""
     parts = backbone_parts(FAMILIES["dinov3"].make())
     assert parts.norms[-1] == "norm" and parts.patch_embedding == "embeddings.patch_embeddings"
+
+
+def test_another_tower_behind_is_left_out():
+    assert _within("vision.", ["vision.norm", "text.norm"]) == ["vision.norm"]
+    assert _within("encoder.", ["norm"]) == ["norm"]  # beside the stack of blocks, where that is all there is
 
 
 def test_the_network_of_a_position_bias_is_no_part_of_a_block():
