@@ -70,6 +70,15 @@ def kill_at(monkeypatch):
     return kill
 
 
+def test_when_heads_of_rlrr_are_selected():
+    """When the recipe says, if any are deactivated; otherwise there is nothing to select."""
+    recipe = {"head_warmup_epochs": 7}
+    assert training.method_arguments({"name": "rlrr", "ne": 1}, recipe).head_warmup_epochs == 7
+    assert training.method_arguments({"name": "rlrr", "ratio": 0.25}, recipe).head_warmup_epochs == 7
+    assert training.method_arguments({"name": "rlrr", "ne": 0}, recipe).head_warmup_epochs is None
+    assert training.method_arguments({"name": "rlrr", "ne": 1, "head_select_at": 9}, recipe).head_warmup_epochs is None
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_methods(bench, name):
     done, new = run(spec_of(bench, METHODS[name]), bench.places("out"))
