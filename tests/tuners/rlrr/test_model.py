@@ -199,6 +199,8 @@ def test_files_beside_the_weights(tmp_path):
     assert json.loads((tmp_path / "adapter" / "labels.json").read_text())["id2label"]["1"] == "dog"
     loaded, _ = load_image_classifier(tmp_path / "adapter")
     assert loaded.config.id2label == names and torch.equal(logits(loaded), logits(model))
+    by_peft = PeftModel.from_pretrained(tiny.make("vit", num_labels=5), tmp_path / "adapter")  # of another size
+    assert by_peft.config.id2label == names and torch.equal(logits(by_peft).isfinite(), logits(model).isfinite())
     # labels follow the active adapter
     loaded.add_adapter("other", RLRRConfig(modules_to_save=[]))
     loaded.set_adapter("other")
