@@ -29,7 +29,7 @@ from ..data.trees import Split, load_split
 from ..heads.maskable import get_head_masks
 from ..heads.resolve import task_head_names
 from ..image_classifier import new_image_classifier, quiet_loading
-from ..methods import MethodArguments, apply_method
+from ..methods import MethodArguments, apply_method, has_scored_heads
 from ..metrics.accuracy import compute_metrics
 from ..tuners import HeadMaskedLoraConfig, pack_adapter
 from .callbacks import Clock, EpochEnds
@@ -184,7 +184,7 @@ class Training:
         accuracy = self.accuracy(trainer)
         losses = [entry["loss"] for entry in log if "loss" in entry]
         adapter_bytes, head_bytes = saved_bytes(model)
-        masks = get_head_masks(model) if _is_head_masked(model) else {}
+        masks = get_head_masks(model) if has_scored_heads(model) else {}
         return RunResult(
             accuracy=accuracy,
             epoch_losses=[loss if math.isfinite(loss) else None for loss in losses],
@@ -264,7 +264,10 @@ def method_arguments(method: dict[str, Any], recipe: dict[str, Any]) -> MethodAr
         ValueError: A setting that there is not.
     """
     settings = {name: value for name, value in method.items() if name != "name"}
-    if method["name"] == "head-masked-lora" and not {"head_warmup_epochs", "head_select_at"} & settings.keys():
+    deactivates = method["name"] == "head-masked-lora" or (
+        method["name"] == "rlrr" and (settings.get("ne") or settings.get("ratio"))
+    )
+    if deactivates and not {"head_warmup_epochs", "head_select_at"} & settings.keys():
         settings["head_warmup_epochs"] = recipe["head_warmup_epochs"]
     try:
         return MethodArguments(method=method["name"], **settings)
@@ -304,7 +307,3 @@ def _head_scores(folder: Path, model: nn.Module) -> dict[str, list[float]] | Non
         return None  # baselines that need no scores
     scores = json.loads(path.read_text(encoding="utf-8"))["scores"]
     return scores.get(model.active_peft_config.criterion)
-
-
-def _is_head_masked(model: nn.Module) -> bool:
-    return any(isinstance(config, HeadMaskedLoraConfig) for config in getattr(model, "peft_config", {}).values())

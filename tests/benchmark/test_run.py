@@ -23,6 +23,8 @@ METHODS = {
     "lora": {"name": "lora", "r": 4, "scale": 10},
     "linear": {"name": "linear"},
     "full": {"name": "full"},
+    "rlrr": {"name": "rlrr", "r": 1, "init": "zero"},
+    "rlrr with heads": {"name": "rlrr", "r": 2, "ne": 1},
     "peft": {"name": "peft", "peft_config": '{"peft_type": "LOHA", "r": 2}'},
 }
 
@@ -66,6 +68,15 @@ def kill_at(monkeypatch):
         monkeypatch.setattr(Training, "trainer", trainer)
 
     return kill
+
+
+def test_when_heads_of_rlrr_are_selected():
+    """When the recipe says, if any are deactivated; otherwise there is nothing to select."""
+    recipe = {"head_warmup_epochs": 7}
+    assert training.method_arguments({"name": "rlrr", "ne": 1}, recipe).head_warmup_epochs == 7
+    assert training.method_arguments({"name": "rlrr", "ratio": 0.25}, recipe).head_warmup_epochs == 7
+    assert training.method_arguments({"name": "rlrr", "ne": 0}, recipe).head_warmup_epochs is None
+    assert training.method_arguments({"name": "rlrr", "ne": 1, "head_select_at": 9}, recipe).head_warmup_epochs is None
 
 
 @pytest.mark.parametrize("name", METHODS)
