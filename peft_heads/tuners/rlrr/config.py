@@ -106,9 +106,9 @@ class RLRRConfig(SavedConfig, PeftConfig):
         default="global", metadata={"help": "Deactivate the same heads in all layers, or choose in each layer."}
     )
     joint: bool = field(default=True, metadata={"help": "Whether q and v of a layer share one mask."})
-    criterion: Literal["absolute", "positive", "negative", "weight_norm", "grad_norm", "random", "front"] = field(
-        default="absolute", metadata={"help": "How the responsiveness of a head is measured."}
-    )
+    criterion: Literal[
+        "absolute", "positive", "negative", "weight_norm", "grad_norm", "random", "front", "most_responsive"
+    ] = field(default="absolute", metadata={"help": "How the responsiveness of a head is measured."})
     mask_seed: int = field(default=0, metadata={"help": "Seed of the criterion 'random'."})
     num_heads: int | dict[str, int] | None = field(
         default=None, metadata={"help": "Number of heads, or one per module name pattern, where detection fails."}
