@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from .evidence_tables import FOR_SCALE
 from .tables import Table
 
 
@@ -18,11 +19,23 @@ def plot_differences(table: Table, sections: Sequence[str] | None = None) -> Fig
 
     Args:
         table: Of `evidence_tables.comparison_table` or `choice_table`.
-        sections: Those whose title begins so; all if not given.
+        sections: Those whose title begins so; all but `FOR_SCALE`, which has an axis of its own, if not given.
+
+    Raises:
+        ValueError: No row belongs to them.
     """
     from matplotlib.figure import Figure
 
-    rows = [row for row in table.rows if sections is None or row.section.startswith(tuple(sections))]
+    rows = [
+        row
+        for row in table.rows
+        if (row.section != FOR_SCALE if sections is None else row.section.startswith(tuple(sections)))
+    ]
+    if not rows:
+        raise ValueError(
+            f"{table.title}: there are no rows of {', '.join(sections or ())}; sections: "
+            f"{', '.join(dict.fromkeys(row.section for row in table.rows))}"
+        )
     tasks = [column.name for column in table.columns if column.group == "by task"]
     found = [(section, list(members)) for section, members in groupby(rows, key=lambda row: row.section)]
     heights = [len(members) for _, members in found]

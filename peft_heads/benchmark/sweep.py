@@ -206,7 +206,13 @@ def execute(
             trunk = _attempt(outcome, first, places, lambda spec=first: train_trunk(spec, places))
         open_specs = list(missing)
         for spec in group:
-            twins = [other for other in open_specs if other != spec and training_key(other) == training_key(spec)]
+            twins = [
+                other
+                for other in (
+                    [] if test_every else open_specs
+                )  # looked at in between, each has a best epoch of its own
+                if other != spec and training_key(other) == training_key(spec) and other.run_id not in outcome.failed
+            ]
             done = _attempt(
                 outcome,
                 spec,

@@ -330,6 +330,34 @@ def test_twins_are_trained_once_and_are_runs_of_their_own(bench, monkeypatch):
     assert together.environment.to_json() == alone.environment.to_json()
 
 
+def test_a_twin_that_fails_leaves_the_run_alone(bench, monkeypatch, caplog):
+    test = spec_of(bench)
+    twin = replace(test, eval_split="val200")
+    original = Training.accuracy
+
+    def accuracy(self, trainer):
+        if self.spec == twin:
+            raise ValueError("images/val200/000003.jpg cannot be decoded")
+        return original(self, trainer)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Training, "accuracy", accuracy)
+        done, now = run(test, bench.places("out"), also=(twin,))
+    assert now and done.path.exists() and "left for a training of its own: images/val200" in caplog.text
+    assert [found.spec for found in read_results(bench.root / "out", unofficial=True)] == [test]
+    assert run(twin, bench.places("out"))[1]
+
+
+def test_a_twin_is_a_result_of_the_code_that_trained_it(bench, monkeypatch):
+    """Whatever is committed or edited meanwhile."""
+    test = spec_of(bench)
+    states = iter([("abc", True), ("abc", True), ("def", False), ("def", False)])
+    monkeypatch.setattr("peft_heads.benchmark.environment.source_state", lambda: next(states))
+    run(test, bench.places("out"), also=(replace(test, eval_split="val200"),))
+    found = read_results(bench.root / "out", unofficial=True)
+    assert [(run.environment.commit, run.environment.dirty) for run in found] == [("abc", True)] * 2
+
+
 def test_random_masks_are_drawn_by_every_run(bench):
     drawn = HEADS | {"criterion": "random"}
     specs = [spec_of(bench, drawn, seed=seed) for seed in (0, 1, 2)]
