@@ -41,7 +41,9 @@ class MethodArguments:
     mask_scope: Literal["adapter", "head"] | None = field(
         default=None, metadata={"help": "Mask the adapter's part of a head (default) or the whole head."}
     )
-    mask_seed: int | None = field(default=None, metadata={"help": "Seed of the criterion random (default 0)."})
+    mask_seed: int | None = field(
+        default=None, metadata={"help": "Seed of the criterion random (default 0); in bench, with task and seed."}
+    )
     head_select_at: float | None = field(
         default=None,
         metadata={"help": "When heads are selected: below 1 a share of the steps (default 0.1), else a step."},
