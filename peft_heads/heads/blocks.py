@@ -11,7 +11,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .resolve import backbone_name, image_projections, named_targets, task_head_names
+from .resolve import (
+    FUSED_PROJECTIONS,
+    PROJECTION_ROLES,
+    backbone_name,
+    image_projections,
+    named_targets,
+    task_head_names,
+)
 
 
 # Networks that compute an attention layer's position bias (SwinV2): linear layers, but none of the block's.
@@ -36,13 +43,14 @@ class BackboneParts:
 
 
 def backbone_parts(model: nn.Module) -> BackboneParts:
-    """Find the parts of the image backbone of a model, plain or with adapters in it; all empty if it has none."""
+    """Find the parts of the image backbone of a model, plain or with adapters in it; all empty if none is recognised."""
     modules = {name: getattr(module, "base_layer", module) for name, module in named_targets(model)}
     heads = tuple(f"{name}." for name in task_head_names(model))
     modules = {name: module for name, module in modules.items() if not f"{name}.".startswith(heads)}
     projections = list(image_projections(model))
     if not projections:
-        return _convolutional(model, modules)
+        # attention layers that are there but not recognised (quantised, say) do not make it a convolutional network
+        return BackboneParts((), (), None) if _looks_like_attention(model) else _convolutional(model, modules)
 
     blocks = dict.fromkeys(_block_of(name) for name in projections)
     inside = {name: module for name, module in modules.items() if any(name.startswith(f"{b}.") for b in blocks)}
@@ -74,6 +82,18 @@ def is_norm(module: nn.Module) -> bool:
 def batch_norms(model: nn.Module) -> list[str]:
     """Names of the batch normalisations of a model, whose running statistics move while it trains."""
     return [name for name, module in named_targets(model) if isinstance(module, _BATCH_NORMS)]
+
+
+def _looks_like_attention(model: nn.Module) -> bool:
+    """Whether any module owns projections by name, whatever they are."""
+    for module in model.modules():
+        names = [name for name, _ in module.named_children()]
+        if (
+            FUSED_PROJECTIONS.keys() & set(names)
+            or len({PROJECTION_ROLES[n] for n in names if n in PROJECTION_ROLES}) > 1
+        ):
+            return True
+    return False
 
 
 def _convolutional(model: nn.Module, modules: dict[str, nn.Module]) -> BackboneParts:

@@ -64,7 +64,8 @@ class RLRRLayer(nn.Module, BaseTunerLayer):
     def must_be_called(self) -> bool:
         """Whether somebody listens to the base layer, or has put a forward of his own into it (Accelerate)."""
         base_layer = self.get_base_layer()
-        return bool(base_layer._forward_hooks or base_layer._forward_pre_hooks or "forward" in vars(base_layer))
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        return "forward" in vars(base_layer) or any(getattr(base_layer, name) for name in hooks)
 
     def call_base_layer(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
         """The base layer itself with the tensors by which it acts; they are kept for the backward pass."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from peft.utils.other import ModulesToSaveWrapper
@@ -22,6 +23,8 @@ def check_summands(
         raise ValueError(f"Adapter {', '.join(missing) or '(none given)'} does not exist")
     if len(adapters) != len(weights):
         raise ValueError(f"one weight per adapter is needed; got {len(adapters)} adapters, {len(weights)} weights")
+    if not all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in weights):
+        raise ValueError(f"weights must be finite numbers, one per adapter; got {weights}")
     for option in ("r", "left", "right", "residual", "rescale_weight", "patch_embedding", "shift_without_bias"):
         values = {name: getattr(configs[name], option) for name in adapters}
         if len(set(values.values())) > 1:

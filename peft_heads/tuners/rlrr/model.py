@@ -108,7 +108,7 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
         for name in targets:
             check_module(name, getattr(modules[name], "base_layer", modules[name]), peft_config)
         peft_config.head_layouts = find_head_layouts(self.model, peft_config, targets)
-        if self.model.training and (warning := moving_statistics(self.model)):
+        if not peft_config.inference_mode and (warning := moving_statistics(self.model)):
             warnings.warn(warning)
         return peft_config
 

@@ -94,6 +94,7 @@ def a_model():
     ).eval()
 
 
+@pytest.mark.filterwarnings("ignore:.* has batch norms")
 @pytest.mark.parametrize(
     ("name", "message"),
     [

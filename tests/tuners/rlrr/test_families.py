@@ -10,6 +10,7 @@ import tiny
 import torch
 import transformers as hf
 from peft import get_peft_model
+from torch import nn
 
 from peft_heads import RLRRConfig, get_head_masks
 from peft_heads.heads.blocks import backbone_parts
@@ -213,5 +214,25 @@ def test_heads_of_a_fused_projection():
 
 
 def test_batch_norms_are_warned_of():
-    with pytest.warns(UserWarning, match="running statistics move"):
-        get_peft_model(resnet().train(), RLRRConfig())
+    for model in (resnet().train(), resnet().eval()):  # as from_pretrained gives it
+        with pytest.warns(UserWarning, match="running statistics move"):
+            get_peft_model(model, RLRRConfig())
+
+
+def test_unrecognised_attention_is_no_convolutional_network():
+    """Layers of quantisation libraries are no nn.Linear; nothing else is adapted in their place."""
+    vit = tiny.make("vit")
+    for module in list(vit.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, Packed(child))
+    with pytest.raises(
+        ValueError, match="no block with an attention layer, and no convolution, was recognised in ViT"
+    ):
+        get_peft_model(vit, RLRRConfig(modules_to_save=[]))
+
+
+class Packed(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.register_buffer("qweight", layer.weight.to(torch.int8))

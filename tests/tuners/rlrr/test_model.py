@@ -141,6 +141,11 @@ def test_hooks_of_the_frozen_layer_are_called():
     for name, param in model.named_parameters():
         if param.grad is not None:
             torch.testing.assert_close(param.grad, grads[name], msg=name)
+    heard = []
+    handle = layers[0].base_layer.register_full_backward_hook(lambda m, of_input, of_output: heard.append(m))
+    model(**tiny.batch()).loss.backward()
+    assert heard == [layers[0].base_layer]
+    handle.remove()
     layers[-1].base_layer.register_forward_hook(lambda m, args, out: 0 * out)
     assert not torch.allclose(logits(model), expected)
 
@@ -275,6 +280,9 @@ def test_adapters_that_cannot_be_combined():
             model.add_weighted_adapter(adapters, [1.0, 1.0], "sum")
     with pytest.raises(ValueError, match="one weight per adapter"):
         model.add_weighted_adapter(["default"], [1.0, 1.0], "sum")
+    for weight in ("1", float("nan")):
+        with pytest.raises(ValueError, match="weights must be finite numbers"):
+            model.add_weighted_adapter(["default"], [weight], "sum")
     assert "sum" not in model.peft_config
 
 
