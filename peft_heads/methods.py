@@ -14,6 +14,7 @@ from torch import nn
 
 from .callbacks import TaylorHeadScorer
 from .heads.resolve import default_targets, task_head_names
+from .heads.scores import Criterion
 from .tuners import HeadMaskedLoraConfig, RLRRConfig
 from .tuners.saved_config import SavedConfig
 
@@ -34,10 +35,9 @@ class MethodArguments:
         default=None, metadata={"help": "The same heads in every layer (default global), or each layer its own."}
     )
     joint: bool | None = field(default=None, metadata={"help": "One mask for q and v together (default true)."})
-    criterion: (
-        Literal["absolute", "positive", "negative", "weight_norm", "grad_norm", "random", "front", "most_responsive"]
-        | None
-    ) = field(default=None, metadata={"help": "Score of a head; the lowest are deactivated (default absolute)."})
+    criterion: Criterion | None = field(
+        default=None, metadata={"help": "Score of a head; the lowest are deactivated (default absolute)."}
+    )
     mask_scope: Literal["adapter", "head"] | None = field(
         default=None, metadata={"help": "Mask the adapter's part of a head (default) or the whole head."}
     )

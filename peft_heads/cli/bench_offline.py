@@ -35,20 +35,13 @@ def run(argv: list[str]) -> int:
     import torch
     from accelerate import PartialState
 
-    from ..atomic import write_atomically
-    from ..benchmark.evidence import make_records, write_records
-    from ..benchmark.evidence_plots import plot_differences
-    from ..benchmark.evidence_tables import FOR_SCALE, evidence_tables
     from ..benchmark.offline import OFFLINE_TASKS, SEEDS, offline_settings, offline_specs
     from ..benchmark.recipes import RECIPES
-    from ..benchmark.report import make_report
     from ..benchmark.results import read_results
     from ..benchmark.sweep import Outcome, execute
-    from ..benchmark.tables import to_csv, to_markdown, to_text
     from ..benchmark.training import Places
     from ..data.tasks import OFFLINE, find_task
     from ..demo.offline_tasks import write_offline_task
-    from ..plotting import figure_bytes
     from .bench_run import finish, progress_bar
 
     if PartialState(cpu=True).num_processes > 1:
@@ -83,18 +76,31 @@ def run(argv: list[str]) -> int:
         # with what other processes have run
         found = {run.spec.run_id: run for run in read_results(args.output_dir, unofficial=True)}
         found = {run_id: run for run_id, run in found.items() if run.spec.epochs == recipe.epochs}
-        runs = list((found | outcome.runs).values())
-        records = make_records(runs)
-        tables = evidence_tables(records)
-        files = {f"{name}.csv": to_csv(table) for name, table in tables.items()}
-        files |= {"runs.csv": write_records(records), "evidence.md": "\n".join(map(to_markdown, tables.values()))}
-        for name in ("comparisons", "choice"):
-            if name in tables and any(row.section != FOR_SCALE for row in tables[name].rows):
-                files[f"{name}.png"] = figure_bytes(plot_differences(tables[name]))
-        files |= make_report(runs, OFFLINE)
-        for name, content in files.items():
-            write_atomically(args.output_dir / "report" / name, content)
-        for table in tables.values():
-            print("\n" + to_text(table, table.columns) + "\n".join(table.notes))
-        print(f"\n{args.output_dir / 'report'}: evidence.md has these tables, report.md the accuracies and figures")
+        report(list((found | outcome.runs).values()), args.output_dir / "report")
     return finish(outcome, args)
+
+
+def report(runs: list, folder: Path) -> None:
+    """Print the tables of the evidence, and write them with the benchmark's own report."""
+    from ..atomic import write_atomically
+    from ..benchmark.evidence import make_records, write_records
+    from ..benchmark.evidence_plots import plot_differences
+    from ..benchmark.evidence_tables import FOR_SCALE, evidence_tables
+    from ..benchmark.report import make_report
+    from ..benchmark.tables import to_csv, to_markdown, to_text
+    from ..data.tasks import OFFLINE
+    from ..plotting import figure_bytes
+
+    records = make_records(runs)
+    tables = evidence_tables(records)
+    files = {f"{name}.csv": to_csv(table) for name, table in tables.items()}
+    files |= {"runs.csv": write_records(records), "evidence.md": "\n".join(map(to_markdown, tables.values()))}
+    for name in ("comparisons", "choice"):
+        if name in tables and any(row.section != FOR_SCALE for row in tables[name].rows):
+            files[f"{name}.png"] = figure_bytes(plot_differences(tables[name]))
+    files |= make_report(runs, OFFLINE)
+    for name, content in files.items():
+        write_atomically(folder / name, content)
+    for table in tables.values():
+        print("\n" + to_text(table, table.columns) + "\n".join(table.notes))
+    print(f"\n{folder}: evidence.md has these tables, report.md the accuracies and figures")

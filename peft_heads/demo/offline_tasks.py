@@ -1,8 +1,9 @@
 """The images of the offline suite: digits, and five generated tasks in the spirit of VTAB-1K's structured ones.
 
-Grey images of 32 x 32 pixels (the digits, real scans, 8 x 8), in the form of image folders. Nothing is downloaded; a task's
-images are drawn from a seed of their own. As in VTAB-1K's structured tasks there are weak hints beside what is asked for
-(more shapes have more ink, distant ones lie nearer to the edges), and labels of measured values blur at their borders. Lengths are in pixels, angles in radians, x to the right, y down.
+Grey images of 32 x 32 pixels (the digits, real scans, 8 x 8), in the form of image folders. Nothing is downloaded; a
+task's images are drawn from a seed of their own. As in VTAB-1K's structured tasks there are weak hints beside what is
+asked for (more shapes have more ink, distant ones lie nearer to the edges), and labels of measured values blur at their
+borders. Lengths are in pixels, angles in radians, x to the right, y down.
 """
 
 from __future__ import annotations
@@ -16,12 +17,11 @@ from pathlib import Path
 import filelock
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from ..atomic import new_folder
 from ..data.tasks import OFFLINE, Task, find_task
-from .digits import MAX_INK
+from .digits import grey_digits
 
 
 SIZE = 32
@@ -74,16 +74,14 @@ def draw_task(task: Task, seed: int = SEED) -> dict[str, tuple[np.ndarray, np.nd
 
 
 def _digits(task: Task, seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    digits = load_digits()
-    images = np.rint(digits.images * (255 / MAX_INK)).astype(np.uint8)
+    images, labels = grey_digits()
     rest, splits = np.arange(len(images)), {}
     for split in ("train", "val"):
-        chosen, rest = train_test_split(
-            rest, train_size=task.sizes[split], stratify=digits.target[rest], random_state=seed % 2**32
+        splits[split], rest = train_test_split(
+            rest, train_size=task.sizes[split], stratify=labels[rest], random_state=seed
         )
-        splits[split] = chosen
     splits["test"] = rest
-    return {split: (images[rows], digits.target[rows]) for split, rows in splits.items()}
+    return {split: (images[rows], labels[rows]) for split, rows in splits.items()}
 
 
 def _photograph(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:

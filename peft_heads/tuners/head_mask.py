@@ -20,6 +20,15 @@ class HeadMask(nn.Module):
         self.register_buffer("mask", torch.ones(num_heads, dtype=torch.bool))
 
 
+def masked_layers(model: nn.Module, adapter_name: str) -> list[tuple[str, HeadMaskedLayer]]:
+    """`(name in the model's state dict, layer)` of the layers that carry a mask for the adapter."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, HeadMaskedLayer) and adapter_name in module.head_masks
+    ]
+
+
 class HeadMaskedLayer:
     """What an adapter layer with head masks has in common, for the protocol of heads/maskable.py.
 

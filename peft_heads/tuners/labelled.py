@@ -10,7 +10,10 @@ import torch
 from torch import nn
 
 from ..adapter_files import AdapterFiles
+from ..heads.maskable import read_masks
+from .head_mask import masked_layers
 from .saved_config import SavedConfig
+from .saved_keys import BASE
 from .task_heads import check_mixed_batch, default_labels, fit_task_heads, get_labels, set_labels
 
 
@@ -81,19 +84,17 @@ class LabelledTuner:
             yield
 
     @staticmethod
-    def describe_for_files(
-        model: nn.Module, config: SavedConfig, adapter_name: str, masks: dict[str, torch.Tensor]
-    ) -> None:
+    def describe_for_files(model: nn.Module, config: SavedConfig, adapter_name: str) -> None:
         """Note in the configuration what is written beside an adapter's weights.
 
         Args:
             model: The model with the adapter in it, with a PeftModel around it or without.
             config: The adapter's configuration.
             adapter_name: The adapter.
-            masks: Its head masks.
         """
+        layers = {name.removeprefix(BASE): layer for name, layer in masked_layers(model, adapter_name)}
         base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        config.adapter_files.masks = masks
+        config.adapter_files.masks = read_masks(layers, adapter_name)
         config.adapter_files.model_class = type(base_model).__name__
         tuner = getattr(model, "base_model", None)
         if getattr(tuner, "_labels_of", adapter_name) == adapter_name:

@@ -1,4 +1,4 @@
-"""What the configurations of our methods have in common: the files that are written and read beside them."""
+"""What the configurations of our methods have in common: which heads are deactivated, and the files beside them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
 from ..adapter_files import AdapterFiles, CardText, find_labels, read_settings
+from ..heads.scores import CRITERIA
+from ..heads.selection import GRANULARITIES, check_head_count
 
 
 class SavedConfig:
     """Mixed into a PEFT configuration, before it: model card, labels and image processor come and go with it.
+
+    The configuration has the fields `ne`, `ratio`, `granularity`, `criterion` and `num_heads`.
 
     The attributes are no fields, hence not saved.
 
@@ -35,6 +39,22 @@ class SavedConfig:
     def masks_heads(self) -> bool:
         """Whether heads are going to be deactivated: False for `ne=0` and `ratio=0`."""
         return bool(self.ne or self.ratio)
+
+    def check_heads(self) -> None:
+        """Raise ValueError unless what says which heads are deactivated is in its range."""
+        check_head_count(self.ne, self.ratio)
+        self.check_choice("granularity", GRANULARITIES)
+        self.check_choice("criterion", CRITERIA)
+        numbers = self.num_heads.values() if isinstance(self.num_heads, dict) else [self.num_heads]
+        if self.num_heads is not None and not all(type(n) is int and n > 0 for n in numbers):
+            raise ValueError(
+                f"num_heads must be a positive integer, or one per module pattern; got {self.num_heads!r}"
+            )
+
+    def check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
+        """Raise ValueError unless a field has one of the allowed values."""
+        if getattr(self, name) not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """Save the configuration and, beside it, the model card, the labels and the image processor.

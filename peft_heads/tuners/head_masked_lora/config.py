@@ -12,8 +12,7 @@ from peft.utils import PeftType
 from ..._compat import add_peft_type
 from ...adapter_files import HEAD_MASKED_LORA_CARD
 from ...heads.layout import ProjectionLayout
-from ...heads.scores import CRITERIA
-from ...heads.selection import GRANULARITIES, check_head_count
+from ...heads.scores import Criterion
 from ...quantization import BITS
 from ..quantizer import WeightQuantizer
 from ..saved_config import SavedConfig, check_file, source_of
@@ -125,9 +124,9 @@ class HeadMaskedLoraConfig(SavedConfig, LoraConfig):
         default="global", metadata={"help": "Deactivate the same heads in all layers, or choose in each layer."}
     )
     joint: bool = field(default=True, metadata={"help": "Whether q and v of a layer share one mask."})
-    criterion: Literal[
-        "absolute", "positive", "negative", "weight_norm", "grad_norm", "random", "front", "most_responsive"
-    ] = field(default="absolute", metadata={"help": "How the responsiveness of a head is measured."})
+    criterion: Criterion = field(
+        default="absolute", metadata={"help": "How the responsiveness of a head is measured."}
+    )
     mask_scope: Literal["adapter", "head"] = field(
         default="adapter", metadata={"help": "Zero the head's part of the update, or the head's whole output."}
     )
@@ -162,17 +161,10 @@ class HeadMaskedLoraConfig(SavedConfig, LoraConfig):
 
         if self.ne is None and self.ratio is None:
             self.ne = 1
-        check_head_count(self.ne, self.ratio)
-        for name, allowed in (("granularity", GRANULARITIES), ("criterion", CRITERIA), ("mask_scope", MASK_SCOPES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        self.check_heads()
+        self.check_choice("mask_scope", MASK_SCOPES)
         if not isinstance(self.fused_parts, str) or self.fused_parts not in FUSED_PARTS:
             raise ValueError(f"fused_parts must be one of {', '.join(FUSED_PARTS)}; got {self.fused_parts!r}")
-        numbers = self.num_heads.values() if isinstance(self.num_heads, dict) else [self.num_heads]
-        if self.num_heads is not None and not all(type(n) is int and n > 0 for n in numbers):
-            raise ValueError(
-                f"num_heads must be a positive integer, or one per module pattern; got {self.num_heads!r}"
-            )
         for name in ("adapter_bits", "classifier_bits"):
             if type(getattr(self, name)) is not int or getattr(self, name) not in (*BITS, FULL_PRECISION):
                 allowed = ", ".join(map(str, (*BITS, FULL_PRECISION)))

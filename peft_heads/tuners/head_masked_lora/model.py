@@ -13,17 +13,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..._compat import expand_all_linear
-from ...heads.maskable import read_masks
 from ...heads.resolve import default_targets, named_targets, task_head_names
 from ...sharding import whole
 from ..labelled import LabelledTuner
 from ..quantizer import WeightQuantizer
-from ..saved_keys import BASE, follow_file, is_adapter_key, rename_modules
+from ..saved_keys import follow_file, is_adapter_key, rename_modules
 from ..task_heads import check_quantizable, quantize_task_heads, settle_task_heads
 from .config import FULL_PRECISION, HeadMaskedLoraConfig
 from .layer import HeadMaskedLinear
 from .packed import is_packed, read_packed, write_packed
-from .state_dict import check_state_dict, make_plain_lora, masked_layers
+from .state_dict import check_state_dict, make_plain_lora
 from .targets import find_head_layouts, unknown_architecture
 
 
@@ -198,8 +197,7 @@ class HeadMaskedLoraModel(LabelledTuner, LoraModel):
         config.packed = is_packed(model, adapter_name, state_dict)
         if config.packed:
             write_packed(model, adapter_name, to_return, state_dict)
-        layers = {name.removeprefix(BASE): x for name, x in masked_layers(model, adapter_name)}
-        cls.describe_for_files(model, config, adapter_name, read_masks(layers, adapter_name))
+        cls.describe_for_files(model, config, adapter_name)
         return to_return
 
     @classmethod

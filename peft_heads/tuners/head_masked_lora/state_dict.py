@@ -7,18 +7,10 @@ from torch import nn
 
 from ...heads.maskable import check_mask, deactivated_heads
 from ...sharding import whole
+from ..head_mask import masked_layers
 from ..task_heads import QuantizedLinear
 from .config import HeadMaskedLoraConfig
 from .layer import HeadMaskedLinear
-
-
-def masked_layers(model: nn.Module, adapter_name: str) -> list[tuple[str, HeadMaskedLinear]]:
-    """`(name in the model's state dict, layer)` of the layers that carry a mask for the adapter."""
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, HeadMaskedLinear) and adapter_name in module.lora_head_mask
-    ]
 
 
 def make_plain_lora(

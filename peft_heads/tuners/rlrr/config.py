@@ -10,8 +10,7 @@ from peft import PeftConfig
 from ..._compat import add_peft_type
 from ...adapter_files import RLRR_CARD
 from ...heads.layout import ProjectionLayout
-from ...heads.scores import CRITERIA
-from ...heads.selection import GRANULARITIES, check_head_count
+from ...heads.scores import Criterion
 from ...rescaling import Rescaling
 from ..saved_config import SavedConfig
 
@@ -106,9 +105,9 @@ class RLRRConfig(SavedConfig, PeftConfig):
         default="global", metadata={"help": "Deactivate the same heads in all layers, or choose in each layer."}
     )
     joint: bool = field(default=True, metadata={"help": "Whether q and v of a layer share one mask."})
-    criterion: Literal[
-        "absolute", "positive", "negative", "weight_norm", "grad_norm", "random", "front", "most_responsive"
-    ] = field(default="absolute", metadata={"help": "How the responsiveness of a head is measured."})
+    criterion: Criterion = field(
+        default="absolute", metadata={"help": "How the responsiveness of a head is measured."}
+    )
     mask_seed: int = field(default=0, metadata={"help": "Seed of the criterion 'random'."})
     num_heads: int | dict[str, int] | None = field(
         default=None, metadata={"help": "Number of heads, or one per module name pattern, where detection fails."}
@@ -131,17 +130,10 @@ class RLRRConfig(SavedConfig, PeftConfig):
                 setattr(self, name, set(getattr(self, name)))
         if self.ne is None and self.ratio is None:
             self.ne = 0
-        check_head_count(self.ne, self.ratio)
-        for name, allowed in (("granularity", GRANULARITIES), ("criterion", CRITERIA), ("init", INITS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        self.check_heads()
+        self.check_choice("init", INITS)
         if type(self.r) is not int or self.r < 1:
             raise ValueError(f"r is the rank of the factors, an integer of at least 1; got {self.r!r}")
-        numbers = self.num_heads.values() if isinstance(self.num_heads, dict) else [self.num_heads]
-        if self.num_heads is not None and not all(type(n) is int and n > 0 for n in numbers):
-            raise ValueError(
-                f"num_heads must be a positive integer, or one per module pattern; got {self.num_heads!r}"
-            )
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
                 f"layers_to_transform={self.layers_to_transform} cannot be combined with a regular expression in "

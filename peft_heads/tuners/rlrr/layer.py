@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import _get_in_out_features
 from torch import nn
 
 from ...rescaling import ConvolutionOperation, LinearOperation, delta, rescaled_operation
@@ -33,11 +32,11 @@ class RLRRLinear(HeadMaskedLayer, RLRRLayer):
 
     @property
     def in_features(self) -> int:
-        return _get_in_out_features(self.get_base_layer())[0]
+        return self.get_base_layer().in_features
 
     @property
     def out_features(self) -> int:
-        return _get_in_out_features(self.get_base_layer())[1]
+        return self.get_base_layer().out_features
 
     @property
     def operation(self) -> LinearOperation:
@@ -143,6 +142,14 @@ class RLRRLinear(HeadMaskedLayer, RLRRLayer):
 
 class RLRRConv2d(RLRRLinear):
     """A convolution whose kernels, laid out as a matrix (out·k, in·k), are rescaled."""
+
+    @property
+    def in_features(self) -> int:
+        return self.get_base_layer().in_channels
+
+    @property
+    def out_features(self) -> int:
+        return self.get_base_layer().out_channels
 
     @property
     def operation(self) -> ConvolutionOperation:

@@ -16,7 +16,6 @@ from torch import nn
 
 from ..._compat import expand_all_linear
 from ...heads.blocks import backbone_parts
-from ...heads.maskable import read_masks
 from ...heads.resolve import named_targets, shortest_names, task_head_names
 from ...sharding import whole
 from ..labelled import LabelledTuner
@@ -26,7 +25,7 @@ from .combination import check_summands, copy_heads, modules_of, sum_into
 from .config import RLRRConfig
 from .folding import check_foldable, fold_into_config
 from .layer import RLRRConv2d, RLRRLinear, RLRRScale
-from .state_dict import check_state_dict, masked_layers, write_deactivated
+from .state_dict import check_state_dict, write_deactivated
 from .targets import check_module, default_modules, find_head_layouts, moving_statistics
 
 
@@ -212,8 +211,7 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
         state_dict |= {key: whole(value) for key, value in state_dict.items() if is_adapter_key(key) or in_full in key}
         to_return = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         write_deactivated(model, adapter_name, to_return)
-        layers = masked_layers(model, adapter_name)
-        cls.describe_for_files(model, config, adapter_name, read_masks(layers, adapter_name))
+        cls.describe_for_files(model, config, adapter_name)
         return to_return
 
     @classmethod

@@ -6,30 +6,18 @@ import torch
 from torch import nn
 
 from ...heads.maskable import check_mask
-from ..saved_keys import BASE
+from ..head_mask import masked_layers
 from .config import RLRRConfig
-from .layer import RLRRLinear
-
-
-def masked_layers(model: nn.Module, adapter_name: str) -> dict[str, RLRRLinear]:
-    """`{module name in the base model: layer}` of the layers that carry a mask for the adapter."""
-    return {
-        name.removeprefix(BASE): module
-        for name, module in model.named_modules()
-        if isinstance(module, RLRRLinear) and adapter_name in module.rlrr_head_mask
-    }
 
 
 def write_deactivated(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
     """Write zeros into the rows of `S_out` and f that belong to deactivated heads, whatever stands there."""
-    for name, module in model.named_modules():
-        if not isinstance(module, RLRRLinear) or adapter_name not in module.rlrr_head_mask:
-            continue
+    for name, layer in masked_layers(model, adapter_name):
         for part in ("rlrr_left", "rlrr_shift"):
             key = f"{name}.{part}.{adapter_name}"
             if key in state_dict:
                 rows = state_dict[key]
-                off = module.deactivated_rows(adapter_name).to(rows.device)
+                off = layer.deactivated_rows(adapter_name).to(rows.device)
                 state_dict[key] = torch.where(off.view(-1, *[1] * (rows.dim() - 1)), 0, rows)
 
 
@@ -43,9 +31,7 @@ def check_state_dict(
             f"the adapter file deactivates heads ({lost[0]}, …), but adapter {adapter_name!r} carries no mask there: "
             f"it was created with ne={config.ne}, ratio={config.ratio}; create it with the settings it was saved with"
         )
-    for name, layer in model.named_modules():
-        if not isinstance(layer, RLRRLinear) or adapter_name not in layer.rlrr_head_mask:
-            continue
+    for name, layer in masked_layers(model, adapter_name):
         mask = state_dict.get(f"{name}.rlrr_head_mask.{adapter_name}.mask")
         if mask is None:
             raise ValueError(
