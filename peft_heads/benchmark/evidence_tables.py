@@ -230,9 +230,8 @@ def _overlap_by_task(masks: dict[str, list[Masks]], groups: dict[str, str], kind
     """Every task's mean overlap with itself (other seeds), with the others of its group, or with other groups."""
     found = []
     for task in masks:
-        others = [other for other in masks if other != task and (groups[other] == groups[task]) == (kind == KINDS[1])]
-        chosen = [task] if kind == KINDS[0] else others
-        pairs = [overlaps({task: masks[task], other: masks[other]}, groups) for other in chosen]
+        others = [task] if kind == KINDS[0] else [other for other in masks if other != task]
+        pairs = [overlaps({task: masks[task], other: masks[other]}, groups) for other in others]
         values = [overlap.observed for pair in pairs for overlap in pair if overlap.kind == kind]
         if values:
             found.append((task, float(np.mean(values))))

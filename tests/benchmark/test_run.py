@@ -4,12 +4,14 @@ import math
 import shutil
 from dataclasses import replace
 
+import PIL.Image
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback
 
 from peft_heads import TaylorHeadScorer
 from peft_heads.benchmark import training
+from peft_heads.benchmark.offline import offline_specs
 from peft_heads.benchmark.results import read_results
 from peft_heads.benchmark.run import make_spec, run, train_trunk, training_key, trunk_epochs, trunk_key
 from peft_heads.benchmark.training import Training
@@ -346,6 +348,30 @@ def test_a_twin_that_fails_leaves_the_run_alone(bench, monkeypatch, caplog):
     assert now and done.path.exists() and "left for a training of its own: images/val200" in caplog.text
     assert [found.spec for found in read_results(bench.root / "out", unofficial=True)] == [test]
     assert run(twin, bench.places("out"))[1]
+
+
+def test_a_twin_that_is_there_is_not_written_again(bench):
+    """As after a kill between the two files."""
+    test = spec_of(bench)
+    twin = replace(test, eval_split="val200")
+    done, _ = run(test, bench.places("out"), also=(twin,))
+    done.path.unlink()
+    (there,) = read_results(bench.root / "out", unofficial=True)
+    before = there.path.stat().st_mtime_ns, there.path.read_bytes()
+    again, now = run(test, bench.places("out"), also=(twin,))
+    assert now and plain(again.result) == plain(done.result)
+    assert (there.path.stat().st_mtime_ns, there.path.read_bytes()) == before
+
+
+def test_offline_tasks_must_be_whole(bench):
+    images = [PIL.Image.new("L", (8, 8), level) for level in (0, 9)]
+    for split in ("train", "val", "test"):
+        for label, image in enumerate(images):
+            (bench.root / "offline" / "count" / split / str(label)).mkdir(parents=True)
+            image.save(bench.root / "offline" / "count" / split / str(label) / "0.png")
+    (spec, *_) = offline_specs([{"name": "linear"}], tasks=[find_task("count", "offline")])
+    with pytest.raises(ValueError, match=r"train holds 2 images \(expected 1,000\); delete the folder of the task"):
+        Training(spec, replace(bench.places("out"), data_root=bench.root / "offline"))
 
 
 def test_a_twin_is_a_result_of_the_code_that_trained_it(bench, monkeypatch):
