@@ -23,9 +23,15 @@ from .resolve import (
 
 # Networks that compute an attention layer's position bias (SwinV2): linear layers, but none of the block's.
 _POSITION_NETWORKS = re.compile(r"(^|\.)[^.]*(position|rel_pos|cpb)[^.]*\.")
-# A convolution, the batch norm `normalization`, and at most an activation after it.
-_NORMALIZED_CONVOLUTIONS = ("ResNetConvLayer", "ResNetShortCut", "RegNetConvLayer", "RegNetShortCut")
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+# Modules that call a layer, then the batch norm, and nothing between.
+_BEFORE_BATCH_NORM = {
+    (module, "convolution"): "normalization"
+    for module in (
+        *("ResNetConvLayer", "ResNetShortCut", "RegNetConvLayer", "RegNetShortCut"),
+        *("MobileViTConvLayer", "MobileViTV2ConvLayer", "HGNetV2ConvLayer"),
+    )
+} | {("LevitConvEmbeddings", "convolution"): "batch_norm", ("MLPLayerWithBN", "linear"): "batch_norm"}
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @dataclass(frozen=True)
@@ -87,13 +93,12 @@ def batch_norms(model: nn.Module) -> list[str]:
 
 
 def following_batch_norm(model: nn.Module, name: str) -> str | None:
-    """Name of the batch norm to which the output of a convolution goes, and nowhere else; None if none is known."""
-    parent = name.rpartition(".")[0]
-    if type(model.get_submodule(parent)).__name__ not in _NORMALIZED_CONVOLUTIONS:
-        return None
-    norm = f"{parent}.normalization"
-    is_kept = isinstance(model.get_submodule(norm), nn.BatchNorm2d) and model.get_submodule(norm).track_running_stats
-    return norm if is_kept else None
+    """Name of the batch norm to which the output of a layer goes, and nowhere else; None if none is known."""
+    parent, _, child = name.rpartition(".")
+    norm_name = _BEFORE_BATCH_NORM.get((type(model.get_submodule(parent)).__name__, child))
+    norm = getattr(model.get_submodule(parent), norm_name or "", None)
+    norm = getattr(norm, "original_module", norm)  # of one that is trained in full
+    return f"{parent}.{norm_name}" if getattr(norm, "running_mean", None) is not None else None
 
 
 def _looks_like_attention(model: nn.Module) -> bool:

@@ -12,7 +12,6 @@ from torch import nn
 
 from ...heads.blocks import following_batch_norm
 from ...heads.resolve import PROJECTION_ROLES
-from ..targets import module_patterns
 from .base_layer import RLRRLayer
 
 
@@ -29,23 +28,18 @@ class Folding:
     Attributes:
         dropped: Biases that change nothing.
         batch_norms: Those that the running mean of a batch norm takes, and the name of the latter.
-        zeros: Modules that get a bias of zeros, since the checkpoint format has biases for all or none.
-        settings: Settings of the model's configuration that ask for the biases.
-        homeless: Biases for which there is no place.
+        settings: Settings of the model's configuration that ask for biases.
+        completed: Other modules that these give a bias; it is zeros if they get none of an adapter.
+        homeless: Biases for which there is no place, or none is known.
+        why: What is to be said of the homeless.
     """
 
     dropped: list[str] = field(default_factory=list)
     batch_norms: dict[str, str] = field(default_factory=dict)
-    zeros: list[str] = field(default_factory=list)
     settings: dict[str, bool] = field(default_factory=dict)
+    completed: list[str] = field(default_factory=list)
     homeless: list[str] = field(default_factory=list)
-
-    def no_place(self, model: nn.Module) -> str:
-        """The beginning of a message about biases for which there is no place."""
-        return (
-            f"{module_patterns(self.homeless)}: there is no bias in the checkpoint format of {type(model).__name__} "
-            "(expected one, for the trained shift f of RLRR)"
-        )
+    why: str = ""
 
 
 def plan_folding(model: nn.Module, names: Iterable[str]) -> Folding:
@@ -53,30 +47,35 @@ def plan_folding(model: nn.Module, names: Iterable[str]) -> Folding:
 
     Args:
         model: The base model, possibly with adapters in it; nothing is changed.
-        names: Modules that have no bias and get one.
+        names: Modules that have no bias of their own and get one.
     """
     names, plan = list(names), Folding()
-    config = getattr(model, "config", None)
-    if not names or config is None or not hasattr(model, "save_pretrained"):
+    if not hasattr(model, "config") or not hasattr(model, "save_pretrained"):
         return plan  # a plain module has no format but its own
     plan.dropped = [name for name in names if _is_shift_invariant(model, name)]
-    there = _parameters(model, config)
-    homeless = {f"{name}.bias" for name in names if name not in plan.dropped} - there
-    for setting, value in config.to_dict().items() if homeless else ():
-        if setting.endswith("bias") and value is False:
-            added = _parameters(model, config, **{setting: True}) - there
-            others = [key.removesuffix(".bias") for key in added - homeless]
-            if added & homeless and all(_could_have_bias(model, name) for name in others):
-                plan.settings[setting] = True
-                plan.zeros += others
-                homeless -= added
-    for name in names:
-        if f"{name}.bias" in homeless:
-            norm = following_batch_norm(model, name)
-            if norm is None:
-                plan.homeless.append(name)
-            else:
-                plan.batch_norms[name] = norm
+    plan.batch_norms = {name: norm for name in names if (norm := following_batch_norm(model, name)) is not None}
+    wanted = {f"{name}.bias": name for name in names if name not in plan.dropped and name not in plan.batch_norms}
+    if not wanted:
+        return plan
+    try:
+        there = _parameters(model)
+        for setting, value in model.config.to_dict().items():
+            if setting.endswith("bias") and value is False and not wanted.keys() <= there:
+                added = _parameters(model, **{setting: True}) - there
+                others = [key.removesuffix(".bias") for key in added - wanted.keys()]
+                if added & wanted.keys() and all(_could_have_bias(model, name) for name in others):
+                    plan.settings[setting] = True
+                    plan.completed += others
+                    there |= added
+    except Exception as error:  # whatever the model does when it is built
+        there = set()
+        plan.why = (
+            f"whether there is a place for a bias in the checkpoint format of {type(model).__name__} is not known, since "
+            f"it cannot be built of its configuration alone ({error!r})"
+        )
+    else:
+        plan.why = f"there is no place for a bias in the checkpoint format of {type(model).__name__}"
+    plan.homeless = [name for key, name in wanted.items() if key not in there]
     return plan
 
 
@@ -86,44 +85,33 @@ def plan_merging(model: nn.Module, adapter_names: list[str]) -> Folding:
     Args:
         model: The base model with RLRR layers in it.
         adapter_names: The adapters that are going to be merged, beside those that are.
-
-    Raises:
-        ValueError: A layer gets a bias for which the checkpoint has no place.
     """
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, RLRRLayer)}
-    shifts = {name: _new_bias(layer, adapter_names) for name, layer in layers.items()}
-    unused = [name for name, shift in shifts.items() if shift is not None and not shift]
-    plan = plan_folding(model, [name for name, shift in shifts.items() if shift])
-    plan.dropped += unused
-    if plan.homeless:
-        raise ValueError(
-            f"{plan.no_place(model)}, so that a merged checkpoint would lose it. Keep the adapter as an adapter, use "
-            "merge_adapter() in memory, or train with RLRRConfig(shift_without_bias=False)"
-        )
+    shifted, unshifted = [], []
+    for name, layer in model.named_modules():
+        if isinstance(layer, RLRRLayer) and layer.frozen_bias() is None:
+            names = dict.fromkeys((*adapter_names, *layer.merged_adapters))
+            shifts = [layer.rlrr_shift[name] for name in names if name in layer.rlrr_shift]
+            if shifts:
+                (shifted if any(shift.any() for shift in shifts) else unshifted).append(name)
+    plan = plan_folding(model, shifted)
+    plan.dropped += unshifted
     return plan
 
 
 @torch.no_grad()
 def fold(model: nn.Module, plan: Folding) -> None:
     """Bring a merged model, out of which the adapters have been taken, into its checkpoint format."""
-    for name, norm in plan.batch_norms.items():
-        model.get_submodule(norm).running_mean -= model.get_submodule(name).bias
+    for name, norm_name in plan.batch_norms.items():
+        norm = model.get_submodule(norm_name)
+        norm.running_mean = norm.running_mean - model.get_submodule(name).bias.to(norm.running_mean)
     for name in (*plan.dropped, *plan.batch_norms):
         model.get_submodule(name).bias = None
-    for name in plan.zeros:
+    for name in plan.completed:
         module = model.get_submodule(name)
-        module.bias = nn.Parameter(module.weight.new_zeros(len(module.weight)), requires_grad=False)
+        if module.bias is None:
+            module.bias = nn.Parameter(module.weight.new_zeros(len(module.weight)), requires_grad=False)
     for setting, value in plan.settings.items():
         setattr(model.config, setting, value)
-
-
-def _new_bias(layer: RLRRLayer, adapter_names: list[str]) -> bool | None:
-    """Whether the bias that a layer gets is something else than zeros; None if it has one already or gets none."""
-    names = dict.fromkeys((*adapter_names, *layer.merged_adapters))
-    shifts = [layer.rlrr_shift[name] for name in names if name in layer.rlrr_shift]
-    if not shifts or layer.frozen_bias() is not None:
-        return None
-    return any(bool(shift.any()) for shift in shifts)
 
 
 def _is_shift_invariant(model: nn.Module, name: str) -> bool:
@@ -138,13 +126,14 @@ def _could_have_bias(model: nn.Module, name: str) -> bool:
         module = model.get_submodule(name)
     except AttributeError:  # what is added is no bias at all
         return False
+    module = getattr(module, "original_module", module)  # of a module that is trained in full
     module = module.get_base_layer() if isinstance(module, RLRRLayer) else module
-    return isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is None
+    return isinstance(module, (nn.Linear, nn.Conv2d))
 
 
-def _parameters(model: nn.Module, config: Any, **settings: Any) -> set[str]:
+def _parameters(model: nn.Module, **settings: Any) -> set[str]:
     """Names of what a new model of the same class has, which is what a checkpoint is loaded into."""
-    config = copy.deepcopy(config)
+    config = copy.deepcopy(model.config)
     for name, value in settings.items():
         setattr(config, name, value)
     with torch.device("meta"):

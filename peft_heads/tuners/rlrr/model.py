@@ -20,6 +20,7 @@ from ...heads.resolve import named_targets, shortest_names, task_head_names
 from ...sharding import whole
 from ..labelled import LabelledTuner
 from ..saved_keys import follow_file, is_adapter_key, rename_modules
+from ..targets import module_patterns
 from .base_layer import RLRRLayer
 from .combination import check_summands, copy_heads, modules_of, sum_into
 from .config import RLRRConfig
@@ -114,14 +115,15 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
     def _warn_before_training(
         self, peft_config: RLRRConfig, modules: dict[str, nn.Module], targets: list[str]
     ) -> None:
-        """Of what would be learnt after the training only."""
+        """Warn of what would show after the training only."""
         if warning := moving_statistics(self.model):
             warnings.warn(warning)
         without_bias = [name for name in targets if getattr(modules[name], "bias", None) is None]
         if peft_config.shift_without_bias and (plan := plan_folding(self.model, without_bias)).homeless:
             warnings.warn(
-                f"{plan.no_place(self.model)}: the adapter trains and loads all the same, but merge_and_unload() will "
-                "refuse. If an ordinary checkpoint is wanted in the end, pass shift_without_bias=False"
+                f"{module_patterns(plan.homeless)}: {plan.why}. The adapter trains and loads all the same, but "
+                "merge_and_unload() will refuse: if an ordinary checkpoint is wanted in the end, pass "
+                "shift_without_bias=False"
             )
 
     def _default_targets(self, peft_config: RLRRConfig, names: list[str]) -> set[str]:
@@ -167,10 +169,23 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
             if param.requires_grad != trained.get(name, param.requires_grad):
                 param.requires_grad_(trained[name])
 
-    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
-        adapter_names = (kwargs.get("adapter_names") or self.active_adapters) if merge else []
-        plan = plan_merging(self.model, adapter_names)
-        model = super()._unload_and_optionally_merge(merge=merge, **kwargs)
+    def _unload_and_optionally_merge(
+        self, merge: bool = True, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> nn.Module:
+        to_merge = (self.active_adapters if adapter_names is None else adapter_names) if merge else []
+        plan = plan_merging(self.model, to_merge)
+        if plan.homeless and merge:
+            raise ValueError(
+                f"{module_patterns(plan.homeless)}: {plan.why} (expected one, for the trained shift f of RLRR), so that "
+                "a merged checkpoint would lose it. Keep the adapter as an adapter, use merge_adapter() in memory, or "
+                "train with RLRRConfig(shift_without_bias=False)"
+            )
+        if plan.homeless:
+            warnings.warn(
+                f"{module_patterns(plan.homeless)}: {plan.why}, so that a checkpoint of the model into which an adapter "
+                "has been merged would lose its shift f; call unmerge_adapter() before unload()"
+            )
+        model = super()._unload_and_optionally_merge(merge=merge, adapter_names=adapter_names, **kwargs)
         fold(model, plan)
         return model
 

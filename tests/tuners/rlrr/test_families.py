@@ -19,12 +19,45 @@ from peft_heads.heads.blocks import backbone_parts
 
 def resnet():
     config = hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], num_labels=3)
-    model = hf.ResNetForImageClassification(config)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):  # as of a trained one
-            nn.init.normal_(module.running_mean)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-    return model
+    return hf.ResNetForImageClassification(config)
+
+
+def mobilevit():
+    sizes = {
+        "hidden_sizes": [8, 8, 8],
+        "neck_hidden_sizes": [8] * 7,
+        "num_attention_heads": 2,
+        "initializer_range": 0.5,
+    }
+    return hf.MobileViTForImageClassification(hf.MobileViTConfig(**sizes, image_size=32, num_labels=3))
+
+
+def levit():
+    sizes = {
+        "hidden_sizes": [8, 16, 16],
+        "num_attention_heads": [1, 2, 2],
+        "key_dim": [4] * 3,
+        "depths": [1] * 3,
+        "image_size": 32,
+    }
+    return hf.LevitForImageClassification(hf.LevitConfig(**sizes, num_labels=3))
+
+
+def hgnet():
+    sizes = {
+        "stem_channels": [3, 8, 8],
+        "stage_in_channels": [8, 8],
+        "stage_mid_channels": [8, 8],
+        "stage_out_channels": [8, 16],
+        "stage_num_blocks": [1, 1],
+        "stage_downsample": [False, True],
+        "stage_light_block": [False, True],
+        "stage_kernel_size": [3, 3],
+        "stage_numb_of_layers": [2, 2],
+        "hidden_sizes": [8, 16],
+        "depths": [1, 1],
+    }
+    return hf.HGNetV2ForImageClassification(hf.HGNetV2Config(**sizes, num_labels=3))
 
 
 def regnet():
@@ -50,6 +83,9 @@ FAMILIES = (
 MAKERS = {name: backbones.FAMILIES[name].make for name in FAMILIES} | {
     "resnet": resnet,
     "regnet": regnet,
+    "mobilevit": mobilevit,
+    "levit": levit,
+    "hgnet": hgnet,
     "convnext": convnext,
     "vit without qkv bias": without_qkv_bias,
 }
@@ -74,13 +110,18 @@ NO_PLACE = {
 }
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.* has batch norms"),
-    pytest.mark.filterwarnings("ignore:.* there is no bias in the checkpoint format"),
+    pytest.mark.filterwarnings("ignore:.* there is no place for a bias in the checkpoint format"),
 ]
 
 
 def create(name, seed=0, **options):
     torch.manual_seed(seed)
     base = MAKERS[name]().eval()
+    for module in base.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):  # as of a trained one
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 2)
     model = get_peft_model(copy.deepcopy(base), RLRRConfig(**options)).eval()
     for key, param in model.named_parameters():
         if "rlrr_" in key:
@@ -154,7 +195,9 @@ def test_merge(name, tmp_path):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
     if name in NO_PLACE:
-        with pytest.raises(ValueError, match=f"{NO_PLACE[name]}.*no bias in the checkpoint.*shift_without_bias=False"):
+        with pytest.raises(
+            ValueError, match=f"{NO_PLACE[name]}.*no place for a bias in the checkpoint.*shift_without_bias=False"
+        ):
             model.merge_and_unload()
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
         base, model = create(name, shift_without_bias=False)
@@ -193,6 +236,125 @@ def test_a_setting_that_asks_for_more_biases_than_there_are(zeros, tmp_path):
     added = biases.keys() - base.state_dict().keys()
     assert len(added) == 3 * loaded.config.num_hidden_layers
     assert sum(biases[key].count_nonzero() > 0 for key in added) == loaded.config.num_hidden_layers
+    assert not any(merged.get_parameter(key).requires_grad for key in added)
+
+
+def test_a_layer_under_two_names():
+    """What the setting adds to a block's alias is the block's trained bias."""
+    torch.manual_seed(0)
+    base = MAKERS["vit without qkv bias"]().eval()
+    blocks = base.vit.get_submodule(tiny.now("layers"))
+    blocks[1] = blocks[0]
+    model = get_peft_model(base, RLRRConfig()).eval()
+    for key, param in model.named_parameters():
+        if "rlrr_" in key:
+            param.data += 0.1 * torch.randn_like(param)
+    expected = output(model)
+    torch.testing.assert_close(output(model.merge_and_unload()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_modules_trained_in_full():
+    """Batch norms, as the warning about them advises, and a projection that the setting gives a bias."""
+    _, model = create("resnet", modules_to_save=["classifier", "normalization"])
+    expected = output(model)
+    torch.testing.assert_close(output(model.merge_and_unload()), expected, rtol=1e-4, atol=1e-5)
+    q, v = tiny.now(["q_proj", "v_proj"])
+    _, model = create("vit without qkv bias", target_modules=[q], modules_to_save=["classifier", v])
+    expected = output(model)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(output(merged), expected, rtol=1e-4, atol=1e-5)
+    assert all(module.bias is not None for name, module in merged.named_modules() if name.endswith((q, v)))
+
+
+class Settings(hf.PreTrainedConfig if hasattr(hf, "PreTrainedConfig") else hf.PretrainedConfig):
+    def __init__(self, table_bias=False, all_bias=False, kind="plain", **kwargs):
+        super().__init__(**kwargs)
+        self.table_bias, self.all_bias, self.kind = table_bias, all_bias, kind
+
+
+class Network(hf.PreTrainedModel):
+    """One linear layer, which two settings would give a bias; the first adds something else as well."""
+
+    config_class = Settings
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.first = nn.Linear(3, 3, bias=config.table_bias or config.all_bias)
+        self.second = nn.Linear(3, 3, bias=config.all_bias)
+        if config.table_bias:
+            self.table = nn.Parameter(torch.zeros(3))
+        if config.kind == "asks":
+            torch.ones(1).sum().item()
+        self.post_init()
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+def network(kind="plain", target_modules=("first",)):
+    torch.manual_seed(0)
+    model = get_peft_model(Network(Settings(kind=kind)), RLRRConfig(target_modules=list(target_modules)))
+    for key, param in model.named_parameters():
+        if "rlrr_" in key:
+            param.data += 0.1 * torch.randn_like(param)
+    return model
+
+
+def test_a_setting_that_adds_something_else():
+    model, x = network(), torch.randn(2, 3)
+    expected = model(x)
+    merged = model.merge_and_unload()
+    assert merged.config.all_bias and not merged.config.table_bias
+    assert merged.second.bias.count_nonzero() == 0 and merged.first.bias.count_nonzero() == 3
+    torch.testing.assert_close(merged(x), expected)
+
+
+def test_merged_before_unloading_with_a_layer_that_is_not_shifted():
+    model, x = network(target_modules=["first", "second"]), torch.randn(2, 3)
+    model.get_base_model().second.rlrr_shift["default"].data.zero_()
+    expected = model(x)
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="[Aa]lready merged"):
+        merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(x), expected)
+    assert merged.config.all_bias and merged.second.bias.count_nonzero() == 0
+
+
+def test_a_model_that_cannot_be_built():
+    """Whether a checkpoint has a place is then not known: it trains, and is not merged."""
+    expected = "first: whether there is a place .* of Network is not known, since .*item.* called on meta tensors"
+    with pytest.warns(UserWarning, match=f"{expected}.*merge_and_unload.. will refuse"):
+        model = network("asks")
+    with pytest.raises(ValueError, match=f"{expected}.*shift_without_bias=False"):
+        model.merge_and_unload()
+
+
+def test_nothing_to_merge():
+    base, model = create("resnet")
+    merged = model.merge_and_unload(adapter_names=[])
+    assert torch.equal(output(merged), output(base))
+
+
+def test_a_merged_model_without_a_place_is_unloaded():
+    """It is right in memory, but would be saved without its shift."""
+    _, model = create("swinv2")
+    expected = output(model)
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="attention.self.key: there is no place .* unmerge_adapter.. before unload"):
+        unloaded = model.unload()
+    torch.testing.assert_close(output(unloaded), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(8, track_running_stats=False), nn.GroupNorm(2, 8)], ids=str)
+def test_norms_without_running_statistics(norm):
+    """Have no running mean that could take a shift."""
+    torch.manual_seed(0)
+    base = MAKERS["resnet"]().eval()
+    base.resnet.embedder.embedder.normalization = norm
+    model = get_peft_model(base, RLRRConfig())
+    base.resnet.embedder.embedder.convolution.rlrr_shift["default"].data += 1
+    with pytest.raises(ValueError, match="resnet.embedder.embedder.convolution: there is no place"):
+        model.merge_and_unload()
 
 
 @pytest.mark.parametrize("name", ["beit", "resnet", "vit without qkv bias"])
@@ -219,7 +381,7 @@ def test_unloading_needs_no_place():
     assert torch.equal(output(unloaded), output(base))
 
 
-@pytest.mark.parametrize("name", ["resnet", "regnet"])
+@pytest.mark.parametrize("name", ["resnet", "regnet", "hgnet"])
 def test_a_batch_norm_takes_the_shift(name):
     """Of the convolution before it; other batch norms stay as they are."""
     base, model = create(name)
@@ -227,6 +389,7 @@ def test_a_batch_norm_takes_the_shift(name):
     merged = model.merge_and_unload()
     assert merged.state_dict().keys() == base.state_dict().keys()
     before, after = dict(base.named_buffers()), dict(merged.named_buffers())
+    assert all(before[key].count_nonzero() for key in before if key.endswith("running_mean"))
     taken = {n.replace("convolution", "normalization") + ".running_mean": f for n, f in shifts.items()}
     found = [key for key in before if key.endswith("running_mean")]
     assert found and all(torch.equal(after[key], before[key] - taken[key]) for key in found)
