@@ -70,9 +70,10 @@ class Ratio:
     interval: tuple[float, float]
     of_medians: float
 
-    def scaled(self, factor: float) -> Ratio:
-        pairs = [tuple(factor * value for value in pair) for pair in (self.middle_half, self.interval)]
-        return Ratio(factor * self.median, *pairs, factor * self.of_medians)
+    def map(self, function: Callable[[float], float]) -> Ratio:
+        """What an increasing function makes of it."""
+        middle_half, interval = (tuple(map(function, pair)) for pair in (self.middle_half, self.interval))
+        return Ratio(function(self.median), middle_half, interval, function(self.of_medians))
 
     def __str__(self) -> str:
         low, high = self.interval

@@ -75,8 +75,8 @@ def main():
         for slow, fast in (("unmerged", "merged"), ("unmerged", "pruned"), ("merged", "pruned")):
             bound, speed_up = counts[slow] / counts[fast], ratio(times[slow], times[fast])
             print(f"{slow} / {fast}: {speed_up}; by arithmetic {bound:.3f}, of which {speed_up.median / bound:.1%}")
-        bound = counts["merged"] / counts["pruned"]
-        judge("pruned", ratio(times["merged"], times["pruned"]).scaled(100 / bound), f"{args.device}, ne={ne}")
+        # the last pair
+        judge("pruned", speed_up.map(lambda x, bound=bound: 100 * x / bound), f"{args.device}, ne={ne}")
 
 
 if __name__ == "__main__":
