@@ -129,7 +129,7 @@ class Suite:
             self.step(classifier, optimizer, images, labels)
         scorer = HeadScorer(self.model)
         self.step(classifier, optimizer, images, labels, scorer)
-        scorer.close()
+        self.end_scoring(scorer, optimizer)
         for _ in range(3):
             self.test(classifier, test_images, test_labels)
 
@@ -172,13 +172,23 @@ class Suite:
     def step(self, classifier, optimizer, images, labels, scorer=None) -> torch.Tensor:
         self.model.train()
         torch.compiler.cudagraph_mark_step_begin()
-        loss = cross_entropy(classifier(self.features(images)), labels)
+        # who listens to quantised weights breaks a compiled graph at each of them
+        eager = scorer is not None and self.args.adapter_bits < 32
+        features = self.features.forward if eager else self.features
+        loss = cross_entropy(classifier(features(images)), labels)
         loss.backward()
         if scorer is not None:
             scorer.update()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # the next step overwrites what a graph has given
         return loss.detach()
+
+    @torch.no_grad()
+    def end_scoring(self, scorer, optimizer) -> None:
+        """Deactivate heads; a pass outside of the compiled graph, in which quantised weights see that nobody listens."""
+        scorer.apply(optimizer)
+        if self.args.adapter_bits < 32:
+            self.features.forward(self.make_images(2, 1, seed=0)[0])
 
     @torch.no_grad()
     def test(self, classifier, images, labels) -> torch.Tensor:
@@ -211,7 +221,7 @@ class Suite:
                 self.step(classifier, optimizer, images[index], labels[index], scorer)
                 schedule.step()
             if epoch == scored_epoch:
-                scorer.apply(optimizer)
+                self.end_scoring(scorer, optimizer)
                 scorer = None
         synchronize(self.device)
         trained = time.perf_counter()

@@ -5,7 +5,7 @@ training image as in VTAB-1K (387,904 for 19 tasks), in 224 x 224 pixels. The mo
 package. Everything is run in one process, one after the other; every part is repeated and the spread is printed. One
 seed of one task: the ratios are what matters.
 
-    python benchmarks/sweep_cost.py [--epochs 100 --images 100 --test_images 2000 --repeat 3]
+    python benchmarks/sweep_cost.py [--epochs 100 --images 100 --test_images 2000 --repeat 3 --ne 1 3 6]
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from peft_heads.demo.digits import load_digits_dataset
 from peft_heads.demo.model import DEMO_MODEL_PATH
 
 
-METHOD = {"name": "head-masked-lora", "r": 8, "ne": [1, 3, 6], "criterion": ["absolute", "positive", "negative"]}
+METHOD = {"name": "head-masked-lora", "r": 8, "criterion": ["absolute", "positive", "negative"]}
 
 
 def write_tree(root, images, test_images):
@@ -55,6 +55,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {"epochs": 100, "images": 100, "test_images": 2000, "repeat": 3}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--ne", type=int, nargs="+", default=[1, 3, 6])
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
@@ -66,7 +67,7 @@ def measure(args, root):
     write_tree(root / "data", args.images, args.test_images)
     task = find_task("svhn", "vtab")
     recipe = replace(RECIPES["vtab"], epochs=args.epochs, batch_size=20)
-    sweep = Sweep((task,), METHOD, recipe, str(DEMO_MODEL_PATH), seeds=(0,))
+    sweep = Sweep((task,), METHOD | {"ne": args.ne}, recipe, str(DEMO_MODEL_PATH), seeds=(0,))
     specs = sweep.runs(sweep.methods(), (0,), final=True)
     print(
         f"{len(specs)} runs of {args.epochs} epochs, {args.images} training and {args.test_images} test images, {device_name('cpu')}"

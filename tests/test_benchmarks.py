@@ -1,0 +1,206 @@
+"""The benchmark scripts run and print what they should; no test looks at a time."""
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import ViTConfig, ViTForImageClassification
+
+from peft_heads import HeadMaskedLoraConfig
+from peft_heads.heads import resolve_heads
+
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+NUMBER = r"-?\d+\.\d+"
+# what each script must print in its short form
+PRINTED = {
+    "step_time": [
+        f"memory beyond the model, head-masked / stock LoRA: {NUMBER}",
+        f"step, head-masked / stock LoRA: {NUMBER}",
+        f"step, head-masked / floor: {NUMBER}",
+    ],
+    "step_time_1_bit": ["adapter_bits=1", f"step, head-masked / stock LoRA: {NUMBER}"],
+    "scoring_cost": [f"step, with scoring / without: {NUMBER}", f"selection, beside the steps: {NUMBER} s"],
+    "epoch_time": [
+        r"differs by 0\.0e\+00",
+        f"first epoch, plain / ours: {NUMBER}",
+        f"later epochs, plain / ours: {NUMBER}",
+    ],
+    "epoch_time_500_pixels": [f"later epochs, plain / ours: {NUMBER}"],
+    "pruned_inference": [
+        f"unmerged / merged: {NUMBER}",
+        f"merged / pruned: {NUMBER} .*; by arithmetic 1\\.121, of which {NUMBER}%",
+    ],
+    "load_time": [
+        f"import, peft_heads / peft: {NUMBER}",
+        f"load, head-masked / stock LoRA: {NUMBER}",
+        f"switch, the same, packed / stock LoRA: {NUMBER}",
+    ],
+    "adapter_size": ["stock LoRA, r=8: 1,18"],
+    "sweep_cost": [rf"\(c\).*\n +/ sweep: {NUMBER}", f"decoded anew / from the cache: {NUMBER}"],
+    "gpu_suite": [
+        rf"cifar .* s +train +\d+ images/s, +{NUMBER}% of the peak .* accuracy",
+        "2 of 19 tasks: .* min",
+        "not judged",
+    ],
+}
+TARGETS = {  # how many it judges
+    "step_time": 2,
+    "step_time_1_bit": 1,
+    "scoring_cost": 1,
+    "epoch_time": 1,
+    "epoch_time_500_pixels": 1,
+    "pruned_inference": 2,
+}
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Imports one of the scripts, whose folder is on the path when they run."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRINTED)
+def test_script(name, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(BENCHMARKS / "run_all.py"), "--quick", "--device", "cpu", "--only", name]
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path)], env=environment, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    printed = (tmp_path / f"{name}.txt").read_text("utf-8")
+    for pattern in PRINTED[name]:
+        assert re.search(pattern, printed), (pattern, printed)
+    rows = [line for line in (tmp_path / "targets.md").read_text("utf-8").splitlines() if line.endswith(" |")]
+    assert len(rows) == 1 + TARGETS.get(name, 0), rows
+    assert (tmp_path / "machine.json").exists()
+
+
+def test_every_script_is_run(script):
+    """By the one command, and by the test above."""
+    run_all = script("run_all")
+    assert set(PRINTED) == set(run_all.RUNS)
+    scripts = {path.stem for path in BENCHMARKS.glob("*.py")} - {"run_all", "measure", "random_vit"}
+    assert {run.script for run in run_all.RUNS.values()} == scripts
+    assert run_all.RUNS["gpu_suite"].command("cpu") is None
+    assert run_all.RUNS["load_time"].command("cuda") is None
+    assert run_all.RUNS["epoch_time"].command("cuda") == [
+        "python",
+        "benchmarks/epoch_time.py",
+        *("--device", "cuda", "--num_workers", "8"),
+    ]
+
+
+def test_a_script_that_fails(script, tmp_path):
+    """Is reported, with what it has printed."""
+    run_all = script("run_all")
+    path = tmp_path / "out.txt"
+    assert run_all.run(["python", "benchmarks/adapter_size.py", "--no_such_option"], path) == 2
+    assert "exit code 2" in path.read_text("utf-8")
+    text = run_all.table([], [["python", "x.py", "--device", "cuda"]], ["step_time"], quick=False)
+    assert "Failed, no figures: step_time." in text and "- `python x.py --device cuda`" in text
+
+
+def test_ratio(script):
+    measure = script("measure")
+    ones = [1.0] * 20
+    ratio = measure.ratio([float(x) for x in range(1, 21)], ones)
+    assert (ratio.median, ratio.of_medians, ratio.middle_half) == (10.5, 10.5, (6, 15))
+    assert ratio.interval == (6, 15)  # ranks of the exact binomial interval of 95 %, for 20 values
+    assert measure.ratio([2.0, 4.0, 9.0], [1.0, 2.0, 3.0]).interval == (2, 3)  # too few: the whole range
+    # paired: another machine in the second round changes nothing
+    assert measure.ratio([2.0, 200.0], [1.0, 100.0]).median == 2
+    assert ratio.map(lambda x: 10 * x).interval == (60, 150)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "met"),
+    [
+        ("step", [1.004, 1.004, 1.004], "yes"),  # 1.00 to the target's two decimals
+        ("step", [1.006, 1.006, 1.006], "no"),
+        ("step", [0.99, 1.02, 1.03], "undecided"),
+        ("epoch", [3.0, 3.1, 3.2], "yes"),
+        ("epoch", [2.9, 2.94, 2.99], "no"),
+        ("epoch", [2.9, 2.94, 3.01], "undecided"),
+    ],
+)
+def test_judge(script, capsys, name, values, met):
+    measure = script("measure")
+    assert measure.judge(name, measure.ratio(values, [1.0] * len(values)), "here") is (met == "yes")
+    line = capsys.readouterr().out
+    what, _, figure, found = line.strip().removeprefix("target | ").split(" | ")
+    assert found == met and "(here)" in what and figure.startswith(f"{values[1]:.3f} × ({values[0]:.3f} to")
+
+
+def test_interleaved(script):
+    """Warm-up is left out, every round has every side, and in more than one order; a side may time itself."""
+    measure, calls = script("measure"), []
+    sides = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b"), "c": lambda: calls.append("c") or 7.0}
+    times = measure.interleaved(sides, rounds=6, warm_up=2)
+    rounds = [tuple(calls[i : i + 3]) for i in range(0, len(calls), 3)]
+    assert len(rounds) == 8 and {tuple(sorted(order)) for order in rounds} == {("a", "b", "c")}
+    assert len(set(rounds)) > 1
+    assert [len(seconds) for seconds in times.values()] == [6, 6, 6]
+    assert times["c"] == [7.0] * 6 and max(times["a"]) < 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux")
+def test_peak_memory(script):
+    """Sees what is freed again, and not what was there before."""
+    measure = script("measure")
+    kept = torch.ones(64 * 2**20, dtype=torch.uint8)
+    before, peak = measure.peak_memory(lambda: torch.ones(64 * 2**20).sum(), "cpu")
+    assert 255 < (peak - before) / 2**20 < 300
+    assert before > kept.nbytes
+
+
+@pytest.mark.parametrize(("rank", "labels"), [(4, 7), (2, 100)])
+def test_operations_of_a_training_step(script, rank, labels):
+    """The formulas are what PyTorch counts, attention in plain matrix products."""
+    gpu_suite = script("gpu_suite")
+    config = ViTConfig(**gpu_suite.QUICK_VIT, num_labels=labels, attn_implementation="eager")
+    model = get_peft_model(ViTForImageClassification(config), HeadMaskedLoraConfig(r=rank, ne=1)).train()
+    with FlopCounterMode(display=False) as forward:
+        loss = model(pixel_values=torch.randn(1, 3, 32, 32), labels=torch.tensor([1])).loss
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    assert gpu_suite.forward_flops(config, rank, labels) == forward.get_total_flops()
+    total = forward.get_total_flops() + backward.get_total_flops()
+    assert gpu_suite.training_flops(config, rank, labels) == total
+
+
+def test_floor(script):
+    """The frozen model's numbers; gradients of activations from the first adapted projections on, none of weights."""
+    vit = ViTForImageClassification(ViTConfig(**script("gpu_suite").QUICK_VIT, num_labels=3))
+    images = torch.randn(2, 3, 32, 32)
+    expected = vit.eval()(images).logits
+    model = script("step_time").floor(vit)
+    assert torch.equal(model.eval()(images).logits, expected)
+
+    needs = {}
+    for name in adapted_projections(model):
+        module = model.get_submodule(name)
+        module.register_forward_hook(
+            lambda module, inputs, output, name=name: needs.update(
+                {name: (inputs[0].requires_grad, output.requires_grad)}
+            )
+        )
+    model(images, labels=torch.tensor([0, 1])).loss.backward()
+    assert list(needs.values()) == [(False, True)] * 2 + [(True, True)] * 2
+    trained = {name for name, param in model.named_parameters() if param.grad is not None}
+    assert trained == {"classifier.weight", "classifier.bias"}
+
+
+def adapted_projections(model):
+    roles = {name: layout.parts[0].role for name, layout in resolve_heads(model).items()}
+    return [name for name, role in roles.items() if role in ("query", "value")]
