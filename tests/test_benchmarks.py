@@ -101,14 +101,25 @@ def test_every_script_is_run(script):
     ]
 
 
+@pytest.mark.slow
 def test_a_script_that_fails(script, tmp_path):
     """Is reported, with what it has printed."""
-    run_all = script("run_all")
     path = tmp_path / "out.txt"
-    assert run_all.run(["python", "benchmarks/adapter_size.py", "--no_such_option"], path) == 2
-    assert "exit code 2" in path.read_text("utf-8")
-    text = run_all.table([], [["python", "x.py", "--device", "cuda"]], ["step_time"], quick=False)
-    assert "Failed, no figures: step_time." in text and "- `python x.py --device cuda`" in text
+    command = ["python", "benchmarks/adapter_size.py", "--no_such_option"]
+    assert script("run_all").run(command, path) == 2
+    printed = path.read_text("utf-8")
+    assert printed.startswith("$ python benchmarks/adapter_size.py --no_such_option") and "exit code 2" in printed
+
+
+def test_table(script):
+    """All that is missing is named, with its command; a quick run has no figures."""
+    run_all = script("run_all")
+    rows = [["step", "≤ 1.00 ×", "0.99 ×", "yes"]]
+    text = run_all.table(rows, [["python", "x.py", "--device", "cuda"]], ["epoch_time"], quick=False)
+    assert "| step | ≤ 1.00 × | 0.99 × | yes |\n" in text and "no figures: epoch_time." in text
+    assert "- `python x.py --device cuda`\n" in text
+    assert text.startswith("| target |")
+    assert run_all.table(rows, [], [], quick=True).startswith("A few steps of tiny models: these are no figures.")
 
 
 def test_ratio(script):
