@@ -1,4 +1,4 @@
-"""Head-masked LoRA for vision transformers, as an extension of Hugging Face PEFT.
+"""Head-masked LoRA and RLRR for vision transformers, as an extension of Hugging Face PEFT.
 
 Importing the package registers its tuners with PEFT.
 """
@@ -9,13 +9,15 @@ from .checkpoints import last_complete_checkpoint
 from .heads import get_head_masks, set_head_masks
 from .image_classifier import load_image_classifier
 from .scoring import HeadScorer
-from .tuners import HeadMaskedLoraConfig, HeadMaskedLoraModel, pack_adapter
+from .tuners import HeadMaskedLoraConfig, HeadMaskedLoraModel, RLRRConfig, RLRRModel, pack_adapter
 
 
 __all__ = [
     "HeadMaskedLoraConfig",
     "HeadMaskedLoraModel",
     "HeadScorer",
+    "RLRRConfig",
+    "RLRRModel",
     "TaylorHeadScorer",
     "get_head_masks",
     "last_complete_checkpoint",

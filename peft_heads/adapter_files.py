@@ -25,24 +25,73 @@ from .heads.maskable import deactivated_heads, describe_masks
 if TYPE_CHECKING:
     import torch
 
-    from .tuners.head_masked_lora import HeadMaskedLoraConfig
+    from .tuners.saved_config import SavedConfig
 
 # Not config.json: transformers takes a folder that has one for a full checkpoint and no longer for an adapter.
 LABELS_FILE = "labels.json"
 SCORES_FILE, HEAT_MAP_FILE = "head_scores.json", "head_scores.png"
 SECTION_BEGIN, SECTION_END = "<!-- peft_heads: begin -->", "<!-- peft_heads: end -->"
 _SECTION = re.compile(f"{SECTION_BEGIN}.*?{SECTION_END}", re.DOTALL)
-TAGS = ("head-masked-lora", "peft_heads")
 _SELECTION_SETTINGS = ("ne", "ratio", "granularity", "joint", "criterion", "mask_scope")
-_SETTINGS = (
-    *_SELECTION_SETTINGS,
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "bottleneck_dropout",
-    "adapter_bits",
-    "classifier_bits",
+
+
+@dataclass(frozen=True)
+class CardText:
+    """What a model card says of a method.
+
+    Attributes:
+        title: Begins the card's title, before "adapter for …".
+        method: One sentence; `{base}` stands for the base model.
+        unmasked: What the method is called while no head is deactivated.
+        settings: Fields of the configuration that are listed.
+        tags: The Hub's, beside `peft_heads`.
+    """
+
+    title: str
+    method: str
+    unmasked: str
+    settings: tuple[str, ...]
+    tags: tuple[str, ...]
+
+
+HEAD_MASKED_LORA_CARD = CardText(
+    title="Head-masked LoRA",
+    method="LoRA on {base}, switched off for the attention heads that the task does not need (HEAT, Heart-LoRA).",
+    unmasked="plain LoRA",
+    settings=(
+        *_SELECTION_SETTINGS,
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "bottleneck_dropout",
+        "adapter_bits",
+        "classifier_bits",
+    ),
+    tags=("head-masked-lora", "lora"),
 )
+RLRR_CARD = CardText(
+    title="RLRR",
+    method="Residual low-rank rescaling of the weights of {base}.",
+    unmasked="plain RLRR",
+    settings=(
+        "r",
+        "left",
+        "right",
+        "residual",
+        "rescale_weight",
+        "norms",
+        "patch_embedding",
+        "init",
+        "ne",
+        "ratio",
+        "granularity",
+        "joint",
+        "criterion",
+    ),
+    tags=("rlrr",),
+)
+# Of all our methods: what a card that becomes another adapter's loses. "lora" is PEFT's tag as well.
+TAGS = ("head-masked-lora", "rlrr", "peft_heads")
 
 
 @dataclass
@@ -74,7 +123,7 @@ class AdapterFiles:
     def selected(self) -> bool:
         return any(not mask.all() for mask in self.masks.values())
 
-    def write(self, folder: str | os.PathLike, config: HeadMaskedLoraConfig, warn: bool = True) -> None:
+    def write(self, folder: str | os.PathLike, config: SavedConfig, warn: bool = True) -> None:
         """Write the files into `folder`; an image processor, labels or scores that are not known leave what is there.
 
         Args:
@@ -90,7 +139,7 @@ class AdapterFiles:
         if warn and config.masks_heads and self.masks and not self.selected and not is_warm_up:
             warnings.warn(
                 f"the adapter saved to {folder} is to deactivate heads ({_heads_asked_for(config)}), but none has "
-                "been selected: it is plain LoRA so far. Train with TaylorHeadScorer among the callbacks, or use "
+                f"been selected: it is {config.card.unmasked} so far. Train with TaylorHeadScorer among the callbacks, or use "
                 "HeadScorer or set_head_masks"
             )
         if self.id2label:
@@ -195,14 +244,14 @@ def update_card(peft_model: Any, folder: str | os.PathLike) -> None:
         write_card(path, config, files)
 
 
-def write_card(path: Path, config: HeadMaskedLoraConfig, files: AdapterFiles) -> None:
+def write_card(path: Path, config: SavedConfig, files: AdapterFiles) -> None:
     """Create or update the model card: metadata, and one section of our own between two comments.
 
     PEFT has written its card before. Where that is nothing but the Hub's template of blanks it is replaced; a card
     that a person has written keeps its text.
     """
     card = ModelCard.load(path) if path.exists() else ModelCard.from_template(ModelCardData())
-    card.data.tags = sorted({*(card.data.tags or []), *TAGS, "lora"})
+    card.data.tags = sorted({*(card.data.tags or []), *config.card.tags, "peft_heads"})
     if not _is_repository(config.base_model_name_or_path):
         # PEFT has put a folder of this machine there, which the Hub refuses
         card.data.base_model = None
@@ -225,7 +274,7 @@ def write_card(path: Path, config: HeadMaskedLoraConfig, files: AdapterFiles) ->
     write_atomically(path, str(card))
 
 
-def card_section(config: HeadMaskedLoraConfig, files: AdapterFiles, heat_map: str | None = None) -> str:
+def card_section(config: SavedConfig, files: AdapterFiles, heat_map: str | None = None) -> str:
     """The part of the model card about the method: deactivated heads, heat map, settings, how to install and load."""
     base = config.base_model_name_or_path or ""
     if _is_repository(base):
@@ -233,22 +282,21 @@ def card_section(config: HeadMaskedLoraConfig, files: AdapterFiles, heat_map: st
     else:
         base = Path(base).name or "a model without a name"
         base_link = f"`{base}` (a local checkpoint)"
-    settings = "\n".join(f"| `{name}` | {getattr(config, name)} |" for name in _SETTINGS)
+    text = config.card
+    settings = "\n".join(f"| `{name}` | {getattr(config, name)} |" for name in text.settings)
     if not config.masks_heads:
-        heads = "None: with `ne=0` this is plain LoRA."
+        heads = f"None: with `ne=0` this is {text.unmasked}."
     elif not files.selected:
-        heads = (
-            "**None have been selected yet**: this adapter was saved before the selection and is plain LoRA so far."
-        )
+        heads = f"**None have been selected yet**: this adapter was saved before the selection and is {text.unmasked} so far."
     else:
         heads = describe_masks(files.masks).replace("; ", "\n- ")
         heads = f"- {heads}"
     if heat_map is not None:
         heads += f"\n\n![Responsiveness of the heads]({heat_map})\n\nAll scores: [{SCORES_FILE}]({SCORES_FILE})"
     version = importlib.metadata.version("peft-heads")
-    return f"""# Head-masked LoRA adapter for {base}
+    return f"""# {text.title} adapter for {base}
 
-LoRA on {base_link}, switched off for the attention heads that the task does not need (HEAT, Heart-LoRA).
+{text.method.format(base=base_link)}
 Trained with [peft_heads](https://pypi.org/project/peft-heads/) {version}.
 
 ## Deactivated heads
@@ -282,7 +330,7 @@ def _is_repository(base: str | None) -> bool:
     return bool(base) and base.count("/") <= 1 and not Path(base).exists()
 
 
-def _led_to(report: bytes | None, config: HeadMaskedLoraConfig, masks: dict[str, torch.Tensor]) -> bool:
+def _led_to(report: bytes | None, config: SavedConfig, masks: dict[str, torch.Tensor]) -> bool:
     """Whether the scores of `head_scores.json` are those by which `masks` were selected, with these settings."""
     try:
         report = json.loads(report or "{}")
@@ -292,5 +340,5 @@ def _led_to(report: bytes | None, config: HeadMaskedLoraConfig, masks: dict[str,
         return False  # not a file of ours
 
 
-def _heads_asked_for(config: HeadMaskedLoraConfig) -> str:
+def _heads_asked_for(config: SavedConfig) -> str:
     return f"ne={config.ne}" if config.ne is not None else f"ratio={config.ratio}"

@@ -36,12 +36,13 @@ from .bi_lora_files import (
 from .export import PROCESSOR_FILE, check_type, load_complete_adapter
 from .heads.resolve import default_targets, resolve_heads
 from .image_classifier import fetch_adapter
+from .migration import LORA_TYPES
 from .packing import PackedWeight, pack_module, unpack_module
 from .quantization import BITS
 from .tuners import HeadMaskedLoraConfig, pack_adapter
 from .tuners.head_masked_lora.config import FULL_PRECISION
 from .tuners.head_masked_lora.packed import PACKED
-from .tuners.head_masked_lora.state_dict import BASE, module_of, renamed_keys, saved_keys
+from .tuners.saved_keys import BASE, module_of, renamed_keys, saved_keys
 from .tuners.task_heads import default_labels
 
 
@@ -147,7 +148,7 @@ def export_bi_lora(
             raise ValueError(f"{path} exists already and nothing was changed; {way_out}")
     source = fetch_adapter(adapter)
     config = read_settings(source)
-    check_type(source, config)
+    check_type(source, config, LORA_TYPES)
     problem = _problem_of_settings(config) or _problem_of_base_model(
         base_model or config.get("base_model_name_or_path")
     )

@@ -21,7 +21,7 @@ from .atomic import new_folder
 from .checkpoints import read_error
 from .data.images import load_image_processor
 from .image_classifier import fetch_adapter, load_adapter, quiet_loading
-from .migration import ADAPTER_TYPES
+from .migration import ADAPTER_TYPES, LORA_TYPES
 from .tuners import pack_adapter
 from .tuners.head_masked_lora.packed import PACKED
 from .tuners.head_masked_lora.state_dict import write_quantized
@@ -66,7 +66,7 @@ def export_lora(
         settings = read_settings(source)
         if settings.get("peft_type") == "LORA":
             raise ValueError(f"{source} is a stock LoRA adapter already; there is nothing to export")
-        check_type(source, settings)
+        check_type(source, settings, LORA_TYPES)
         if settings.get("mask_scope") == "head" and (settings.get("ne") or settings.get("ratio")):
             raise ValueError(
                 f"{source} has mask_scope='head', which no LoRA adapter can express: its deactivated heads are silent, "
@@ -194,11 +194,11 @@ def _save_processor(folder: Path, source: Path, base_model: str | os.PathLike | 
                 raise
 
 
-def check_type(source: Path, settings: dict[str, Any]) -> None:
-    """Raise ValueError for an adapter of a method that is neither ours nor LoRA."""
-    if settings.get("peft_type") not in ADAPTER_TYPES:
+def check_type(source: Path, settings: dict[str, Any], expected: tuple[str, ...] = ADAPTER_TYPES) -> None:
+    """Raise ValueError for an adapter of a method that is not among those expected: ours, and LoRA."""
+    if settings.get("peft_type") not in expected:
         raise ValueError(
-            f"{source} holds an adapter of type {settings.get('peft_type')}; expected {' or '.join(ADAPTER_TYPES)}"
+            f"{source} holds an adapter of type {settings.get('peft_type')}; expected {' or '.join(expected)}"
         )
 
 

@@ -56,7 +56,7 @@ def fetch_adapter(path_or_repo: str | os.PathLike, subfolder: str | None = None,
     """
     from huggingface_hub import snapshot_download
 
-    from .tuners.head_masked_lora.state_dict import saved_keys
+    from .tuners.saved_keys import saved_keys
 
     folder = os.fspath(path_or_repo)
     if not os.path.isdir(folder):
@@ -102,7 +102,7 @@ def load_adapter(
     """
     from peft import PeftConfig, PeftModel
 
-    from .tuners.head_masked_lora.state_dict import is_lora_key, module_of, saved_keys
+    from .tuners.saved_keys import is_adapter_key, module_of, saved_keys
 
     adapter_config = PeftConfig.from_pretrained(os.fspath(folder))
     base = base_model or adapter_config.base_model_name_or_path
@@ -119,7 +119,7 @@ def load_adapter(
         model, info = base_model_class(read_settings(folder)).from_pretrained(
             base, ignore_mismatched_sizes=True, output_loading_info=True, **label_kwargs, **base_kwargs
         )
-    trained = {module_of(key) + "." for key in saved_keys(folder) if not is_lora_key(key)}
+    trained = {module_of(key) + "." for key in saved_keys(folder) if not is_adapter_key(key)}
     untrained = sorted({*info["missing_keys"], *mismatched_keys(info)})
     model = PeftModel.from_pretrained(model, os.fspath(folder)).eval()
     return model, [name for name in untrained if not name.startswith(tuple(trained))]

@@ -26,10 +26,10 @@ from .packing import unpack_module
 from .quantization import quantize
 from .tuners.head_masked_lora.config import FULL_PRECISION
 from .tuners.head_masked_lora.packed import PACKED
-from .tuners.head_masked_lora.state_dict import is_lora_key, module_of
+from .tuners.saved_keys import is_adapter_key, module_of
 
 
-MASK_KEY = "lora_head_mask"
+MASK_KEY = "_head_mask"
 PARTS = ("adapter", "classification head", "masks and header")
 
 
@@ -62,7 +62,7 @@ class AdapterReport:
 
 
 def inspect_adapter(adapter: str | os.PathLike, base_model: str | os.PathLike | None = None) -> AdapterReport:
-    """Read an adapter's files: ours, or stock LoRA.
+    """Read an adapter's files: ours (head-masked LoRA, RLRR), or stock LoRA.
 
     Args:
         adapter: Folder or repository of the adapter.
@@ -92,6 +92,9 @@ def inspect_adapter(adapter: str | os.PathLike, base_model: str | os.PathLike | 
     masks = _masks(tensors, layouts, weights)
     bits = FULL_PRECISION if _is_packed(stored) else settings.get("adapter_bits") or FULL_PRECISION
     norms = _norms(tensors if bits == FULL_PRECISION else _quantized(tensors, layouts, bits), layouts, settings)
+    if settings.get("peft_type") == "RLRR":
+        no_norms = "the update of RLRR depends on the frozen weights, which are not read"
+        check_deactivated_rows(weights, tensors, masks, layouts)
     for name, mask in masks.items():
         if name in norms and norms[name][~mask].count_nonzero():
             heads = (~mask & (norms[name] != 0)).nonzero().flatten().tolist()
@@ -141,6 +144,37 @@ def update_norms(lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float, lay
     return scaling * layout.sum_rows(squares).sqrt()
 
 
+def check_deactivated_rows(
+    weights: Path,
+    tensors: dict[str, torch.Tensor],
+    masks: dict[str, torch.Tensor],
+    layouts: dict[str, ProjectionLayout],
+) -> None:
+    """Raise ValueError if an RLRR adapter's file has values in the rows of heads that its masks deactivate.
+
+    Args:
+        weights: The file, for the message.
+        tensors: What it holds.
+        masks: `{projection: bool (num_heads,)}`.
+        layouts: `{module as the file names it: its heads}`.
+    """
+    for key, tensor in tensors.items():
+        name, _, part = key.rpartition(".")
+        layout = layouts.get(module_of(key))
+        if layout is None or part not in ("rlrr_left", "rlrr_shift"):
+            continue
+        for name, heads in layout.named_parts(module_of(key)).items():
+            if name not in masks:
+                continue
+            off = heads.rows(tensor)[heads.expand(~masks[name])]
+            if off.count_nonzero():
+                raise ValueError(
+                    f"{weights} contradicts itself: the mask of {name} deactivates heads "
+                    f"{(~masks[name]).nonzero().flatten().tolist()}, whose rows of {part} are not zero; the mask or the "
+                    "weights were edited"
+                )
+
+
 def _unpacked(
     tensors: dict[str, torch.Tensor],
     layouts: dict[str, ProjectionLayout],
@@ -181,7 +215,7 @@ def _unpacked(
         names = [f"{prefix}lora_A.weight", f"{prefix}lora_B.weight"] if is_lora else [key]
         unpacked |= {name: matrix.values() for name, matrix in zip(names, matrices, strict=True)}
         if mask is not None:
-            unpacked[f"{prefix}{MASK_KEY}.mask"] = mask
+            unpacked[f"{prefix}lora{MASK_KEY}.mask"] = mask
     return unpacked
 
 
@@ -191,7 +225,7 @@ def _quantized(
     """The factors as a k-bit adapter acts by them; what stands in rows of deactivated heads stays to be seen."""
     quantized = dict(tensors)
     for key, tensor in tensors.items():
-        mask = tensors.get(key.replace("lora_B.weight", f"{MASK_KEY}.mask"))
+        mask = tensors.get(key.replace("lora_B.weight", f"lora{MASK_KEY}.mask"))
         layout = layouts.get(module_of(key))
         if key.endswith("lora_A.weight") or (key.endswith("lora_B.weight") and mask is None):
             quantized[key] = quantize(tensor, bits)
@@ -211,8 +245,9 @@ def _layouts(
         if base_model is not None:
             raise
         return {}, " ".join(str(error).split())
-    found = resolve_heads(model, settings.get("num_heads"), settings.get("fused_parts") or "qkv")
-    modules = dict.fromkeys(module_of(key) for key in tensors if is_lora_key(key))
+    masked_parts = "qv" if settings.get("peft_type") == "RLRR" else settings.get("fused_parts") or "qkv"
+    found = resolve_heads(model, settings.get("num_heads"), masked_parts)
+    modules = dict.fromkeys(module_of(key) for key in tensors if is_adapter_key(key))
     renamed = match_renamed(modules, [name for name, _ in model.named_modules()])
     layouts = {name: found[renamed.get(name, name)] for name in modules if renamed.get(name, name) in found}
     return layouts, "" if layouts else f"{type(model).__name__} has no attention heads where the adapter is"
@@ -262,4 +297,4 @@ def _is_packed(tensors: dict[str, torch.Tensor]) -> bool:
 def _part_of(key: str) -> str:
     if MASK_KEY in key:
         return PARTS[2]
-    return PARTS[0] if is_lora_key(key) else PARTS[1]
+    return PARTS[0] if is_adapter_key(key) else PARTS[1]

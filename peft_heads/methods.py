@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
 from .callbacks import TaylorHeadScorer
 from .heads.resolve import default_targets, task_head_names
-from .tuners import HeadMaskedLoraConfig
+from .heads.scores import Criterion
+from .tuners import HeadMaskedLoraConfig, RLRRConfig
+from .tuners.saved_config import SavedConfig
 
 
 @dataclass
@@ -23,24 +25,25 @@ class MethodArguments:
 
     _argument_group_name = "method"
 
-    method: Literal["head-masked-lora", "lora", "linear", "full", "peft"] = field(
+    method: Literal["head-masked-lora", "rlrr", "lora", "linear", "full", "peft"] = field(
         default="head-masked-lora",
         metadata={"help": "What is trained besides the classification head; peft: any config given as --peft_config."},
     )
-    ne: int | None = field(default=None, metadata={"help": "Heads to deactivate per group (default 1)."})
+    ne: int | None = field(default=None, metadata={"help": "Heads to deactivate per group (default 1; of rlrr 0)."})
     ratio: float | None = field(default=None, metadata={"help": "Share of heads to deactivate, instead of --ne."})
     granularity: Literal["global", "layer"] | None = field(
         default=None, metadata={"help": "The same heads in every layer (default global), or each layer its own."}
     )
     joint: bool | None = field(default=None, metadata={"help": "One mask for q and v together (default true)."})
-    criterion: (
-        Literal["absolute", "positive", "negative", "weight_norm", "grad_norm", "random", "front", "most_responsive"]
-        | None
-    ) = field(default=None, metadata={"help": "Score of a head; the lowest are deactivated (default absolute)."})
+    criterion: Criterion | None = field(
+        default=None, metadata={"help": "Score of a head; the lowest are deactivated (default absolute)."}
+    )
     mask_scope: Literal["adapter", "head"] | None = field(
         default=None, metadata={"help": "Mask the adapter's part of a head (default) or the whole head."}
     )
-    mask_seed: int | None = field(default=None, metadata={"help": "Seed of the criterion random (default 0)."})
+    mask_seed: int | None = field(
+        default=None, metadata={"help": "Seed of the criterion random (default 0); in bench, with task and seed."}
+    )
     head_select_at: float | None = field(
         default=None,
         metadata={"help": "When heads are selected: below 1 a share of the steps (default 0.1), else a step."},
@@ -51,7 +54,7 @@ class MethodArguments:
     head_window: Literal["last_epoch", "all", "last_step"] | None = field(
         default=None, metadata={"help": "The steps before the selection whose scores count (default last_epoch)."}
     )
-    r: int | None = field(default=None, metadata={"help": "LoRA rank (default 8)."})
+    r: int | None = field(default=None, metadata={"help": "Rank (default 8; of rlrr 1)."})
     lora_alpha: float | None = field(default=None, metadata={"help": "LoRA's alpha (default 8); s = alpha / r."})
     lora_dropout: float | None = field(default=None, metadata={"help": "Dropout before lora_A (default 0)."})
     bottleneck_dropout: float | None = field(
@@ -64,6 +67,25 @@ class MethodArguments:
         default=None, metadata={"help": "The same for the classification head's weight (default 32)."}
     )
     scale: float | None = field(default=None, metadata={"help": "The papers' s, instead of --lora_alpha."})
+    left: bool | None = field(default=None, metadata={"help": "Whether rlrr scales rows, by S_out (default true)."})
+    right: bool | None = field(default=None, metadata={"help": "Whether it scales columns, by S_in (default true)."})
+    residual: bool | None = field(
+        default=None, metadata={"help": "Keep the frozen weight beside the rescaled one (default true)."}
+    )
+    rescale_weight: bool | None = field(
+        default=None, metadata={"help": "Multiply the frozen weight (default true), or add to it, as LoRA does."}
+    )
+    norms: bool | None = field(default=None, metadata={"help": "Scale and shift layer norms (default true)."})
+    patch_embedding: bool | None = field(
+        default=None, metadata={"help": "Scale and shift the patch embedding's output (default true)."}
+    )
+    init: Literal["kaiming", "normal", "zero", "constant", "uniform"] | None = field(
+        default=None,
+        metadata={"help": "Of rlrr: the paper's is kaiming (default); zero begins with the model as it is."},
+    )
+    shift_without_bias: bool | None = field(
+        default=None, metadata={"help": "Shift layers that have no bias as well (default true)."}
+    )
     peft_config: str | None = field(
         default=None,
         metadata={"help": 'PEFT config: JSON ({"peft_type": "LOHA", "r": 4}) or the path of a JSON file.'},
@@ -73,13 +95,15 @@ class MethodArguments:
 LORA = ("r", "lora_alpha", "lora_dropout", "scale")
 HEADS = ("ne", "ratio", "granularity", "joint", "criterion", "mask_scope", "mask_seed")
 BITS = ("bottleneck_dropout", "adapter_bits", "classifier_bits")
+RLRR = ("left", "right", "residual", "rescale_weight", "norms", "patch_embedding", "init", "shift_without_bias")
 SCORER = ("head_select_at", "head_warmup_epochs", "head_window")
 APPLIES = {
     "head-masked-lora": HEADS + SCORER + LORA + BITS,
+    "rlrr": ("r", *RLRR, *(name for name in HEADS if name != "mask_scope"), *SCORER),
     "lora": LORA,
     "linear": (),
     "full": (),
-    "peft": ("peft_config", *SCORER),  # the scorer's only if the config is a head-masked one
+    "peft": ("peft_config", *SCORER),  # the scorer's only if the config can deactivate heads
 }
 
 
@@ -95,8 +119,14 @@ def check_method_arguments(args: MethodArguments) -> None:
     if args.method == "peft":
         settings = read_peft_config(args.peft_config)
         scorer = [f"--{name}" for name in _given(args) if name in SCORER]
-        if scorer and settings["peft_type"] != "HEAD_MASKED_LORA":
+        if scorer and settings["peft_type"] not in ("HEAD_MASKED_LORA", "RLRR"):
             raise ValueError(f"{', '.join(scorer)} {_does(scorer)} not apply to peft_type {settings['peft_type']}")
+    of_heads = [f"--{name}" for name in _given(args) if name in (*HEADS, *SCORER) and name not in ("ne", "ratio")]
+    if args.method == "rlrr" and of_heads and not (args.ne or args.ratio):
+        raise ValueError(
+            f"{', '.join(of_heads)} {_does(of_heads)} not apply to --method rlrr without --ne or --ratio: no head is "
+            "deactivated"
+        )
 
 
 def apply_method(model: nn.Module, args: MethodArguments) -> tuple[nn.Module, list]:
@@ -113,11 +143,21 @@ def apply_method(model: nn.Module, args: MethodArguments) -> tuple[nn.Module, li
         model = get_peft_model(model, config)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{args.method}: {error}") from error
-    if not isinstance(config, HeadMaskedLoraConfig):
+    if not scores_heads(config):
         return model, []
     window = {} if args.head_window is None else {"window": args.head_window}
     scorer = TaylorHeadScorer(select_at=args.head_select_at, warmup_epochs=args.head_warmup_epochs, **window)
     return model, [scorer]
+
+
+def scores_heads(config: PeftConfig) -> bool:
+    """Whether an adapter's heads are scored while it trains: head-masked LoRA always, RLRR if it deactivates any."""
+    return isinstance(config, HeadMaskedLoraConfig) or getattr(config, "masks_heads", False)
+
+
+def has_scored_heads(model: nn.Module) -> bool:
+    """Whether the model has an adapter whose heads are scored while it trains."""
+    return any(scores_heads(config) for config in getattr(model, "peft_config", {}).values())
 
 
 def read_peft_config(text: str | None) -> dict:
@@ -144,8 +184,8 @@ def read_peft_config(text: str | None) -> dict:
 
 
 def _adapter_config(model: nn.Module, args: MethodArguments):
-    settings = {name: getattr(args, name) for name in _given(args) if name in HEADS + LORA + BITS}
-    config_class = HeadMaskedLoraConfig if args.method == "head-masked-lora" else LoraConfig
+    settings = {name: getattr(args, name) for name in _given(args) if name in HEADS + LORA + BITS + RLRR}
+    config_class = {"head-masked-lora": HeadMaskedLoraConfig, "rlrr": RLRRConfig}.get(args.method, LoraConfig)
     if args.method == "peft":
         settings = read_peft_config(args.peft_config)
         config_class = PEFT_TYPE_TO_CONFIG_MAPPING[settings.pop("peft_type")]
@@ -161,8 +201,8 @@ def _adapter_config(model: nn.Module, args: MethodArguments):
 
 def _default_modules(model: nn.Module, config_class: type) -> dict[str, list[str]]:
     """Query and value projections and the classification head, where the config has such fields."""
-    if issubclass(config_class, HeadMaskedLoraConfig):
-        return {}  # finds them by itself
+    if issubclass(config_class, SavedConfig):
+        return {}  # ours find them by themselves
     fields = {f.name for f in dataclasses.fields(config_class)}
     defaults = {"target_modules": default_targets(model), "modules_to_save": task_head_names(model)}
     if "feedforward_modules" in fields:  # IA3 wants to be told that none of its targets is an MLP layer

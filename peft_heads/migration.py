@@ -21,11 +21,11 @@ from torch import nn
 from .adapter_files import read_settings
 from .atomic import write_atomically
 from .image_classifier import base_model_class
-from .tuners.head_masked_lora.state_dict import is_lora_key, module_of, renamed_keys, saved_keys
-from .tuners.head_masked_lora.targets import RENAMED_OPTIONS, follow_renames
+from .tuners.saved_keys import RENAMED_OPTIONS, follow_renames, is_adapter_key, module_of, renamed_keys, saved_keys
 
 
-ADAPTER_TYPES = ("LORA", "HEAD_MASKED_LORA")
+LORA_TYPES = ("LORA", "HEAD_MASKED_LORA")
+ADAPTER_TYPES = (*LORA_TYPES, "RLRR")
 
 
 def migrate_adapter(folder: str | os.PathLike, base_model: str | os.PathLike | None = None) -> dict[str, str]:
@@ -58,10 +58,11 @@ def migrate_adapter(folder: str | os.PathLike, base_model: str | os.PathLike | N
             f"{folder} holds an adapter of type {peft_type}; names are known for {', '.join(ADAPTER_TYPES)} alone"
         )
     keys = saved_keys(os.fspath(folder))
-    adapted = list(dict.fromkeys(module_of(key) for key in keys if is_lora_key(key)))
-    trained = list(dict.fromkeys(module_of(key) for key in keys if not is_lora_key(key)))
+    adapted = list(dict.fromkeys(module_of(key) for key in keys if is_adapter_key(key)))
+    trained = list(dict.fromkeys(module_of(key) for key in keys if not is_adapter_key(key)))
     if not adapted:
-        raise ValueError(f"{folder} has no LoRA weights in {SAFETENSORS_WEIGHTS_NAME}; other formats are not read")
+        method = "RLRR" if peft_type == "RLRR" else "LoRA"
+        raise ValueError(f"{folder} has no {method} weights in {SAFETENSORS_WEIGHTS_NAME}; other formats are not read")
     model = empty_base_model(folder, settings, base_model)
     with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
         metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in keys}

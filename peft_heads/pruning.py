@@ -22,6 +22,7 @@ from .heads.layout import HeadLayout
 from .heads.maskable import get_head_masks
 from .heads.resolve import resolve_heads
 from .image_classifier import fetch_adapter
+from .migration import LORA_TYPES
 
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def export_pruned(
     with new_folder(target, overwrite, sources(adapter, base_model)) as folder:
         source = fetch_adapter(adapter)
         settings = read_settings(source)
-        check_type(source, settings)
+        check_type(source, settings, LORA_TYPES)
         if settings.get("mask_scope") != "head":
             raise ValueError(
                 f"{source} has mask_scope={settings.get('mask_scope')!r}, under which the frozen heads go on working "

@@ -255,11 +255,10 @@ class HeadScorer:
         masks = self.select() if masks is None else masks
         write_masks(self.layers, masks, self.adapter_name)
         for layer in self.layers.values():
-            layout, mask = layer.head_layout[self.adapter_name], layer.get_head_mask(self.adapter_name)
-            if mask.all():
+            if layer.get_head_mask(self.adapter_name).all():
                 continue
             for param in layer.head_parameters(self.adapter_name):
-                zero_rows(param, layout.active_rows(mask), optimizer)
+                zero_rows(param, layer.active_rows(self.adapter_name), optimizer)
         self.close()
         return read_masks(self.layers, self.adapter_name)
 

@@ -11,7 +11,8 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .tuners import HeadMaskedLoraConfig
+from .tuners import HeadMaskedLoraConfig, RLRRConfig
+from .tuners.saved_config import SavedConfig
 
 
 def head_search_space(
@@ -55,7 +56,7 @@ def head_search_space(
 
 def head_model_init(
     make_model: Callable[[], nn.Module],
-    config: HeadMaskedLoraConfig | None = None,
+    config: HeadMaskedLoraConfig | RLRRConfig | None = None,
     space: Callable[[Any], Mapping[str, Any]] = head_search_space,
 ) -> Callable[[Any], PeftModel]:
     """The `model_init` of a Trainer that searches: for each trial a new model with the adapter the trial asks for.
@@ -73,7 +74,7 @@ def head_model_init(
         A function of the trial: Optuna's, a dict of Ray Tune or W&B, or the `hyperparameters` of the best run.
 
     Raises:
-        TypeError: `config` is not a head-masked one.
+        TypeError: `config` is not of a method whose heads can be masked.
         ValueError: For a trial: its parameters hold nothing for the model or do not fit it, or `make_model` returned
             a model that has an adapter already.
 
@@ -91,8 +92,8 @@ def head_model_init(
         ```
     """
     config = HeadMaskedLoraConfig() if config is None else config
-    if not isinstance(config, HeadMaskedLoraConfig):
-        raise TypeError(f"head_model_init needs a HeadMaskedLoraConfig; got {type(config).__name__}")
+    if not isinstance(config, SavedConfig):
+        raise TypeError(f"head_model_init needs a HeadMaskedLoraConfig or an RLRRConfig; got {type(config).__name__}")
 
     def model_init(trial: Any = None) -> PeftModel:
         settings = {}
@@ -110,15 +111,19 @@ def head_model_init(
     return model_init
 
 
-def _settings(config: HeadMaskedLoraConfig, params: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(config: HeadMaskedLoraConfig | RLRRConfig, params: Mapping[str, Any]) -> dict[str, Any]:
     """What a trial's parameters replace in the configuration."""
     settings = {field.name: params[field.name] for field in fields(config) if field.name in params}
+    if "scale" in params and not hasattr(config, "lora_alpha"):
+        raise ValueError(
+            f"the search space suggests scale, which {type(config).__name__} has not: pass a space= of its own fields"
+        )
     if "scale" in params:
         settings["lora_alpha"] = params["scale"] * settings.get("r", config.r)
     if not settings:
         raise ValueError(
             f"the search space has nothing for the model, only {', '.join(params) or 'no parameters'}: call "
-            "head_search_space in it, or suggest scale or fields of HeadMaskedLoraConfig"
+            f"head_search_space in it, or suggest scale or fields of {type(config).__name__}"
         )
     for one, other in (("ne", "ratio"), ("ratio", "ne")):
         if one in settings:

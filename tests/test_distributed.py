@@ -96,6 +96,31 @@ def test_ddp_with_k_bits(tmp_path, accumulation):
     assert_same(run(tmp_path / "two", 2, "ddp", gradient_accumulation_steps=accumulation, config=config), expected)
 
 
+# The keys' shift is left out: it changes no softmax, so that its gradient is rounding errors, of which Adam makes steps.
+RLRR = {"method": "rlrr", "config": {"exclude_modules": tiny.now(["k_proj"])}}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_ddp_with_rlrr(tmp_path, accumulation):
+    expected = run(tmp_path / "one", 1, "ddp", **RLRR)
+    assert_same(run(tmp_path / "two", 2, "ddp", gradient_accumulation_steps=accumulation, **RLRR), expected)
+
+
+def test_fsdp2_with_rlrr(tmp_path):
+    """The frozen weight is put together for the block, forward and backward."""
+    expected = run(tmp_path / "one", 1, "loop", **RLRR)
+    assert_same(run(tmp_path / "two", 2, "fsdp2", accumulation=2, **RLRR), expected)
+    weights, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("two", "one"))
+    for key, value in expected.items():
+        torch.testing.assert_close(weights[key], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_zero_3_with_rlrr_is_refused(tmp_path):
+    with pytest.raises(AssertionError, match="ZeRO 3 .*use ZeRO 1 or 2"):
+        run(tmp_path / "two", 2, "zero3", **RLRR)
+
+
 def test_fsdp2_with_k_bits_is_refused(tmp_path):
     with pytest.raises(
         AssertionError, match=r"whole matrix .*sharded over the processes .FSDP2.; use DistributedData"

@@ -95,6 +95,14 @@ def test_stock_adapters_keep_their_card(hub):
     assert "peft_heads" not in str(card_of(hub, "me/stock"))
 
 
+def test_rlrr_has_a_card_of_its_own(hub):
+    assert set(hub.repos["me/rlrr"].files()) == ADAPTER
+    card = card_of(hub, "me/rlrr")
+    assert "# RLRR adapter for me/tiny-vit" in card.text
+    assert "rlrr" in card.data.tags and "head-masked-lora" not in card.data.tags
+    assert "head 4 of 6 in all 4 projections" in card.text
+
+
 def test_local_base_model(hub):
     """PEFT's card names a folder of this machine as the base model, which the Hub refuses."""
     assert card_of(hub, "me/local-base").data.base_model is None
@@ -109,6 +117,7 @@ def test_local_base_model(hub):
         "load_adapter": "v1",
         "classifier": "main",
         "classifier v1": "v1",
+        "classifier rlrr": "rlrr",
         "classifier trained": "trained",
         "classifier during training": "trained",
         "classifier of a checkpoint": "trained",

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 
-from peft_heads import HeadMaskedLoraConfig, get_head_masks, pack_adapter, set_head_masks
+from peft_heads import HeadMaskedLoraConfig, RLRRConfig, get_head_masks, pack_adapter, set_head_masks
 from peft_heads.cli.main import main
 from peft_heads.inspection import inspect_adapter
 
@@ -224,3 +224,43 @@ def test_other_methods_are_refused(copy_of):
     path.write_text(json.dumps({**json.loads(path.read_text()), "peft_type": "IA3"}))
     with pytest.raises(ValueError, match="adapter of type IA3; expected"):
         inspect_adapter(path.parent)
+
+
+@pytest.fixture(scope="module", params=["vit", "hiera"])
+def rlrr(request, tmp_path_factory):
+    """An RLRR adapter with deactivated heads, and its model; of hiera, one projection for q, k and v."""
+    root = tmp_path_factory.mktemp("rlrr")
+    (backbones.FAMILIES["hiera"].make() if request.param == "hiera" else tiny.make("vit")).save_pretrained(
+        root / "base"
+    )
+    model = get_peft_model(AutoModelForImageClassification.from_pretrained(root / "base"), RLRRConfig(ne=1))
+    masks = {key: mask for key, mask in get_head_masks(model).items() if len(mask) > 1}
+    for mask in masks.values():
+        mask[1] = False
+    set_head_masks(model, masks)
+    model.save_pretrained(root / "adapter")
+    return model, root / "adapter"
+
+
+def test_rlrr(rlrr, tmp_path, capsys):
+    model, folder = rlrr
+    report = inspect_adapter(folder)
+    expected = get_head_masks(model)
+    assert report.masks.keys() == expected.keys()
+    assert all(torch.equal(report.masks[key], expected[key]) for key in expected)
+    assert report.norms == {} and "depends on the frozen weights" in report.no_norms
+    trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
+    head = sum(number for n, number in trained.items() if "rlrr_" not in n)
+    assert report.parameters == {"adapter": sum(trained.values()) - head, "classification head": head}
+    assert main(["inspect", str(folder), "--plot", str(tmp_path / "x.png")]) == 2
+    assert "there is nothing to plot: the update of RLRR" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["rlrr_left", "rlrr_shift"])
+def test_rlrr_whose_rows_were_edited(rlrr, part, tmp_path):
+    folder = shutil.copytree(rlrr[1], tmp_path / "edited")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    key = next(k.replace("rlrr_head_mask.mask", part) for k in tensors if k.endswith("mask") and not tensors[k].all())
+    save_file(tensors | {key: torch.ones_like(tensors[key])}, folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=f"contradicts itself: .* heads .1., whose rows of {part} are not zero"):
+        inspect_adapter(folder)

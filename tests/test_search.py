@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import peft_heads.search
-from peft_heads import HeadMaskedLoraConfig, TaylorHeadScorer, get_head_masks
+from peft_heads import HeadMaskedLoraConfig, RLRRConfig, TaylorHeadScorer, get_head_masks
 from peft_heads.search import head_model_init, head_search_space
 
 
@@ -290,7 +290,7 @@ def test_the_same_model_twice():
 
 
 def test_other_configurations_are_refused():
-    with pytest.raises(TypeError, match="needs a HeadMaskedLoraConfig; got LoraConfig"):
+    with pytest.raises(TypeError, match="needs a HeadMaskedLoraConfig or an RLRRConfig; got"):
         head_model_init(make_model, LoraConfig())
 
 
@@ -304,3 +304,16 @@ def test_ray_and_wandb_search_spaces_are_refused():
 def test_the_module_does_not_need_optuna(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)  # not installed
     importlib.reload(peft_heads.search)
+
+
+def test_rlrr():
+    """Another method whose heads can be masked; the space must be of its own fields."""
+
+    def space(trial):
+        return {"ne": trial.suggest_int("ne", 1, 2), "r": trial.suggest_int("r", 2, 2)}
+
+    model_init = head_model_init(lambda: tiny.make("vit"), RLRRConfig(init="zero"), space)
+    config = model_init({"ne": 2, "r": 2}).peft_config["default"]
+    assert (config.ne, config.r, config.init) == (2, 2, "zero")
+    with pytest.raises(ValueError, match="the search space suggests scale, which RLRRConfig has not"):
+        model_init({"scale": 0.1})

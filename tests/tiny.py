@@ -26,6 +26,7 @@ _RENAMED = [
     (r"attention(\\?\.)(\(?[qkv]_proj)", r"attention\1attention\1\2"),
     (r"(attention\\?\.)?\bo_proj", "attention.output.dense"),
     (r"(mlp\\?\.)?\bfc1", "intermediate.dense"),
+    (r"(mlp\\?\.)?\bfc2", "output.dense"),
     ("q_proj", "query"),
     ("k_proj", "key"),
     ("v_proj", "value"),

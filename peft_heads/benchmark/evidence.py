@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -18,6 +19,7 @@ from .results import Run
 
 
 CONFIDENCE = 0.95
+COLUMNS = ["setting", "task", "seed", "val", "test", "heads", "scores"]
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,21 @@ class Record:
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean of paired differences in percentage points, and its confidence interval (Student's t over the pairs)."""
+    """The mean of paired differences in percentage points, every task counting the same.
+
+    Attributes:
+        mean: The mean over the tasks of their means over seeds.
+        low, high: Its confidence interval for other seeds on these tasks: by the variance within the tasks.
+        tasks_low, tasks_high: For other tasks: Student's t over the tasks' means; None for a single task.
+        pairs: Of one task and seed.
+        by_task: The tasks' means.
+    """
 
     mean: float
     low: float
     high: float
+    tasks_low: float | None
+    tasks_high: float | None
     pairs: int
     by_task: dict[str, float]
 
@@ -55,11 +67,20 @@ class Difference:
 
 
 def make_records(runs: Iterable[Run]) -> list[Record]:
-    """One record per training that was evaluated on validation and on test images; others are left out."""
+    """One record per training that was evaluated on validation and on test images; others are left out.
+
+    Raises:
+        ValueError: There are two runs of one setting, task, seed and split, which differ in something else.
+    """
     found: dict[tuple, dict[str, Run]] = {}
     for run in runs:
         key = setting_name(run.spec.method), run.spec.task, run.spec.seed
-        found.setdefault(key, {})[run.spec.eval_split] = run
+        twice = found.setdefault(key, {}).setdefault(run.spec.eval_split, run)
+        if twice is not run:
+            raise ValueError(
+                f"{' '.join(map(str, key))}, {run.spec.eval_split}: two runs that differ in recipe or backbone, "
+                f"{twice.path} and {run.path}; compare those of one recipe at a time"
+            )
     return [
         Record(*key, 100 * pair["val"].result.accuracy, 100 * pair["test"].result.accuracy, *_heads(pair["test"]))
         for key, pair in found.items()
@@ -69,7 +90,9 @@ def make_records(runs: Iterable[Run]) -> list[Record]:
 
 def _heads(run: Run) -> tuple[tuple[int, ...] | None, tuple[float, ...]]:
     masks = {tuple(mask) for mask in run.result.masks.values()}
-    heads = tuple(i for i, active in enumerate(next(iter(masks))) if not active) if len(masks) == 1 else None
+    method = run.spec.method
+    everywhere = method.get("granularity", "global") == "global" and method.get("joint", True) and len(masks) == 1
+    heads = tuple(i for i, active in enumerate(next(iter(masks))) if not active) if everywhere else None
     scores = run.result.head_scores or {}
     same_number = len({len(score) for score in scores.values()}) == 1
     return heads, tuple(float(x) for x in np.sum(list(scores.values()), axis=0)) if same_number else ()
@@ -79,7 +102,7 @@ def write_records(records: Iterable[Record]) -> str:
     """As CSV, sorted; `read_records` reads it."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["setting", "task", "seed", "val", "test", "heads", "scores"])
+    writer.writerow(COLUMNS)
     for r in sorted(records, key=lambda r: (r.setting, r.task, r.seed)):
         heads = "" if r.heads is None else " ".join(map(str, r.heads)) or "none"
         scores = " ".join(f"{score:.4g}" for score in r.scores)
@@ -91,7 +114,10 @@ def read_records(path: str | os.PathLike) -> list[Record]:
     """Raises ValueError naming the file if it is none of `write_records`."""
     records = []
     try:
-        for row in csv.DictReader(io.StringIO(Path(path).read_text(encoding="utf-8"))):
+        rows = csv.DictReader(io.StringIO(Path(path).read_text(encoding="utf-8")))
+        if rows.fieldnames != COLUMNS:
+            raise ValueError(f"columns {rows.fieldnames}")
+        for row in rows:
             heads = tuple(map(int, row["heads"].split())) if row["heads"] not in ("", "none") else ()
             records.append(
                 Record(
@@ -132,33 +158,45 @@ def best_of(records: Iterable[Record], settings: Sequence[str], chosen_by: str) 
 
 
 def difference(first: dict[tuple, float], second: dict[tuple, float]) -> Difference | None:
-    """First minus second over the (task, seed) that both have; None for fewer than two."""
-    pairs = {key: first[key] - second[key] for key in sorted(first.keys() & second.keys())}
-    if len(pairs) < 2:
+    """First minus second over the (task, seed) that both have; None unless every such task has two seeds."""
+    by_task: dict[str, list[float]] = {}
+    for task, seed in sorted(first.keys() & second.keys()):
+        by_task.setdefault(task, []).append(first[task, seed] - second[task, seed])
+    if not by_task or min(map(len, by_task.values())) < 2:
         return None
-    values = np.array(list(pairs.values()))
-    mean, error = values.mean(), values.std(ddof=1) / np.sqrt(len(values))
+    means = {task: float(np.mean(values)) for task, values in by_task.items()}
+    pairs = sum(map(len, by_task.values()))
+    variance = sum(np.var(values, ddof=1) / len(values) for values in by_task.values()) / len(by_task) ** 2
+    mean, freedom = float(np.mean(list(means.values()))), pairs - len(by_task)
+    reach = float(np.sqrt(variance) * stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
+    return Difference(mean, mean - reach, mean + reach, *interval(list(means.values())), pairs, means)
+
+
+def interval(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """The confidence interval of the mean of independent values, by Student's t; None for fewer than two."""
+    if len(values) < 2:
+        return None, None
+    mean, error = np.mean(values), np.std(values, ddof=1) / np.sqrt(len(values))
     reach = error * stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
-    by_task = {task: float(np.mean([value for (of, _), value in pairs.items() if of == task])) for task, _ in pairs}
-    return Difference(float(mean), float(mean - reach), float(mean + reach), len(values), by_task)
+    return float(mean - reach), float(mean + reach)
 
 
-def rank_correlations(records: Iterable[Record], first: str, second: str) -> list[float]:
-    """Spearman's correlation of the heads' scores in two settings, one per task and seed."""
-    scores = {(r.setting, r.task, r.seed): r.scores for r in records if r.setting in (first, second) and r.scores}
-    pairs = [(x, scores.get((second, task, seed))) for (s, task, seed), x in scores.items() if s == first]
-    return [float(stats.spearmanr(x, y).statistic) for x, y in pairs if y and len(set(x)) > 1 and len(set(y)) > 1]
+def rank_correlations(records: Iterable[Record], first: str, second: str) -> dict[tuple, float]:
+    """`{(task, seed): Spearman's correlation of the heads' scores in two settings}`, where both have an order."""
+    pairs = _pairs({r: r.scores for r in records if len(set(r.scores)) > 1}, first, second)
+    return {key: float(stats.spearmanr(x, y).statistic) for key, (x, y) in pairs.items()}
 
 
-def agreement(records: Iterable[Record], first: str, second: str) -> list[float]:
-    """The share of the heads deactivated in one setting that the other deactivates as well, per task and seed."""
-    heads = {(r.setting, r.task, r.seed): r.heads for r in records if r.setting in (first, second) and r.heads}
-    pairs = [
-        (set(of_first), set(heads[second, task, seed]))
-        for (setting, task, seed), of_first in heads.items()
-        if setting == first and (second, task, seed) in heads
-    ]
-    return [len(a & b) / len(a) for a, b in pairs]
+def agreement(records: Iterable[Record], first: str, second: str) -> dict[tuple, float]:
+    """`{(task, seed): share of the heads deactivated in one setting that the other deactivates as well}`."""
+    pairs = _pairs({r: set(r.heads) for r in records if r.heads}, first, second)
+    return {key: len(x & y) / len(x) for key, (x, y) in pairs.items()}
+
+
+def _pairs(values: dict[Record, Any], first: str, second: str) -> dict[tuple, tuple[Any, Any]]:
+    of = {(r.setting, r.task, r.seed): value for r, value in values.items()}
+    keys = [(task, seed) for setting, task, seed in of if setting == first and (second, task, seed) in of]
+    return {(task, seed): (of[first, task, seed], of[second, task, seed]) for task, seed in keys}
 
 
 def masks_by_task(records: Iterable[Record], setting: str, num_heads: int) -> dict[str, list[dict[str, list[bool]]]]:

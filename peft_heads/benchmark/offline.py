@@ -6,15 +6,15 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from ..data.tasks import TASKS, Task
+from ..data.tasks import OFFLINE, TASKS, Task
 from .recipes import RECIPES, Recipe
 from .results import RunSpec, describe_method
 from .run import make_spec
+from .training import SHIPPED
 
 
-SUITE = "offline"
 SEEDS = (0, 1, 2, 3, 4)
-OFFLINE_TASKS = tuple(task for task in TASKS if task.suite == SUITE)
+OFFLINE_TASKS = tuple(task for task in TASKS if task.suite == OFFLINE)
 NES = (1, 3)
 RANDOM_MASKS = (0, 1, 2)
 TAYLOR = ("absolute", "positive", "negative")
@@ -23,8 +23,9 @@ LORA = {"name": "lora", "r": 8, "scale": 1}
 HEADS = {"name": "head-masked-lora", "r": 8, "scale": 1}
 ONE_BIT = {"adapter_bits": 1, "r": 32}  # the rank of the papers
 
-# Learning rates that differ from the recipe's, by method; chosen on validation images with a seed that is not reported.
-LEARNING_RATES = {"full": 1e-3, "linear": 1e-2}
+# Chosen by the mean accuracy on the validation images of the six tasks with seed 100, which is not reported: LoRA's s and
+# learning rate among 1, 4 and 2e-3, 5e-3, 1e-2; full's rate among 3e-4, 1e-3; linear's among 3e-3, 1e-2.
+LEARNING_RATES = {"full": 1e-3}  # where it differs from the recipe's
 
 CORE: dict[str, dict[str, Any]] = {
     "linear": {"name": "linear"},
@@ -47,14 +48,14 @@ CHANGES: dict[str, dict[str, Any]] = {
     "per layer": {"granularity": "layer"},
     "q and v apart": {"joint": False},
     "head scope": {"mask_scope": "head"},
-    "1 bit": ONE_BIT,
+    "1 bit, r=32": ONE_BIT,
     # lora_B is zero before the first step, and so is every score: the second step is the first that says anything
     "scored on one batch": {"head_select_at": 2, "head_window": "last_step"},
     "scored after 1 epoch": {"head_warmup_epochs": 1},
     "scored after 10 epochs": {"head_warmup_epochs": 10},
 }
 SIDE: dict[str, dict[str, Any]] = {
-    "LoRA, 1 bit": HEADS | ONE_BIT | {"ne": 0},
+    "LoRA, 1 bit, r=32": HEADS | ONE_BIT | {"ne": 0},
     **{
         f"{criterion} ne=1, {name}": HEADS | {"ne": 1, "criterion": criterion} | change
         for name, change in CHANGES.items()
@@ -76,16 +77,14 @@ def offline_settings(*, core: bool = False, quick: bool = False) -> dict[str, di
 
 
 def offline_specs(
-    backbone: str,
     methods: Iterable[dict[str, Any]],
-    recipe: Recipe = RECIPES[SUITE],
+    recipe: Recipe = RECIPES[OFFLINE],
     seeds: Iterable[int] = SEEDS,
     tasks: Iterable[Task] = OFFLINE_TASKS,
 ) -> list[RunSpec]:
     """The runs, seed by seed: on test images, and of the same training on validation images.
 
     Args:
-        backbone: The checkpoint.
         methods: Of `offline_settings`.
         recipe: How they are trained, but for `LEARNING_RATES`.
         seeds: Of everything that is drawn.
@@ -93,7 +92,7 @@ def offline_specs(
     """
     tasks, methods = tuple(tasks), tuple(methods)
     return [
-        make_spec(task, method, _recipe_of(method, recipe), backbone, seed, final=final)
+        make_spec(task, method, _recipe_of(method, recipe), SHIPPED, seed, final=final)
         for seed in seeds
         for task in tasks
         for method in methods

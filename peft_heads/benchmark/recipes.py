@@ -78,6 +78,7 @@ GRIDS: dict[str, dict[str, Any]] = {
         "criterion": ["absolute", "positive", "negative"],
     },
     "lora": {"r": 8, "scale": _SCALES},
+    "rlrr": {"r": 1},
 }
 
 # Images are resized straight to 224 x 224 and not normalised.
@@ -97,6 +98,7 @@ RECIPES = {
             "head-masked-lora negative ne=3 (HEAT, Table 4)": 76.58,
             "head-masked-lora positive ne=1 (HEAT, Table 4)": 76.62,
             "head-masked-lora positive ne=3 (HEAT, Table 4)": 76.56,
+            "rlrr (RLRR, Table 2: random flips, images normalised by 0.5)": 76.77,
             "best of all variants per task, chosen on test (HEAT, Heart-LoRA)": 77.2,
         },
         train_images=_SQUASHED,

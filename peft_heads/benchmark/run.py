@@ -17,18 +17,18 @@ from typing import Any
 
 import filelock
 from accelerate import PartialState
-from transformers import AutoConfig
+from transformers import AutoConfig, Trainer
 
 from ..atomic import write_atomically
 from ..checkpoints import last_complete_checkpoint
 from ..data.augmentation import Augmentation
 from ..data.preprocessing import Preprocessing
-from ..data.tasks import Task
+from ..data.tasks import OFFLINE, Task
 from ..methods import check_method_arguments
 from .drop_path import has_drop_path
 from .recipes import Recipe
 from .results import Environment, Run, RunResult, RunSpec, find_result, write_result
-from .training import Places, Training, method_arguments
+from .training import Places, Training, checkpoint_of, method_arguments
 
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ PROTOCOL = {  # suite: what settings are chosen by, and what is reported; each (
     "fewshot": (("train", "val"), ("train", "test")),
     "fgvc": (("train", "val"), ("train", "test")),
     "folder": (("train", "val"), ("train", "test")),
-    "offline": (("train", "val"), ("train", "test")),
+    OFFLINE: (("train", "val"), ("train", "test")),
 }
 # What is read when heads are selected, and not before.
 SELECTION = ("ne", "ratio", "criterion", "granularity", "joint", "mask_scope", "mask_seed")
@@ -61,7 +61,7 @@ def make_spec(
         task: Of `data.tasks`.
         method: `{"name": …}` and arguments of [`MethodArguments`].
         recipe: How it is trained.
-        backbone: Checkpoint, a folder or a repository of the Hub.
+        backbone: Checkpoint, a folder or a repository of the Hub, or `SHIPPED`, the small ViT of this package.
         seed: Of everything that is drawn.
         final: Which half of the protocol.
         shots, list_seed: Of a few-shot task.
@@ -72,7 +72,7 @@ def make_spec(
     settings = recipe.settings()
     check_method_arguments(method_arguments(method, settings))
     try:
-        config = AutoConfig.from_pretrained(backbone)
+        config = AutoConfig.from_pretrained(checkpoint_of(backbone))
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"no checkpoint {backbone!r}: {error}") from error
     if recipe.drop_path:
@@ -133,6 +133,8 @@ def run(
     PartialState().wait_for_everyone()  # nobody writes before all have looked
     if found is not None:
         return found, False
+    # before the training: of the code that is run
+    twins = [(twin := Training(other, places), twin.environment()) for other in also]
     folder, path = places.work / spec.run_id, None
     with _alone(folder):
         _begin(folder, environment)
@@ -140,21 +142,27 @@ def run(
         checkpoint = last_complete_checkpoint(folder) or begin_with
         trainer.train(resume_from_checkpoint=None if checkpoint is None else os.fspath(checkpoint))
         result = training.result(trainer)
-        others = [_evaluated(other, places, trainer, result) for other in also]
+        for twin, where in twins:
+            _add_twin(twin, where, trainer, result)
         if trainer.is_world_process_zero():
             path = write_result(places.output_dir, spec, result, environment)
-            for other, of_other, where in others:
-                write_result(places.output_dir, other, of_other, where)
             shutil.rmtree(folder, ignore_errors=True)
     PartialState().wait_for_everyone()
     return Run(spec, result, environment, path), True
 
 
-def _evaluated(spec: RunSpec, places: Places, trainer, result: RunResult) -> tuple[RunSpec, RunResult, Environment]:
-    """A run of the same training on its own evaluation split."""
-    training = Training(spec, places)
-    accuracy = training.accuracy(trainer)
-    return spec, dataclasses.replace(result, accuracy=accuracy, best_on_test=None), training.environment()
+def _add_twin(twin: Training, environment: Environment, trainer: Trainer, result: RunResult) -> None:
+    """The result of a run of the same training on its own images. If they are at fault, this run does not suffer."""
+    try:
+        accuracy = twin.accuracy(trainer)
+    except (ValueError, OSError) as error:
+        if PartialState().num_processes > 1:
+            raise
+        logger.warning("%s is left for a training of its own: %s", twin.spec.run_id, error)
+        return
+    root = twin.places.output_dir
+    if trainer.is_world_process_zero() and find_result(root, twin.spec, unofficial=bool(environment.dirty)) is None:
+        write_result(root, twin.spec, dataclasses.replace(result, accuracy=accuracy, best_on_test=None), environment)
 
 
 @contextmanager
@@ -229,7 +237,7 @@ def train_trunk(spec: RunSpec, places: Places) -> Path:
     """
     training, epochs = Training(spec, places), trunk_epochs(spec)
     digest = hashlib.sha256(trunk_key(spec).encode()).hexdigest()[:10]
-    folder = places.work / f"trunk-{spec.task}-{spec.eval_split}-seed{spec.seed}-{digest}"
+    folder = places.work / f"trunk-{spec.task}-seed{spec.seed}-{digest}"
     end = folder / f"checkpoint-{epochs * training.steps_per_epoch}"
     with _alone(folder):
         _begin(folder, training.environment())

@@ -204,14 +204,15 @@ def execute(
             # a run without masks can go on from a checkpoint with them, in which all heads are active, not vice versa
             first = max(missing, key=lambda spec: bool(spec.method.get("ne", 1)))
             trunk = _attempt(outcome, first, places, lambda spec=first: train_trunk(spec, places))
-        open_specs = list(missing)
+        # to be trained together; not if they are looked at in between: each has a best epoch of its own
+        open_specs = [] if test_every else list(missing)
         for spec in group:
-            twins = [other for other in open_specs if other != spec and training_key(other) == training_key(spec)]
+            twins = _twins(spec, open_specs, outcome)
             done = _attempt(
                 outcome,
                 spec,
                 places,
-                lambda spec=spec, trunk=trunk, twins=tuple(twins): run(
+                lambda spec=spec, trunk=trunk, twins=twins: run(
                     spec, places, begin_with=trunk, test_every=test_every, also=twins
                 ),
             )
@@ -230,6 +231,13 @@ def execute(
         if _is_done(spec, places, dirty=True):  # by other machines
             outcome.runs[spec.run_id] = find_result(places.output_dir, spec, unofficial=True)
             outcome.failed.pop(spec.run_id, None)
+
+
+def _twins(spec: RunSpec, open_specs: list[RunSpec], outcome: Outcome) -> tuple[RunSpec, ...]:
+    """Other runs of the same training. One that has failed is not tried again in passing."""
+    key = training_key(spec)
+    others = [other for other in open_specs if other != spec and other.run_id not in outcome.failed]
+    return tuple(other for other in others if training_key(other) == key)
 
 
 def _is_done(spec: RunSpec, places: Places, dirty: bool) -> bool:

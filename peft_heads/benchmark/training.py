@@ -24,18 +24,22 @@ from ..data.augmentation import Augmentation
 from ..data.cache import open_images
 from ..data.images import collate
 from ..data.preprocessing import Preprocessing
-from ..data.tasks import find_task
+from ..data.tasks import OFFLINE, find_task
 from ..data.trees import Split, load_split
+from ..demo.model import DEMO_MODEL_PATH
 from ..heads.maskable import get_head_masks
 from ..heads.resolve import task_head_names
 from ..image_classifier import new_image_classifier, quiet_loading
-from ..methods import MethodArguments, apply_method
+from ..methods import MethodArguments, apply_method, has_scored_heads
 from ..metrics.accuracy import compute_metrics
 from ..tuners import HeadMaskedLoraConfig, pack_adapter
 from .callbacks import Clock, EpochEnds
 from .drop_path import CONFIG_FIELD, add_drop_path, residual_branches
 from .environment import describe_environment
 from .results import Environment, RunResult, RunSpec
+
+
+SHIPPED = "peft_heads/vit_strokes"  # the name, in results, of the small ViT in this package
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,8 @@ class Training:
 
     def _split(self, name: str) -> Split:
         spec, root = self.spec, self.places.data_root
-        if spec.suite == "offline":
-            return image_folders.load_folder_split(root, find_task(spec.task, spec.suite), name)
+        if spec.suite == OFFLINE:
+            return _offline_split(os.path.abspath(root), spec.task, name)
         if spec.suite == image_folders.SUITE:
             return image_folders.load_folder_split(root, image_folders.folder_task(root, spec.task), name)
         return load_split(
@@ -101,7 +105,7 @@ class Training:
         )
 
     def environment(self) -> Environment:
-        backbone = self.spec.backbone
+        backbone = checkpoint_of(self.spec.backbone)
         revision = getattr(AutoConfig.from_pretrained(backbone), "_commit_hash", None)
         if revision is None and os.path.isdir(backbone):
             revision = folder_hash(backbone)
@@ -184,7 +188,7 @@ class Training:
         accuracy = self.accuracy(trainer)
         losses = [entry["loss"] for entry in log if "loss" in entry]
         adapter_bytes, head_bytes = saved_bytes(model)
-        masks = get_head_masks(model) if _is_head_masked(model) else {}
+        masks = get_head_masks(model) if has_scored_heads(model) else {}
         return RunResult(
             accuracy=accuracy,
             epoch_losses=[loss if math.isfinite(loss) else None for loss in losses],
@@ -207,7 +211,7 @@ class Training:
         names = self.splits["train"].dataset.features["label"].names
         with quiet_loading():
             base = new_image_classifier(
-                self.spec.backbone, names, config_changes={CONFIG_FIELD: rate} if by == "config" else {}
+                checkpoint_of(self.spec.backbone), names, config_changes={CONFIG_FIELD: rate} if by == "config" else {}
             )
         branches = residual_branches(base) if by == "hooks" else []
         args = method_arguments(self.spec.method, self.spec.recipe)
@@ -257,6 +261,24 @@ def folder_hash(folder: str | os.PathLike) -> str:
     return digest.hexdigest()[:16]
 
 
+@lru_cache
+def _offline_split(root: str, name: str, split: str) -> Split:
+    """Looked at once: the images are ours, and there are thousands of runs."""
+    task = find_task(name, OFFLINE)
+    loaded = image_folders.load_folder_split(root, task, split)
+    if len(loaded.dataset) != task.size(split):
+        raise ValueError(
+            f"{os.path.join(root, name, split)} holds {len(loaded.dataset):,} images (expected {task.size(split):,}); "
+            "delete the folder of the task, it is made again"
+        )
+    return loaded
+
+
+def checkpoint_of(backbone: str | os.PathLike) -> str | os.PathLike:
+    """Where a run's backbone is: results say `SHIPPED` wherever the package lies."""
+    return DEMO_MODEL_PATH if backbone == SHIPPED else backbone
+
+
 def method_arguments(method: dict[str, Any], recipe: dict[str, Any]) -> MethodArguments:
     """A run's method as `peft-heads train` has it; heads are selected when the recipe says, unless the method does.
 
@@ -264,7 +286,10 @@ def method_arguments(method: dict[str, Any], recipe: dict[str, Any]) -> MethodAr
         ValueError: A setting that there is not.
     """
     settings = {name: value for name, value in method.items() if name != "name"}
-    if method["name"] == "head-masked-lora" and not {"head_warmup_epochs", "head_select_at"} & settings.keys():
+    deactivates = method["name"] == "head-masked-lora" or (
+        method["name"] == "rlrr" and (settings.get("ne") or settings.get("ratio"))
+    )
+    if deactivates and not {"head_warmup_epochs", "head_select_at"} & settings.keys():
         settings["head_warmup_epochs"] = recipe["head_warmup_epochs"]
     try:
         return MethodArguments(method=method["name"], **settings)
@@ -304,7 +329,3 @@ def _head_scores(folder: Path, model: nn.Module) -> dict[str, list[float]] | Non
         return None  # baselines that need no scores
     scores = json.loads(path.read_text(encoding="utf-8"))["scores"]
     return scores.get(model.active_peft_config.criterion)
-
-
-def _is_head_masked(model: nn.Module) -> bool:
-    return any(isinstance(config, HeadMaskedLoraConfig) for config in getattr(model, "peft_config", {}).values())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 from pathlib import Path
 
 
@@ -17,15 +16,17 @@ def run(argv: list[str]) -> int:
         prog="peft-heads bench offline",
         description="Fine-tunes the small ViT that ships with the package on six tasks (scikit-learn's digits and five "
         "generated ones, written to OUTPUT_DIR/data) with every method and criterion, and prints what the results say. "
-        "Runs on one thread of one CPU, for results that can be repeated: start it several times at once with other "
-        "seeds to use several. What has a result is not run again, and a killed run is begun anew.",
+        "Runs on one thread of one CPU, for results that can be repeated: start it several times at once, with other "
+        "seeds or tasks, to use several, and at the end without, for the report on all. What has a result is not run "
+        "again, and a killed run is begun anew.",
         allow_abbrev=False,
     )
     parser.add_argument("--output_dir", required=True, type=Path, help="data, results and the report")
-    parser.add_argument(
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
         "--core", action="store_true", help="only the methods and the criteria, none of the side settings"
     )
-    parser.add_argument("--quick", action="store_true", help="few runs of few epochs, to see that everything works")
+    size.add_argument("--quick", action="store_true", help="few runs of few epochs, to see that everything works")
     parser.add_argument("--seed", type=int, nargs="+", help="default: 0 to 4")
     parser.add_argument("--task", nargs="+", help="default: all six")
     parser.add_argument("--dry_run", action="store_true", help="only say how many runs there are")
@@ -34,28 +35,26 @@ def run(argv: list[str]) -> int:
     import torch
     from accelerate import PartialState
 
-    from ..atomic import write_atomically
-    from ..benchmark.evidence import make_records, write_records
-    from ..benchmark.evidence_tables import evidence_tables
-    from ..benchmark.offline import OFFLINE_TASKS, SEEDS, SUITE, offline_settings, offline_specs
+    from ..benchmark.offline import OFFLINE_TASKS, SEEDS, offline_settings, offline_specs
     from ..benchmark.recipes import RECIPES
-    from ..benchmark.report import make_report
+    from ..benchmark.results import read_results
     from ..benchmark.sweep import Outcome, execute
-    from ..benchmark.tables import to_csv, to_markdown, to_text
     from ..benchmark.training import Places
-    from ..data.tasks import find_task
-    from ..demo.model import DEMO_MODEL_PATH
+    from ..data.tasks import OFFLINE, find_task
     from ..demo.offline_tasks import write_offline_task
     from .bench_run import finish, progress_bar
 
-    PartialState(cpu=True)
+    if PartialState(cpu=True).num_processes > 1:
+        raise ValueError(
+            "bench offline runs in one process: start it several times, with other seeds or tasks, not by torchrun"
+        )
     torch.set_num_threads(1)  # sums in another order give other results
     names = args.task or (QUICK_TASKS if args.quick else [task.name for task in OFFLINE_TASKS])
-    tasks = [find_task(name, SUITE) for name in names]
-    recipe = dataclasses.replace(RECIPES[SUITE], **(QUICK if args.quick else {}))
+    tasks = [find_task(name, OFFLINE) for name in names]
+    recipe = dataclasses.replace(RECIPES[OFFLINE], **(QUICK if args.quick else {}))
     seeds = args.seed or (SEEDS[:2] if args.quick else SEEDS)
     settings = offline_settings(core=args.core, quick=args.quick)
-    specs = offline_specs(os.fspath(DEMO_MODEL_PATH), settings.values(), recipe, seeds, tasks)
+    specs = offline_specs(settings.values(), recipe, seeds, tasks)
     trainings = len(specs) // 2
     print(f"{trainings:,} trainings of {recipe.epochs} epochs, each evaluated on validation and on test images")
     if args.dry_run:
@@ -74,15 +73,34 @@ def run(argv: list[str]) -> int:
     )
     execute(specs, places, outcome, progress=progress_bar)
     if outcome.runs:
-        runs = list(outcome.runs.values())
-        records = make_records(runs)
-        tables = evidence_tables(records)
-        files = {f"{name}.csv": to_csv(table) for name, table in tables.items()}
-        files |= {"runs.csv": write_records(records), "evidence.md": "\n".join(map(to_markdown, tables.values()))}
-        files |= make_report(runs, SUITE)
-        for name, content in files.items():
-            write_atomically(args.output_dir / "report" / name, content)
-        for table in tables.values():
-            print("\n" + to_text(table, table.columns) + "\n".join(table.notes))
-        print(f"\n{args.output_dir / 'report'}: evidence.md has these tables, report.md the accuracies and figures")
+        # with what other processes have run
+        found = {run.spec.run_id: run for run in read_results(args.output_dir, unofficial=True)}
+        found = {run_id: run for run_id, run in found.items() if run.spec.epochs == recipe.epochs}
+        report(list((found | outcome.runs).values()), args.output_dir / "report")
     return finish(outcome, args)
+
+
+def report(runs: list, folder: Path) -> None:
+    """Print the tables of the evidence, and write them with the benchmark's own report."""
+    from ..atomic import write_atomically
+    from ..benchmark.evidence import make_records, write_records
+    from ..benchmark.evidence_plots import plot_differences
+    from ..benchmark.evidence_tables import FOR_SCALE, evidence_tables
+    from ..benchmark.report import make_report
+    from ..benchmark.tables import to_csv, to_markdown, to_text
+    from ..data.tasks import OFFLINE
+    from ..plotting import figure_bytes
+
+    records = make_records(runs)
+    tables = evidence_tables(records)
+    files = {f"{name}.csv": to_csv(table) for name, table in tables.items()}
+    files |= {"runs.csv": write_records(records), "evidence.md": "\n".join(map(to_markdown, tables.values()))}
+    for name in ("comparisons", "choice"):
+        if name in tables and any(row.section != FOR_SCALE for row in tables[name].rows):
+            files[f"{name}.png"] = figure_bytes(plot_differences(tables[name]))
+    files |= make_report(runs, OFFLINE)
+    for name, content in files.items():
+        write_atomically(folder / name, content)
+    for table in tables.values():
+        print("\n" + to_text(table, table.columns) + "\n".join(table.notes))
+    print(f"\n{folder}: evidence.md has these tables, report.md the accuracies and figures")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 
 SETTINGS = ("ne", "ratio", "granularity", "joint", "criterion", "mask_scope", "r", "lora_alpha", "use_dora")
+RLRR = ("left", "right", "residual", "rescale_weight", "norms", "patch_embedding", "init")
 BITS = ("adapter_bits", "classifier_bits", "packed")
 
 
@@ -16,7 +17,9 @@ def run(argv: list[str]) -> int:
         description="Shows an adapter's method and settings, its deactivated heads, the size of the update in every "
         "head, parameters and bytes. Reads files only; of the base model, its configuration.",
     )
-    parser.add_argument("adapter", metavar="ADAPTER", help="folder or Hub repository of a head-masked or LoRA adapter")
+    parser.add_argument(
+        "adapter", metavar="ADAPTER", help="folder or Hub repository of a head-masked, RLRR or LoRA adapter"
+    )
     parser.add_argument("--base_model", help="folder or repository of the base model, if not the one it names")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a heat map (PNG) of the heads' update norms")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE")
@@ -44,7 +47,7 @@ def run(argv: list[str]) -> int:
 def describe(report) -> list[str]:
     """The report as lines of text."""
     settings = report.settings
-    known = [f"{name}={settings[name]}" for name in SETTINGS if settings.get(name) is not None]
+    known = [f"{name}={settings[name]}" for name in SETTINGS + RLRR if settings.get(name) is not None]
     known += [f"{name}={settings[name]}" for name in BITS if settings.get(name) not in (None, False, 32)]
     lines = [
         f"adapter              {report.folder}",

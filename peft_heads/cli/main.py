@@ -21,7 +21,7 @@ class Command:
 
 COMMANDS = {
     "train": Command(
-        "peft_heads.cli.train", "fine-tune an image classifier (head-masked LoRA, LoRA, linear, full, …)"
+        "peft_heads.cli.train", "fine-tune an image classifier (head-masked LoRA, RLRR, LoRA, linear, full, …)"
     ),
     "bench": Command("peft_heads.cli.bench", "the papers' benchmarks: run, sweep, report"),
     "migrate": Command(
@@ -31,7 +31,7 @@ COMMANDS = {
         "peft_heads.cli.export", "write an adapter as stock LoRA, as an ordinary, also smaller, checkpoint, or packed"
     ),
     "import": Command("peft_heads.cli.import_", "an adapter folder from the files of Bi-LoRA's authors"),
-    "inspect": Command("peft_heads.cli.inspect", "what a LoRA adapter is: settings, heads, parameters, bytes"),
+    "inspect": Command("peft_heads.cli.inspect", "what an adapter is: settings, heads, parameters, bytes"),
     "data": Command("peft_heads.cli.data", "check benchmark trees; size of the image cache, and its deletion"),
     "demo": Command("peft_heads.cli.demo", "LoRA and head-masked LoRA side by side on a small model, without network"),
 }
@@ -59,7 +59,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the first word; the rest belongs to the command, which has its own --help."""
-    parser = argparse.ArgumentParser(prog="peft-heads", description="Head-masked LoRA for vision transformers.")
+    parser = argparse.ArgumentParser(
+        prog="peft-heads", description="Head-masked LoRA and RLRR for vision transformers."
+    )
     parser.add_argument("--version", action="version", version=f"peft-heads {version('peft-heads')}")
     commands = parser.add_subparsers(title="commands (peft-heads COMMAND --help)", metavar="COMMAND")
     for name, command in COMMANDS.items():

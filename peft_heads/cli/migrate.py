@@ -18,7 +18,7 @@ def run(argv: list[str]) -> int:
     args = parser.parse_args(argv)
 
     from ..migration import migrate_adapter
-    from ..tuners.head_masked_lora.targets import module_patterns
+    from ..tuners.targets import module_patterns
 
     names = migrate_adapter(args.folder, args.base_model)
     transformers = f"transformers {version('transformers')}"

@@ -17,9 +17,10 @@ from ..checkpoints import checkpoint_fault, checkpoint_folders, last_complete_ch
 from ..data.images import ImageTransform, collate, label_names, load_image_dataset, load_image_processor
 from ..heads.maskable import describe_masks, get_head_masks
 from ..image_classifier import new_image_classifier
-from ..methods import apply_method, check_method_arguments
+from ..methods import apply_method, check_method_arguments, has_scored_heads
 from ..metrics.accuracy import compute_metrics
 from ..tuners import HeadMaskedLoraConfig, pack_adapter
+from ..tuners.saved_config import SavedConfig
 from .arguments import DataArguments, ModelArguments, parse_arguments
 
 
@@ -163,7 +164,8 @@ def pack(model) -> None:
 def save(trainer: Trainer) -> None:
     """The final adapter or model, the image processor, and for adapters the label names."""
     trainer.save_model()
-    is_stock = hasattr(trainer.model, "peft_config") and not _is_head_masked(trainer.model)
+    configs = getattr(trainer.model, "peft_config", {}).values()
+    is_stock = any(configs) and not any(isinstance(config, SavedConfig) for config in configs)
     if trainer.args.should_save and is_stock:
         # Ours say their labels by themselves; without them the head of a stock adapter could not be rebuilt.
         write_labels(trainer.args.output_dir, trainer.model.get_base_model().config.id2label)
@@ -181,13 +183,9 @@ def summary(trainer: Trainer, method: str) -> str:
         f"trained parameters  {trained:,}",
         f"bytes               {sum(file.stat().st_size for file in weights):,}",
     ]
-    if _is_head_masked(trainer.model):
+    if has_scored_heads(trainer.model):
         lines.append(f"deactivated heads   {describe_masks(get_head_masks(trainer.model))}")
     return "\n".join(lines)
-
-
-def _is_head_masked(model) -> bool:
-    return any(isinstance(config, HeadMaskedLoraConfig) for config in getattr(model, "peft_config", {}).values())
 
 
 def _report(trainer: Trainer, split: str, metrics: dict) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
+OFFLINE = "offline"
 SUITES = ("vtab", "fewshot", "fgvc")  # those that are read from published trees
 SHOTS = (1, 2, 4, 8, 16)
 LIST_SEEDS = (0, 1, 2)  # each few-shot training list was drawn three times
@@ -14,7 +15,7 @@ SPLITS = {
     "vtab": ("train800", "val200", "train800val200", "test"),
     "fewshot": ("train", "val", "test"),
     "fgvc": ("train", "val", "test"),
-    "offline": ("train", "val", "test"),
+    OFFLINE: ("train", "val", "test"),
 }
 
 
@@ -88,7 +89,7 @@ def _fgvc(name: str, num_classes: int, train: int, val: int, test: int, *aliases
 
 
 def _offline(group: str, name: str, num_classes: int, test: int = 2_000) -> Task:
-    return Task(name, "offline", group, num_classes, {"train": 1_000, "val": 200, "test": test})
+    return Task(name, OFFLINE, group, num_classes, {"train": 1_000, "val": 200, "test": test})
 
 
 TASKS = (

@@ -12,6 +12,12 @@ LABEL_NAMES = [str(digit) for digit in range(10)]
 MAX_INK = 16  # the scans' grey levels run from 0 (paper) to 16 (ink)
 
 
+def grey_digits():
+    """All scans: images uint8 (1797, 8, 8), bright on black, and labels (1797,)."""
+    digits = load_digits()
+    return np.rint(digits.images * (255 / MAX_INK)).astype(np.uint8), digits.target
+
+
 def load_digits_dataset(seed=0):
     """Return a `DatasetDict` with splits `train` (1,000 images) and `test` (797), stratified by digit.
 
@@ -19,15 +25,12 @@ def load_digits_dataset(seed=0):
     model's image processor), and `label`, a `ClassLabel` named "0" to "9". `seed` fixes which images fall into
     which split, and their order.
     """
-    digits = load_digits()
-    grey = np.rint(digits.images * (255 / MAX_INK)).astype(np.uint8)  # (1797, 8, 8)
-    train, test = train_test_split(
-        np.arange(len(grey)), train_size=NUM_TRAIN, stratify=digits.target, random_state=seed
-    )
+    grey, labels = grey_digits()
+    train, test = train_test_split(np.arange(len(grey)), train_size=NUM_TRAIN, stratify=labels, random_state=seed)
     features = Features({"image": Image(), "label": ClassLabel(names=LABEL_NAMES)})
 
     def split(indices):
         images = [PILImage.fromarray(grey[i]).convert("RGB") for i in indices]
-        return Dataset.from_dict({"image": images, "label": digits.target[indices].tolist()}, features=features)
+        return Dataset.from_dict({"image": images, "label": labels[indices].tolist()}, features=features)
 
     return DatasetDict(train=split(train), test=split(test))

@@ -1,7 +1,9 @@
 """The images of the offline suite: digits, and five generated tasks in the spirit of VTAB-1K's structured ones.
 
-Grey images of 32 x 32 pixels, bright on black, in the form of image folders. Nothing is downloaded; a task's images are
-drawn from a seed of their own. Lengths are in pixels, angles in radians, x to the right, y down.
+Grey images of 32 x 32 pixels (the digits, real scans, 8 x 8), in the form of image folders. Nothing is downloaded; a
+task's images are drawn from a seed of their own. As in VTAB-1K's structured tasks there are weak hints beside what is
+asked for (more shapes have more ink, distant ones lie nearer to the edges), and labels of measured values blur at their
+borders. Lengths are in pixels, angles in radians, x to the right, y down.
 """
 
 from __future__ import annotations
@@ -12,17 +14,16 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import filelock
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from ..atomic import new_folder
-from ..data.tasks import Task, find_task
-from .digits import MAX_INK
+from ..data.tasks import OFFLINE, Task, find_task
+from .digits import grey_digits
 
 
-SUITE = "offline"
 SIZE = 32
 SEED = 20261125
 TEXTURE_KINDS = 5
@@ -40,17 +41,22 @@ def write_offline_task(root: str | os.PathLike, name: str) -> Path:
     Raises:
         ValueError: There is no such task.
     """
-    task = find_task(name, SUITE)
+    task = find_task(name, OFFLINE)
     folder = Path(root) / task.name
-    if folder.exists():
-        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder.parent / f".{task.name}.lock"):  # of several processes one draws
+        if not folder.exists():
+            _write(task, folder)
+    return folder
+
+
+def _write(task: Task, folder: Path) -> None:
     with new_folder(folder) as target:
         for split, (images, labels) in draw_task(task).items():
             for label in range(task.num_classes):
                 (target / split / f"{label:02}").mkdir(parents=True)
             for index, (image, label) in enumerate(zip(images, labels, strict=True)):
                 Image.fromarray(image).save(target / split / f"{label:02}" / f"{index:04}.png")
-    return folder
 
 
 def draw_task(task: Task, seed: int = SEED) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -68,16 +74,14 @@ def draw_task(task: Task, seed: int = SEED) -> dict[str, tuple[np.ndarray, np.nd
 
 
 def _digits(task: Task, seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    digits = load_digits()
-    images = np.rint(digits.images * (255 / MAX_INK)).astype(np.uint8)
+    images, labels = grey_digits()
     rest, splits = np.arange(len(images)), {}
     for split in ("train", "val"):
-        chosen, rest = train_test_split(
-            rest, train_size=task.sizes[split], stratify=digits.target[rest], random_state=seed % 2**32
+        splits[split], rest = train_test_split(
+            rest, train_size=task.sizes[split], stratify=labels[rest], random_state=seed
         )
-        splits[split] = chosen
     splits["test"] = rest
-    return {split: (images[rows], digits.target[rows]) for split, rows in splits.items()}
+    return {split: (images[rows], labels[rows]) for split, rows in splits.items()}
 
 
 def _photograph(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -87,7 +91,7 @@ def _photograph(image: np.ndarray, generator: np.random.Generator) -> np.ndarray
 
 
 def _count(label: int, generator: np.random.Generator) -> np.ndarray:
-    """One to eight discs and squares that do not touch."""
+    """One to eight discs, squares and rings apart from each other, though corners and noise may bridge the gap."""
     places: list[tuple[float, float, float]] = []
     image = np.zeros((SIZE, SIZE))
     while len(places) <= label:
@@ -120,7 +124,7 @@ def _orientation(label: int, generator: np.random.Generator) -> np.ndarray:
 
 
 def _distance(label: int, generator: np.random.Generator) -> np.ndarray:
-    """Two shapes, six classes of the distance of their centres, from 7 to 25 pixels; now and then a third, smaller."""
+    """Two shapes, six classes of the distance of their centres, from 7 to 25 pixels."""
     while True:
         distance = 7 + 3 * (label + generator.uniform(0, 1))
         x, y, turn = generator.uniform(4, SIZE - 4), generator.uniform(4, SIZE - 4), generator.uniform(0, 2 * math.pi)
@@ -132,12 +136,12 @@ def _distance(label: int, generator: np.random.Generator) -> np.ndarray:
 
 
 def _textures(label: int, generator: np.random.Generator) -> np.ndarray:
-    """Ten kinds of filtered noise: five bands of frequency, each of them lying down or standing."""
-    kind, standing = label % TEXTURE_KINDS, label >= TEXTURE_KINDS
+    """Ten kinds of filtered noise: five bands of frequency, each with its stripes standing or lying down."""
+    kind, lying = label % TEXTURE_KINDS, label >= TEXTURE_KINDS
     frequency = np.fft.fftfreq(SIZE) * SIZE  # cycles per image
     fx, fy = np.meshgrid(frequency, frequency)
     radius = np.hypot(fx, fy)
-    angle = np.arctan2(fy, fx) - (math.pi / 2 if standing else 0) - generator.normal(0, 0.25)
+    angle = np.arctan2(fy, fx) - (math.pi / 2 if lying else 0) - generator.normal(0, 0.25)
     centre = 2.5 * 1.45**kind * math.exp(generator.normal(0, 0.1))
     band = np.exp(-0.5 * (np.log(np.maximum(radius, 0.5) / centre) / 0.3) ** 2) * np.exp(2.0 * np.cos(2 * angle))
     band[0, 0] = 0

@@ -14,7 +14,7 @@ from .layout import HeadLayout, ProjectionLayout
 
 @runtime_checkable
 class HeadMaskable(Protocol):
-    """The protocol of a head-maskable adapter layer; LoRA's is the first, any other method can follow."""
+    """The protocol of a head-maskable adapter layer, which head-masked LoRA's and RLRR's follow, and others can."""
 
     head_layout: dict[str, ProjectionLayout]
     """Heads of the wrapped projection, per adapter."""
@@ -35,6 +35,9 @@ class HeadMaskable(Protocol):
 
     def set_head_mask(self, adapter_name: str, mask: torch.Tensor) -> None:
         """Set the mask from a bool tensor (num_heads,)."""
+
+    def active_rows(self, adapter_name: str) -> torch.Tensor:
+        """bool (rows of the projection,), True = the adapter may change the row: by the mask, and by the method."""
 
 
 # What wrappers put into module names: PeftModel, DistributedDataParallel, torch.compile.
@@ -58,7 +61,7 @@ def head_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, He
         has = f"adapters with heads: {', '.join(sorted(others))}" if others else "it has no head-masked adapter"
         raise ValueError(
             f"no attention head of the model belongs to adapter {adapter_name!r} ({has}); create the adapter with "
-            "get_peft_model(model, HeadMaskedLoraConfig(...))"
+            "get_peft_model(model, HeadMaskedLoraConfig(...)), or with RLRRConfig(ne=1)"
         )
     return found
 

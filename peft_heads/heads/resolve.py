@@ -86,9 +86,16 @@ def default_targets(model: nn.Module) -> list[str]:
     """
     wanted = [
         name
-        for name, layout in resolve_heads(model).items()
+        for name, layout in image_projections(model).items()
         if layout.is_fused or layout.parts[0].role in ("query", "value")
     ]
+    return shortest_names(wanted, model)
+
+
+def image_projections(model: nn.Module) -> dict[str, ProjectionLayout]:
+    """`{module name: ProjectionLayout}` of every query, key, value and fused projection of the image backbone."""
+    layouts = resolve_heads(model)
+    wanted = list(layouts)
     for tower in _text_towers(model):
         wanted = [name for name in wanted if not name.startswith(tower + ".")]
     backbone = backbone_name(model)
@@ -97,7 +104,7 @@ def default_targets(model: nn.Module) -> list[str]:
         has_towers = any(_config_of(model, key) is not None for key in TOWER_CONFIGS)
         # beside a convolutional backbone a detector's transformer is adapted, but not another tower
         wanted = inside if has_towers else inside or wanted
-    return shortest_names(wanted, model)
+    return {name: layouts[name] for name in wanted}
 
 
 def shortest_names(names: list[str], model: nn.Module) -> list[str]:

@@ -16,13 +16,18 @@ deactivates the heads that `absolute` would keep longest.
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 
 from .layout import HeadLayout
 
 
 STATISTICS = ("absolute", "signed", "grad_norm")
-CRITERIA = ("absolute", "positive", "negative", "weight_norm", "grad_norm", "random", "front", "most_responsive")
+Criterion = Literal[
+    "absolute", "positive", "negative", "weight_norm", "grad_norm", "random", "front", "most_responsive"
+]
+CRITERIA = get_args(Criterion)
 # Criteria that need gradients, hence a window of training steps.
 GRADIENT_CRITERIA = ("absolute", "positive", "negative", "grad_norm", "most_responsive")
 

@@ -123,6 +123,8 @@ def check_mixed_batch(model: nn.Module, adapter_names: Iterable[str]) -> None:
         shapes: dict[str, list[tuple[int, ...]]] = {}
         for adapter_name in dict.fromkeys(adapter_names):
             in_base = adapter_name == "__base__"
+            if not in_base and adapter_name not in wrapper.modules_to_save:
+                continue  # one that does not exist is PEFT's to report
             module = wrapper.original_module if in_base else wrapper.modules_to_save[adapter_name]
             shapes[adapter_name] = [tuple(param.shape) for param in module.parameters()]
         if len({str(shape) for shape in shapes.values()}) > 1:

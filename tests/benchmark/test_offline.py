@@ -5,10 +5,9 @@ import pytest
 from benchmark_runs import make_run
 from scipy import stats
 
-from peft_heads.benchmark import evidence, evidence_tables, offline
+from peft_heads.benchmark import evidence, evidence_plots, evidence_tables, offline
 from peft_heads.benchmark.evidence import Record
 from peft_heads.benchmark.run import training_key, trunk_epochs
-from peft_heads.demo.model import DEMO_MODEL_PATH
 
 
 TASKS = [task.name for task in offline.OFFLINE_TASKS]
@@ -31,7 +30,7 @@ def test_settings():
 
 
 def test_specs():
-    specs = offline.offline_specs(str(DEMO_MODEL_PATH), offline.CORE.values(), seeds=(3, 4))
+    specs = offline.offline_specs(offline.CORE.values(), seeds=(3, 4))
     assert len(specs) == 23 * 6 * 2 * 2
     assert [spec.seed for spec in specs] == sorted(spec.seed for spec in specs)
     for test, validation in zip(specs[::2], specs[1::2], strict=True):
@@ -39,6 +38,8 @@ def test_specs():
         assert training_key(test) == training_key(validation)
     rates = {spec.method["name"]: spec.recipe["learning_rate"] for spec in specs}
     assert rates == {"linear": 1e-2, "full": 1e-3, "lora": 1e-2, "head-masked-lora": 1e-2}
+    # results say the same wherever the package lies
+    assert {spec.backbone for spec in specs} == {"peft_heads/vit_strokes"}
     masked = [spec for spec in specs if spec.method["name"] == "head-masked-lora"]
     assert {trunk_epochs(spec) for spec in masked} == {2}
 
@@ -62,6 +63,11 @@ def test_records_of_runs():
         Record("LoRA", "count", 2, 50.0, 25.0),
         Record("absolute ne=1, per layer", "count", 2, 50.0, 25.0, None, (2.0, 0.5, 2.125)),
     ]
+    # of layers that choose for themselves no heads are told, even if all have chosen alike
+    alike = pair(offline.SIDE["absolute ne=1, per layer"], masks=masks)
+    assert evidence.make_records(alike)[0].heads is None
+    with pytest.raises(ValueError, match="LoRA count 2, val: two runs that differ in recipe or backbone"):
+        evidence.make_records([*pair(offline.LORA), *pair(offline.LORA, spec={"epochs": 3})])
 
 
 def test_records_on_disk(tmp_path):
@@ -74,27 +80,53 @@ def test_records_on_disk(tmp_path):
     path = tmp_path / "runs.csv"
     path.write_text(evidence.write_records(reversed(records)), encoding="utf-8")
     assert evidence.read_records(path) == records
-    path.write_text("setting,task\nLoRA,count\n")
-    with pytest.raises(ValueError, match=r"runs.csv is no table of runs"):
-        evidence.read_records(path)
+    for text in ("setting,task\nLoRA,count\n", "", path.read_text() + "LoRA,count,0,x,1,,\n"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"runs.csv is no table of runs"):
+            evidence.read_records(path)
 
 
-def test_difference_is_a_paired_t_test():
+def noisy(tasks, seeds, by_task=0.0):
+    """LoRA, and full fine-tuning a point better, task by task by another `by_task` more."""
     draw = np.random.default_rng(0)
-    noise = {(t, k): draw.normal() for t in TASKS for k in SEEDS}
-    records = records_of(["LoRA"], lambda s, t, k: (0, 70 + 10 * noise[t, k]))
-    records += records_of(["full"], lambda s, t, k: (0, 71 + 10 * noise[t, k] + 0.1 * draw.normal()))
-    full, lora = (evidence.accuracies(records, [name]) for name in ("full", "LoRA"))
+    noise = {(t, k): draw.normal() for t in tasks for k in seeds}
+    gain = {t: 1 + i * by_task for i, t in enumerate(tasks)}
+    records = records_of(["LoRA"], lambda s, t, k: (0, 70 + 10 * noise[t, k]), tasks, seeds)
+    records += records_of(
+        ["full"], lambda s, t, k: (0, 70 + gain[t] + 10 * noise[t, k] + 0.1 * draw.normal()), tasks, seeds
+    )
+    return [evidence.accuracies(records, [name]) for name in ("full", "LoRA")]
+
+
+def test_difference_of_one_task_is_a_paired_t_test():
+    full, lora = noisy(["count"], range(8))
     found = evidence.difference(full, lora)
     test = stats.ttest_rel([full[key] for key in sorted(full)], [lora[key] for key in sorted(full)])
-    interval = test.confidence_interval(0.95)
-    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
-    assert found.pairs == 18 and found.is_clear and 0.9 < found.mean < 1.1
-    assert np.mean(list(found.by_task.values())) == pytest.approx(found.mean)
+    expected = test.confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    assert found.pairs == 8 and found.is_clear and (found.tasks_low, found.tasks_high) == (None, None)
     assert not evidence.difference(lora, lora).is_clear
-    del full["count", 0]
-    assert evidence.difference(full, lora).pairs == 17  # only what both have
-    assert evidence.difference({("count", 0): 1.0}, lora) is None
+
+
+def test_difference_over_tasks():
+    full, lora = noisy(TASKS, range(5), by_task=0.5)
+    found = evidence.difference(full, lora)
+    assert found.pairs == 30 and found.mean == pytest.approx(1 + 0.5 * 2.5, abs=0.05)
+    # other seeds: the tasks differ by much, but these are the tasks
+    assert found.high - found.low == pytest.approx(2 * stats.t.ppf(0.975, 24) * 0.1 / 30**0.5, rel=0.5)
+    means = [np.mean([full[t, k] - lora[t, k] for k in range(5)]) for t in TASKS]
+    expected = stats.ttest_1samp(means, 0).confidence_interval(0.95)
+    assert (found.tasks_low, found.tasks_high) == pytest.approx((expected.low, expected.high))
+    assert list(found.by_task.values()) == pytest.approx(
+        [dict(zip(TASKS, means, strict=True))[t] for t in sorted(TASKS)]
+    )
+    for seed in (0, 1, 2):  # every task counts the same, whatever its number of seeds
+        del full["count", seed]
+    fewer = evidence.difference(full, lora)
+    assert fewer.pairs == 27 and fewer.mean == pytest.approx(found.mean, abs=0.05)
+    del full["count", 3]
+    assert evidence.difference(full, lora) is None  # of one seed there is no variance
+    assert evidence.difference({}, lora) is None
 
 
 def test_accuracies_need_every_setting():
@@ -119,8 +151,8 @@ def test_early_scores():
         Record(early, "count", 1, 0, 0, (0,), (0.0, 0.0, 0.0, 0.0)),  # says nothing about an order
         Record(early, "count", 2, 0, 0, (0,), (1.0, 2.0, 3.0, 4.0)),
     ]
-    assert evidence.rank_correlations(records, early, late) == pytest.approx([0.8])
-    assert evidence.agreement(records, early, late) == [1.0, 0.0]
+    assert evidence.rank_correlations(records, early, late) == {("count", 0): pytest.approx(0.8)}
+    assert evidence.agreement(records, early, late) == {("count", 0): 1.0, ("count", 1): 0.0}
 
 
 def test_tables():
@@ -144,13 +176,31 @@ def test_tables():
     assert gain["pairs"].mean == 18 and gain["count"].mean == pytest.approx(1, abs=0.05)
     assert rows["Do the criteria differ? ne=1", "negative − absolute *"]["to"].mean < -0.9
     choice = {(row.section, row.label): row.cells["difference"].mean for row in tables["choice"].rows}
-    assert choice["best of 6, chosen on test", "Taylor − random"] == pytest.approx(1, abs=0.05)
-    assert tables["early"].rows[0].cells["same head"].mean == 1
+    assert choice["best of six, chosen on test", "Taylor − random"] == pytest.approx(1, abs=0.05)
+    assert choice["best of six, chosen on val", "Taylor − mean of its six"] == pytest.approx(5 / 6, abs=0.05)
+    early = tables["early"].rows[0].cells
+    assert early["same head"].mean == early["same from"].mean == 1 and early["rank correlation"].mean == 1
     overlap = {(row.label, row.section): row.cells["overlap"].mean for row in tables["heads"].rows}
     assert overlap["same group", "absolute ne=1"] == 1 and overlap["different groups", "absolute ne=1"] == 0
+    assert "by chance" not in tables["comparisons"].notes[1] and "of 52" in tables["comparisons"].notes[1]
     means = {row.label: row.cells["mean"].mean for row in tables["settings"].rows}
     assert means["full"] == pytest.approx(75, abs=0.05)
+    figure = evidence_plots.plot_differences(tables["comparisons"], ["Do the criteria differ?"])
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "Do the criteria differ? ne=1",
+        "Do the criteria differ? ne=3",
+    ]
+    labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert len(labels) == 4 and labels[0].startswith("positive − absolute")
+    bar = figure.axes[0].containers[0].lines[0].get_xdata()[0]
+    assert bar == rows["Do the criteria differ? ne=1", labels[0]]["difference"].mean
+    assert len(evidence_plots.plot_differences(tables["choice"]).axes) == 2
+    with pytest.raises(ValueError, match="there are no rows of Why; sections: Does masking"):
+        evidence_plots.plot_differences(tables["comparisons"], ["Why"])
     # a mean over some of the tasks is none
     part = evidence_tables.setting_table([r for r in records if r.task != "count"])
     assert {row.cells["mean"].mean for row in part.rows} == {None}
     assert evidence_tables.evidence_tables([]) == {}
+    alone = evidence_tables.evidence_tables([r for r in records if r.seed == 0 and r.task == "count"])
+    assert set(alone) == {"settings", "early"}
+    assert alone["early"].rows[0].texts(alone["early"].columns) == ["1.00", "–", "–", "1.00", "–", "–", "1"]

@@ -4,12 +4,14 @@ import math
 import shutil
 from dataclasses import replace
 
+import PIL.Image
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback
 
 from peft_heads import TaylorHeadScorer
 from peft_heads.benchmark import training
+from peft_heads.benchmark.offline import offline_specs
 from peft_heads.benchmark.results import read_results
 from peft_heads.benchmark.run import make_spec, run, train_trunk, training_key, trunk_epochs, trunk_key
 from peft_heads.benchmark.training import Training
@@ -23,6 +25,8 @@ METHODS = {
     "lora": {"name": "lora", "r": 4, "scale": 10},
     "linear": {"name": "linear"},
     "full": {"name": "full"},
+    "rlrr": {"name": "rlrr", "r": 1, "init": "zero"},
+    "rlrr with heads": {"name": "rlrr", "r": 2, "ne": 1},
     "peft": {"name": "peft", "peft_config": '{"peft_type": "LOHA", "r": 2}'},
 }
 
@@ -66,6 +70,15 @@ def kill_at(monkeypatch):
         monkeypatch.setattr(Training, "trainer", trainer)
 
     return kill
+
+
+def test_when_heads_of_rlrr_are_selected():
+    """When the recipe says, if any are deactivated; otherwise there is nothing to select."""
+    recipe = {"head_warmup_epochs": 7}
+    assert training.method_arguments({"name": "rlrr", "ne": 1}, recipe).head_warmup_epochs == 7
+    assert training.method_arguments({"name": "rlrr", "ratio": 0.25}, recipe).head_warmup_epochs == 7
+    assert training.method_arguments({"name": "rlrr", "ne": 0}, recipe).head_warmup_epochs is None
+    assert training.method_arguments({"name": "rlrr", "ne": 1, "head_select_at": 9}, recipe).head_warmup_epochs is None
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -317,6 +330,58 @@ def test_twins_are_trained_once_and_are_runs_of_their_own(bench, monkeypatch):
     assert not now and len(trained) == 2
     assert plain(together.result) == plain(alone.result)
     assert together.environment.to_json() == alone.environment.to_json()
+
+
+def test_a_twin_that_fails_leaves_the_run_alone(bench, monkeypatch, caplog):
+    test = spec_of(bench)
+    twin = replace(test, eval_split="val200")
+    original = Training.accuracy
+
+    def accuracy(self, trainer):
+        if self.spec == twin:
+            raise ValueError("images/val200/000003.jpg cannot be decoded")
+        return original(self, trainer)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Training, "accuracy", accuracy)
+        done, now = run(test, bench.places("out"), also=(twin,))
+    assert now and done.path.exists() and "left for a training of its own: images/val200" in caplog.text
+    assert [found.spec for found in read_results(bench.root / "out", unofficial=True)] == [test]
+    assert run(twin, bench.places("out"))[1]
+
+
+def test_a_twin_that_is_there_is_not_written_again(bench):
+    """As after a kill between the two files."""
+    test = spec_of(bench)
+    twin = replace(test, eval_split="val200")
+    done, _ = run(test, bench.places("out"), also=(twin,))
+    done.path.unlink()
+    (there,) = read_results(bench.root / "out", unofficial=True)
+    before = there.path.stat().st_mtime_ns, there.path.read_bytes()
+    again, now = run(test, bench.places("out"), also=(twin,))
+    assert now and plain(again.result) == plain(done.result)
+    assert (there.path.stat().st_mtime_ns, there.path.read_bytes()) == before
+
+
+def test_offline_tasks_must_be_whole(bench):
+    images = [PIL.Image.new("L", (8, 8), level) for level in (0, 9)]
+    for split in ("train", "val", "test"):
+        for label, image in enumerate(images):
+            (bench.root / "offline" / "count" / split / str(label)).mkdir(parents=True)
+            image.save(bench.root / "offline" / "count" / split / str(label) / "0.png")
+    (spec, *_) = offline_specs([{"name": "linear"}], tasks=[find_task("count", "offline")])
+    with pytest.raises(ValueError, match=r"train holds 2 images \(expected 1,000\); delete the folder of the task"):
+        Training(spec, replace(bench.places("out"), data_root=bench.root / "offline"))
+
+
+def test_a_twin_is_a_result_of_the_code_that_trained_it(bench, monkeypatch):
+    """Whatever is committed or edited meanwhile."""
+    test = spec_of(bench)
+    states = iter([("abc", True), ("abc", True), ("def", False), ("def", False)])
+    monkeypatch.setattr("peft_heads.benchmark.environment.source_state", lambda: next(states))
+    run(test, bench.places("out"), also=(replace(test, eval_split="val200"),))
+    found = read_results(bench.root / "out", unofficial=True)
+    assert [(run.environment.commit, run.environment.dirty) for run in found] == [("abc", True)] * 2
 
 
 def test_random_masks_are_drawn_by_every_run(bench):

@@ -172,6 +172,36 @@ def test_runs_of_one_training_are_trained_once(bench, monkeypatch):
     }
 
 
+def test_the_rest_of_a_training_is_trained_together(bench, monkeypatch):
+    trained = []
+    original = Training.trainer
+    monkeypatch.setattr(Training, "trainer", lambda self, *args: trained.append(self.spec) or original(self, *args))
+    (test,) = sweep_of(bench).runs([HEADS | {"scale": 1, "ne": 1}], (0,), final=True)
+    specs = [test, replace(test, eval_split="val200"), replace(test, eval_split="train800")]
+    execute(specs[:1], bench.places("out"), Outcome())
+    execute(specs, bench.places("out"), outcome := Outcome())
+    assert trained == [specs[0], specs[1]] and len(outcome.runs) == 3
+    # looked at in between, each has a best epoch of its own
+    execute(specs[:2], bench.places("between"), between := Outcome(), test_every=2)
+    assert len(trained) == 4 and between.runs[test.run_id].result.best_on_test is not None
+
+
+def test_a_failed_run_is_not_tried_again_in_passing(bench, monkeypatch):
+    (test,) = sweep_of(bench).runs([HEADS | {"scale": 1, "ne": 1}], (0,), final=True)
+    twin, original, failures = replace(test, eval_split="val200"), Training.accuracy, []
+
+    def accuracy(self, trainer):
+        if self.spec == test and not failures:
+            failures.append(self)
+            raise RuntimeError("out of memory")
+        return original(self, trainer)
+
+    monkeypatch.setattr(Training, "accuracy", accuracy)
+    execute([test, twin], bench.places("out"), outcome := Outcome())
+    assert list(outcome.runs) == [twin.run_id] and list(outcome.failed) == [test.run_id]
+    assert [run.spec for run in read_results(bench.root / "out", unofficial=True)] == [twin]
+
+
 class Bar:
     def __init__(self, count):
         self.count, self.updates = count, 0

@@ -173,6 +173,9 @@ def test_given_arguments():
     assert (recipe.epochs, recipe.drop_last, recipe.drop_path) == (70, False, 0)
     assert recipe.train_images["normalization"] == recipe.eval_images["normalization"] == "half"
     assert read_method(parse("--method", "linear")) == {"name": "linear"}
+    assert read_method(parse("--method", "rlrr")) == {"name": "rlrr", "r": 1}
+    rlrr = read_method(parse("--method", "rlrr", "--init", "zero", "kaiming", "--residual", "false", "--ne", "0", "1"))
+    assert (rlrr["init"], rlrr["residual"], rlrr["ne"]) == (["zero", "kaiming"], False, [0, 1])
     peft = json.dumps({"peft_type": "LOHA"})
     assert read_method(parse("--method", "peft", "--peft_config", peft, lists=False))["peft_config"] == peft
 
@@ -183,6 +186,7 @@ def test_given_arguments():
         ("--ne 1", "one setting is run: give --scale, --criterion (bench sweep tries several values)"),
         ("--ne 1 --scale 1 --criterion absolute --task cofar", "unknown task 'cofar' in the suite 'vtab'"),
         ("--method linear --ne 1", "--ne does not apply to --method linear"),
+        ("--method rlrr --lora_alpha 4", "--lora_alpha does not apply to --method rlrr"),
         ("--method linear --normalization imagenets", "normalization='imagenets' is not one of"),
         ("--method linear --batch_size 0", "batch_size must be positive; got 0"),
         ("--method linear --warmup_epochs 3", "must be below epochs; got 3 of 3"),

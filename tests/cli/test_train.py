@@ -350,6 +350,44 @@ def test_only_the_head_may_have_another_shape(train, tmp_path, checkpoint, capsy
     assert "vit.embeddings.position_embeddings; --ignore_mismatched_sizes" in capsys.readouterr().err
 
 
+def test_rlrr(train, tmp_path, capsys):
+    assert train("--method=rlrr", "--r=2", "--init=zero", "--norms=false") == 0
+    printed = capsys.readouterr().out
+    assert "method              rlrr\n" in printed and "deactivated heads" not in printed
+    config = PeftConfig.from_pretrained(tmp_path / "out")
+    assert (config.peft_type, config.r, config.init, config.norms, config.ne) == ("RLRR", 2, "zero", False, 0)
+    assert not (tmp_path / "out" / "head_scores.json").exists()
+    assert json.loads((tmp_path / "out" / "labels.json").read_text())["id2label"]["0"] == "blue"
+
+
+def test_rlrr_with_head_masks(train, tmp_path, capsys):
+    assert train("--method=rlrr", "--ne=1", "--criterion=negative", "--head_select_at=0.5") == 0
+    assert "deactivated heads   head " in capsys.readouterr().out
+    masks = [value for key, value in saved_tensors(tmp_path / "out").items() if key.endswith("rlrr_head_mask.mask")]
+    assert len(masks) == 4 and all(mask.tolist().count(False) == 1 for mask in masks)
+    assert json.loads((tmp_path / "out" / "head_scores.json").read_text())["criterion"] == "negative"
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "method               RLRR" in printed and "init=kaiming" in printed and "of 3" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--criterion=negative"], "--criterion does not apply to --method rlrr without --ne or --ratio"),
+        (["--head_select_at=0.5", "--ne=0"], "--head_select_at does not apply to --method rlrr without --ne"),
+        (["--lora_alpha=4"], "--lora_alpha does not apply to --method rlrr"),
+        (["--mask_scope=adapter", "--ne=1"], "--mask_scope does not apply to --method rlrr"),
+        (["--residual=false", "--ne=1"], "head masks cannot be combined with residual=False"),
+        (["--r=0"], "at least 1; got 0"),
+    ],
+)
+def test_wrong_arguments_of_rlrr(train, words, message, capsys):
+    assert train("--method=rlrr", *words) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_every_method_argument_belongs_to_some_method():
     for name in set(MethodArguments.__dataclass_fields__) - {"method", "peft_config"}:
         with pytest.raises(ValueError, match=f"--{name} does not apply to --method full"):

@@ -1,6 +1,8 @@
 """The offline suite's images: what the labels say can be measured in them, and they are always the same."""
 
 import hashlib
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from scipy import ndimage
 
 from peft_heads.data.image_folders import load_folder_split
 from peft_heads.data.tasks import TASKS, find_task
+from peft_heads.demo import offline_tasks
 from peft_heads.demo.offline_tasks import draw_task, write_offline_task
 
 
@@ -93,7 +96,7 @@ def test_orientation(drawn):
 
 
 def test_textures(drawn):
-    """The later five stand, the earlier lie; and the band of frequencies rises."""
+    """The earlier five stand, the later lie; and the band of frequencies rises."""
     images, labels = drawn["textures"]["test"]
     frequency = np.fft.fftfreq(32) * 32
     spectrum = np.abs(np.fft.fft2(images / 255.0 - 0.5)) ** 2
@@ -117,6 +120,15 @@ def test_written_as_image_folders(tmp_path, drawn):
     before = sorted(path.stat().st_mtime_ns for path in folder.rglob("*.png"))
     write_offline_task(tmp_path, "digits")
     assert before == sorted(path.stat().st_mtime_ns for path in folder.rglob("*.png"))
+
+
+def test_several_processes_at_once(tmp_path, monkeypatch):
+    drawings = []
+    small = {split: (np.zeros((2, 8, 8), np.uint8), np.array([0, 1])) for split in ("train", "val", "test")}
+    monkeypatch.setattr(offline_tasks, "draw_task", lambda task: drawings.append(task) or time.sleep(0.1) or small)
+    with ThreadPoolExecutor(4) as pool:
+        folders = set(pool.map(lambda _: write_offline_task(tmp_path, "digits"), range(4)))
+    assert folders == {tmp_path / "digits"} and len(drawings) == 1
 
 
 def test_unknown_task(tmp_path):

@@ -13,11 +13,13 @@ from peft_heads.heads.layout import HeadLayout, ProjectionLayout
     "module",
     [
         "heads.layout",
+        "heads.blocks",
         "heads.maskable",
         "heads.renames",
         "heads.scores",
         "heads.selection",
-        "tuners.head_masked_lora.state_dict",
+        "rescaling",
+        "tuners.saved_keys",
     ],
 )
 def test_doctests(module):

@@ -17,6 +17,7 @@ from transformers import AutoModelForImageClassification, Trainer, TrainerCallba
 
 from peft_heads import (
     HeadMaskedLoraConfig,
+    RLRRConfig,
     TaylorHeadScorer,
     get_head_masks,
     load_image_classifier,
@@ -51,6 +52,12 @@ def push():
 
     stock = get_peft_model(base(), LoraConfig(target_modules=tiny.now(["q_proj"]), modules_to_save=["classifier"]))
     stock.push_to_hub("me/stock")
+
+    rlrr = get_peft_model(base(id2label=LABELS), RLRRConfig(ne=1))
+    set_image_processor(rlrr, processor)
+    set_head_masks(rlrr, tiny.masks_off(rlrr, 4))
+    rlrr.push_to_hub("me/rlrr")
+    results["rlrr"] = outcome(rlrr)
 
     with tempfile.TemporaryDirectory() as folder:  # no name for a base model on the Hub
         tiny.make("vit").save_pretrained(folder)
@@ -90,6 +97,7 @@ def load():
     for name, repository, kwargs in (
         ("classifier", "me/my-adapter", {}),
         ("classifier v1", "me/my-adapter", {"revision": "v1"}),
+        ("classifier rlrr", "me/rlrr", {}),
         ("classifier trained", "me/trained", {}),
         ("classifier during training", "me/trained", {"revision": "end-of-train"}),
         ("classifier of a checkpoint", "me/trained", {"subfolder": "last-checkpoint"}),

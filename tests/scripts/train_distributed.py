@@ -2,7 +2,8 @@
 
 Layouts that run through Trainer: `ddp` (also for one process), `zero1`, `zero2`, `zero3` (DeepSpeed). In a plain loop:
 `loop` (gradients averaged by hand; also for one process), `fsdp2` (every block a unit), `fsdp2-units` (every trained
-linear layer a unit as well, as PEFT's wrapping policy has it).
+linear layer a unit as well, as PEFT's wrapping policy has it). Options: `method` (`head-masked-lora`, `rlrr`), `ne`,
+`config`, and those of the layout.
 
 Every rank writes `rank<N>.json`; the scores are in `head_scores.json`, or for a plain loop in the ranks' files.
 """
@@ -23,7 +24,7 @@ from peft import get_peft_model
 from torch import distributed as dist
 from transformers import Trainer, TrainingArguments
 
-from peft_heads import HeadMaskedLoraConfig, HeadScorer, TaylorHeadScorer, adapter_files, get_head_masks
+from peft_heads import HeadMaskedLoraConfig, HeadScorer, RLRRConfig, TaylorHeadScorer, adapter_files, get_head_masks
 
 
 torch.set_num_threads(1)
@@ -32,7 +33,10 @@ GLOBAL_BATCH, STEPS, SELECT_AT = 8, 6, 3
 
 def main(folder, layout, **options):
     ne = options.pop("ne", 2)
-    config = HeadMaskedLoraConfig(ne=ne, **options.pop("config", {}))
+    config_class = {"head-masked-lora": HeadMaskedLoraConfig, "rlrr": RLRRConfig}[
+        options.pop("method", "head-masked-lora")
+    ]
+    config = config_class(ne=ne, **options.pop("config", {}))
     model = get_peft_model(tiny.make("vit"), config)
     written = []
     write = adapter_files.write_atomically

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Literal
 
 from peft import LoraConfig, PeftConfig
-from peft.utils import CONFIG_NAME, PeftType
+from peft.utils import PeftType
 
 from ..._compat import add_peft_type
-from ...adapter_files import AdapterFiles, find_labels, read_settings
+from ...adapter_files import HEAD_MASKED_LORA_CARD
 from ...heads.layout import ProjectionLayout
-from ...heads.scores import CRITERIA
-from ...heads.selection import GRANULARITIES, check_head_count
+from ...heads.scores import Criterion
 from ...quantization import BITS
 from ..quantizer import WeightQuantizer
+from ..saved_config import SavedConfig, check_file, source_of
 
 
 MASK_SCOPES = ("adapter", "head")
@@ -58,7 +58,7 @@ FULL_PRECISION = 32
 
 
 @dataclass
-class HeadMaskedLoraConfig(LoraConfig):
+class HeadMaskedLoraConfig(SavedConfig, LoraConfig):
     """Configuration of a [`HeadMaskedLoraModel`]: LoRA whose update is switched off, head by head.
 
     Says *what* is deactivated and is saved with the adapter; *when* is said by [`TaylorHeadScorer`]. Everything that
@@ -124,9 +124,9 @@ class HeadMaskedLoraConfig(LoraConfig):
         default="global", metadata={"help": "Deactivate the same heads in all layers, or choose in each layer."}
     )
     joint: bool = field(default=True, metadata={"help": "Whether q and v of a layer share one mask."})
-    criterion: Literal[
-        "absolute", "positive", "negative", "weight_norm", "grad_norm", "random", "front", "most_responsive"
-    ] = field(default="absolute", metadata={"help": "How the responsiveness of a head is measured."})
+    criterion: Criterion = field(
+        default="absolute", metadata={"help": "How the responsiveness of a head is measured."}
+    )
     mask_scope: Literal["adapter", "head"] = field(
         default="adapter", metadata={"help": "Zero the head's part of the update, or the head's whole output."}
     )
@@ -148,31 +148,23 @@ class HeadMaskedLoraConfig(LoraConfig):
     )
     packed: bool = field(default=False, metadata={"help": "Set by pack_adapter: codes are saved, a byte for eight."})
 
+    card = HEAD_MASKED_LORA_CARD
+
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = add_peft_type("HEAD_MASKED_LORA")
-        # Not fields, hence not saved: what `save_pretrained` writes beside the configuration (filled when the weights
-        # are collected), `{module name: heads}` of the model's projections (filled when the model is known), and where
-        # a saved configuration comes from.
-        self.adapter_files = AdapterFiles()
+        self.begin_files()
+        # Not a field, hence not saved: `{module name: heads}` of the model's projections, filled when the model is known.
         self.head_layouts: dict[str, ProjectionLayout] = {}
-        self.source: dict[str, Any] | None = None
         # The one quantiser that all layers of the adapter share, while it is on a model.
         self.quantizer: WeightQuantizer | None = None
 
         if self.ne is None and self.ratio is None:
             self.ne = 1
-        check_head_count(self.ne, self.ratio)
-        for name, allowed in (("granularity", GRANULARITIES), ("criterion", CRITERIA), ("mask_scope", MASK_SCOPES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        self.check_heads()
+        self.check_choice("mask_scope", MASK_SCOPES)
         if not isinstance(self.fused_parts, str) or self.fused_parts not in FUSED_PARTS:
             raise ValueError(f"fused_parts must be one of {', '.join(FUSED_PARTS)}; got {self.fused_parts!r}")
-        numbers = self.num_heads.values() if isinstance(self.num_heads, dict) else [self.num_heads]
-        if self.num_heads is not None and not all(type(n) is int and n > 0 for n in numbers):
-            raise ValueError(
-                f"num_heads must be a positive integer, or one per module pattern; got {self.num_heads!r}"
-            )
         for name in ("adapter_bits", "classifier_bits"):
             if type(getattr(self, name)) is not int or getattr(self, name) not in (*BITS, FULL_PRECISION):
                 allowed = ", ".join(map(str, (*BITS, FULL_PRECISION)))
@@ -181,11 +173,6 @@ class HeadMaskedLoraConfig(LoraConfig):
         if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
             raise ValueError(f"bottleneck_dropout must be in [0, 1); got {dropout!r}")
         self.check_compatible()
-
-    @property
-    def masks_heads(self) -> bool:
-        """Whether heads are going to be deactivated: False for `ne=0` and `ratio=0`, which are plain LoRA."""
-        return bool(self.ne or self.ratio)
 
     @property
     def quantizes(self) -> bool:
@@ -216,25 +203,6 @@ class HeadMaskedLoraConfig(LoraConfig):
     def init_weights(self, value):
         self.init_lora_weights = value
 
-    def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """Save the configuration and, beside it, the model card, the labels and the image processor.
-
-        `PeftModel.save_pretrained` calls this last, after the weights, which makes it the place where a method from
-        outside PEFT can write files of its own.
-        """
-        super().save_pretrained(save_directory, **kwargs)
-        self.adapter_files.write(save_directory, self)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
-        """As PEFT's; labels come along, so that they can follow the active adapter, and where the weights are."""
-        _check_file(pretrained_model_name_or_path, subfolder)
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        if isinstance(config, HeadMaskedLoraConfig):
-            config.source = _source(cls, pretrained_model_name_or_path, subfolder, kwargs)
-            config.adapter_files.labels_in_file = find_labels(**config.source)
-        return config
-
     @classmethod
     def from_lora(cls, model_id: str | os.PathLike, **kwargs) -> HeadMaskedLoraConfig:
         """The configuration of a stock LoRA adapter, as one of ours with `ne=0`.
@@ -249,7 +217,7 @@ class HeadMaskedLoraConfig(LoraConfig):
         Raises:
             ValueError: The adapter is not a stock LoRA adapter.
         """
-        _check_file(model_id, kwargs.get("subfolder"))
+        check_file(model_id, kwargs.get("subfolder"))
         lora = PeftConfig.from_pretrained(os.fspath(model_id), **kwargs)
         if lora.peft_type != PeftType.LORA:
             raise ValueError(f"{model_id} holds an adapter of type {lora.peft_type.value}, not a LORA adapter")
@@ -257,7 +225,7 @@ class HeadMaskedLoraConfig(LoraConfig):
         # None would be read as "find the classification head", which a stock adapter then does not hold
         lora.modules_to_save = lora.modules_to_save or []
         config = cls(ne=0, fused_parts="qkv", **{name: getattr(lora, name) for name in names})
-        config.source = _source(cls, model_id, kwargs.pop("subfolder", None), kwargs)
+        config.source = source_of(cls, model_id, kwargs.pop("subfolder", None), kwargs)
         return config
 
     def check_compatible(self, freezes_rows: bool = False) -> None:
@@ -331,18 +299,3 @@ def check_hotswap(old: PeftConfig, new: PeftConfig) -> None:
         )
     if getattr(old, "quantizer", None) is not None:
         old.quantizer.forget()  # PEFT writes the new weights where the old ones were
-
-
-def _check_file(path_or_repo: str | os.PathLike, subfolder: str | None) -> None:
-    """Raise ValueError for a damaged file; PEFT's error does not name it."""
-    folder = os.path.join(path_or_repo, subfolder or "")
-    if os.path.isfile(os.path.join(folder, CONFIG_NAME)):
-        read_settings(folder)
-
-
-def _source(
-    config_class: type[PeftConfig], path_or_repo: str | os.PathLike, subfolder: str | None, kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """Where an adapter's files are, as arguments of `hf_hub_download`."""
-    download_kwargs, _, _ = config_class._split_kwargs(kwargs)
-    return {"path_or_repo": os.fspath(path_or_repo), "subfolder": subfolder, **download_kwargs}

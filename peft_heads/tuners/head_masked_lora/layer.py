@@ -14,25 +14,14 @@ from peft.utils.other import transpose
 from torch import nn
 
 from ...heads.layout import ProjectionLayout
-from ...heads.maskable import check_mask
 from ...sharding import on_gradient
+from ..head_mask import HeadMask, HeadMaskedLayer
 from ..quantizer import WeightQuantizer
 from .config import FULL_PRECISION, HeadMaskedLoraConfig
 
 
 # The up-projection of a k-bit adapter (Bi-LoRA): a normal that is cut off. Zeros would have no deviation.
 UP_STD, UP_LIMIT = 0.001, 0.002
-
-
-class HeadMask(nn.Module):
-    """The one home of a mask: a persistent buffer, bool (num_heads,), True = active.
-
-    On a fused projection it holds the heads of all adapted parts, one part after the other.
-    """
-
-    def __init__(self, num_heads: int) -> None:
-        super().__init__()
-        self.register_buffer("mask", torch.ones(num_heads, dtype=torch.bool))
 
 
 class HeadMaskVariant(LoraVariant):
@@ -118,7 +107,7 @@ class HeadMaskVariant(LoraVariant):
         return orig_weight.data - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
 
 
-class HeadMaskedLinear(Linear):
+class HeadMaskedLinear(HeadMaskedLayer, Linear):
     """LoRA on a query, key or value projection, with one binary mask entry per attention head.
 
     From the moment a head is deactivated its part of the update is exactly zero: in the forward pass, in
@@ -131,6 +120,7 @@ class HeadMaskedLinear(Linear):
     An adapter with `ne=0`, in full precision, has no mask here and takes stock LoRA's path.
     """
 
+    head_masks_name = "lora_head_mask"
     # All names of other parameters that may contain adapter-related parameters
     other_param_names: tuple[str, ...] = (
         *Linear.other_param_names,
@@ -217,21 +207,6 @@ class HeadMaskedLinear(Linear):
     def _is_quantized(self, adapter_name: str, param: nn.Parameter) -> bool:
         return adapter_name in self.lora_quantizer and param is self.lora_B[adapter_name].weight
 
-    def get_head_mask(self, adapter_name: str) -> torch.Tensor:
-        if adapter_name not in self.lora_head_mask:
-            return torch.ones(self.head_layout[adapter_name].num_heads, dtype=torch.bool)
-        return self.lora_head_mask[adapter_name].mask
-
-    def set_head_mask(self, adapter_name: str, mask: torch.Tensor) -> None:
-        check_mask(type(self).__name__, mask, self.head_layout[adapter_name].num_heads)
-        if adapter_name not in self.lora_head_mask:
-            raise ValueError(
-                f"adapter {adapter_name!r} was created with ne=0 and carries no head masks; create it with ne ≥ 1"
-            )
-        if adapter_name in self.merged_adapters:
-            raise ValueError(f"adapter {adapter_name!r} is merged; call unmerge_adapter() before changing its masks")
-        self.lora_head_mask[adapter_name].mask.copy_(mask)
-
     def mask_rows(self, adapter_name: str, rows: torch.Tensor) -> torch.Tensor:
         """`rows` (out, ...) with the rows that the adapter must not change replaced by zero."""
         if adapter_name not in self.lora_head_mask:
@@ -241,10 +216,6 @@ class HeadMaskedLinear(Linear):
     def active_rows(self, adapter_name: str) -> torch.Tensor:
         """bool (out,), True = the adapter may change the row."""
         return self.head_layout[adapter_name].active_rows(self.get_head_mask(adapter_name))
-
-    def deactivated_rows(self, adapter_name: str) -> torch.Tensor:
-        """bool (out,), True = the row belongs to a deactivated head."""
-        return self.head_layout[adapter_name].deactivated_rows(self.get_head_mask(adapter_name))
 
     # Everything that merges rests on the delta weight and, for what PEFT adds outside of it (DoRA's magnitude,
     # lora_B's bias), on restoring the rows of deactivated heads.

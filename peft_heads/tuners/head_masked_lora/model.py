@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,38 +13,20 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..._compat import expand_all_linear
-from ...adapter_files import AdapterFiles
-from ...heads.maskable import read_masks
 from ...heads.resolve import default_targets, named_targets, task_head_names
 from ...sharding import whole
+from ..labelled import LabelledTuner
 from ..quantizer import WeightQuantizer
-from ..task_heads import (
-    check_mixed_batch,
-    check_quantizable,
-    default_labels,
-    fit_task_heads,
-    get_labels,
-    quantize_task_heads,
-    set_labels,
-    settle_task_heads,
-)
+from ..saved_keys import follow_file, is_adapter_key, rename_modules
+from ..task_heads import check_quantizable, quantize_task_heads, settle_task_heads
 from .config import FULL_PRECISION, HeadMaskedLoraConfig
 from .layer import HeadMaskedLinear
 from .packed import is_packed, read_packed, write_packed
-from .state_dict import (
-    BASE,
-    check_state_dict,
-    is_lora_key,
-    make_plain_lora,
-    masked_layers,
-    module_of,
-    rename_modules,
-    saved_keys,
-)
-from .targets import find_head_layouts, follow_renames, module_patterns, unknown_architecture
+from .state_dict import check_state_dict, make_plain_lora
+from .targets import find_head_layouts, unknown_architecture
 
 
-class HeadMaskedLoraModel(LoraModel):
+class HeadMaskedLoraModel(LabelledTuner, LoraModel):
     """LoRA with a binary mask per attention head, created from a pre-trained vision transformer.
 
     Query, key and value projections get a [`HeadMaskedLinear`]; other targets (MLP, output projection, convolution)
@@ -71,18 +51,11 @@ class HeadMaskedLoraModel(LoraModel):
     """
 
     def _prepare_adapter_config(self, peft_config: HeadMaskedLoraConfig, model_config: dict) -> HeadMaskedLoraConfig:
-        if not hasattr(self, "base_labels"):
-            self.base_labels = get_labels(self.model)
-            self.adapter_labels: dict[str, dict[int, str] | None] = {}
-            self._labels_of: str | None = None  # the adapter whose labels the model's configuration shows
-        if sum(config is peft_config for config in self.peft_config.values()) == 1:
-            # what another model has left in a configuration that serves a second time is not this one's
-            peft_config.adapter_files = AdapterFiles(labels_in_file=peft_config.adapter_files.labels_in_file)
+        self.begin_adapter(peft_config)
         # of a configuration that comes from no file there are no codes to be read
         peft_config.packed = peft_config.packed and peft_config.source is not None
         if peft_config.source is not None:
-            self._follow_renames(peft_config)
-            peft_config.source = None  # read; the folder may be gone when the configuration serves again
+            follow_file(peft_config, self.model)
         if peft_config.target_modules is None and not peft_config.target_parameters:
             # PEFT's own table of defaults is asked for architectures without a recognisable attention layer
             peft_config.target_modules = set(self._default_targets(peft_config)) or None
@@ -121,21 +94,6 @@ class HeadMaskedLoraModel(LoraModel):
         by_ending = copy.copy(peft_config)
         by_ending.target_modules = {name.rpartition(".")[2] for name in names}
         return [name for name in names if "." not in name or self._check_target_module_exists(by_ending, name)]
-
-    def _follow_renames(self, peft_config: HeadMaskedLoraConfig) -> None:
-        keys = saved_keys(**peft_config.source)
-        adapted = list(dict.fromkeys(module_of(key) for key in keys if is_lora_key(key)))
-        trained = list(dict.fromkeys(module_of(key) for key in keys if not is_lora_key(key)))
-        in_full = tuple(peft_config.modules_to_save or ())  # the ends of names
-        renamed = follow_renames(peft_config, adapted, trained, self.model)
-        moved = [name for name in trained if name in renamed and name.endswith(in_full)]
-        if moved:
-            # PEFT looks them up in the file before a tuner can say what they are called there
-            raise ValueError(
-                f"the adapter trains modules whose names transformers has changed: {module_patterns(moved)} (now "
-                f"{module_patterns(renamed[name] for name in moved)}); rewrite the adapter with `peft-heads migrate "
-                f"{peft_config.source['path_or_repo']}`"
-            )
 
     def _create_and_replace(
         self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs: Any
@@ -182,50 +140,6 @@ class HeadMaskedLoraModel(LoraModel):
                 "exclude the module, or pass adapter_bits=32, bottleneck_dropout=0"
             )
         return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Set the active adapter(s); the model's labels become those of the adapter, or of the first of them."""
-        self._remember_labels()
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
-        self._show_labels()
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        self._remember_labels()
-        super().delete_adapter(adapter_name)
-        self.adapter_labels.pop(adapter_name, None)
-        self._show_labels()
-
-    def disable_adapter_layers(self) -> None:
-        self._remember_labels()
-        super().disable_adapter_layers()
-        self._labels_of = None
-        set_labels(self.model, self.base_labels)
-
-    def enable_adapter_layers(self) -> None:
-        super().enable_adapter_layers()
-        if self._labels_of is None:
-            self._show_labels()
-
-    def _remember_labels(self) -> None:
-        """Before others are shown: the model's labels may have been renamed since the adapter's were."""
-        shown = self.peft_config.get(self._labels_of)
-        if shown is not None and shown.modules_to_save:
-            self.adapter_labels[self._labels_of] = get_labels(self.model)
-
-    def _show_labels(self) -> None:
-        """Let the model's configuration name the classes of the first active adapter, if it has a head of its own."""
-        self._labels_of = next(iter(self.active_adapters), None)
-        shown = self.peft_config.get(self._labels_of)
-        if shown is not None:
-            own = self.adapter_labels.get(self._labels_of) if shown.modules_to_save else None
-            set_labels(self.model, own or self.base_labels)
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names"):
-            check_mixed_batch(self.model, kwargs["adapter_names"])
-        with super()._enable_peft_forward_hooks(*args, **kwargs):
-            yield
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
@@ -276,22 +190,14 @@ class HeadMaskedLoraModel(LoraModel):
         # Parts of a sharded model, unless the caller has put them together. In place: PEFT goes on to take what is
         # trained in full from the same dict.
         in_full = f".modules_to_save.{adapter_name}."
-        state_dict |= {key: whole(value) for key, value in state_dict.items() if is_lora_key(key) or in_full in key}
+        state_dict |= {key: whole(value) for key, value in state_dict.items() if is_adapter_key(key) or in_full in key}
         to_return = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         to_return = {key: whole(value) for key, value in to_return.items()}  # biases of the base model
         make_plain_lora(model, adapter_name, to_return, state_dict)
         config.packed = is_packed(model, adapter_name, state_dict)
         if config.packed:
             write_packed(model, adapter_name, to_return, state_dict)
-        layers = {name.removeprefix(BASE): x for name, x in masked_layers(model, adapter_name)}
-        base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        config.adapter_files.masks = read_masks(layers, adapter_name)
-        config.adapter_files.model_class = type(base_model).__name__
-        tuner = getattr(model, "base_model", None)
-        if getattr(tuner, "_labels_of", adapter_name) == adapter_name:
-            config.adapter_files.id2label = get_labels(base_model)
-        else:
-            config.adapter_files.id2label = tuner.adapter_labels.get(adapter_name)
+        cls.describe_for_files(model, config, adapter_name)
         return to_return
 
     @classmethod
@@ -299,18 +205,7 @@ class HeadMaskedLoraModel(LoraModel):
         state_dict = rename_modules(model, state_dict)
         state_dict, config.packed = read_packed(model, adapter_name, state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        num_labels = fit_task_heads(model, adapter_name, remapped)
-        # with the weights they come into force, once: labels that are given later are not overwritten
-        labels, config.adapter_files.labels_in_file = config.adapter_files.labels_in_file, None
-        if num_labels is not None and len(labels or {}) != num_labels:
-            labels = default_labels(num_labels)
-        tuner = getattr(model, "base_model", None)
-        if labels and isinstance(tuner, HeadMaskedLoraModel):
-            tuner.adapter_labels[adapter_name] = labels
-            if tuner._labels_of == adapter_name:
-                tuner._show_labels()
-        elif num_labels is not None:  # injected, without a PeftModel around it
-            set_labels(model, labels)
+        cls.take_heads_and_labels(model, config, adapter_name, remapped)
         check_state_dict(model, config, adapter_name, remapped)
         return remapped
 

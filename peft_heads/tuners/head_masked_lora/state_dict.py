@@ -2,100 +2,15 @@
 
 from __future__ import annotations
 
-import re
-import warnings
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
-
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ...heads.maskable import check_mask, deactivated_heads
-from ...heads.renames import match_renamed
-from ...heads.resolve import named_targets
 from ...sharding import whole
+from ..head_mask import masked_layers
 from ..task_heads import QuantizedLinear
 from .config import HeadMaskedLoraConfig
 from .layer import HeadMaskedLinear
-from .targets import module_patterns
-
-
-BASE = "base_model.model."
-
-
-def masked_layers(model: nn.Module, adapter_name: str) -> list[tuple[str, HeadMaskedLinear]]:
-    """`(name in the model's state dict, layer)` of the layers that carry a mask for the adapter."""
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, HeadMaskedLinear) and adapter_name in module.lora_head_mask
-    ]
-
-
-def saved_keys(path_or_repo: str, subfolder: str | None = None, **download_kwargs: Any) -> list[str]:
-    """Keys of an adapter's weights; empty where there is no safetensors file."""
-    path = Path(path_or_repo, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
-    if not path.parent.is_dir():
-        try:  # PEFT is going to ask for the same file
-            path = hf_hub_download(path_or_repo, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **download_kwargs)
-        except (EntryNotFoundError, LocalEntryNotFoundError):
-            return []
-    elif not path.exists():
-        return []
-    try:
-        with safe_open(path, "pt") as file:
-            return list(file.keys())
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
-
-
-def module_of(key: str) -> str:
-    """The base model's module that a key of an adapter's file belongs to.
-
-    Example:
-        >>> module_of("base_model.model.vit.layers.0.attention.q_proj.lora_A.weight")
-        'vit.layers.0.attention.q_proj'
-        >>> module_of("base_model.model.classifier.bias")
-        'classifier'
-    """
-    name = key.removeprefix(BASE)
-    # what PEFT puts inside of a module, and the module's own parameters
-    inside = re.search(r"\.(lora_|base_layer\.|modules_to_save\.)|\.[^.]*$", name)
-    return name[: inside.start()] if inside else ""
-
-
-def is_lora_key(key: str) -> bool:
-    return ".lora_" in key
-
-
-def renamed_keys(keys: Iterable[str], present: list[str]) -> dict[str, str]:
-    """`{key: key}` of a file's weights, by the names that the model has for their modules.
-
-    Args:
-        keys: Keys of the file.
-        present: Names of the model's modules.
-    """
-    keys = list(keys)
-    renamed = match_renamed(dict.fromkeys(map(module_of, keys)), present)
-    return {key: key.replace(module_of(key), renamed.get(module_of(key), module_of(key)), 1) for key in keys}
-
-
-def rename_modules(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A file's weights by the names that their modules have in the model; warns of modules that it has not."""
-    present = [name.removeprefix(BASE) for name, _ in named_targets(model)]
-    keys = renamed_keys(state_dict, present)
-    unknown = {module_of(key) for key in keys.values() if is_lora_key(key)} - set(present)
-    if unknown:
-        warnings.warn(
-            f"the adapter file has weights for modules that the model has under no known name, which are ignored: "
-            f"{module_patterns(sorted(unknown))}"
-        )
-    return {keys[key]: value for key, value in state_dict.items()}
 
 
 def make_plain_lora(

@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Iterable
 
-from peft import LoraConfig
 from torch import nn
 
 from ...heads.layout import ProjectionLayout
-from ...heads.renames import match_renamed
 from ...heads.resolve import (
     FUSED_PROJECTIONS,
     NUM_HEADS_ATTRIBUTES,
     PROJECTION_ROLES,
-    bypassed_projections,
     interleaved_projections,
-    matches_pattern,
-    named_targets,
     resolve_heads,
-    shortest_names,
 )
-from ...heads.selection import groups_kept_whole, plan_groups
+from ..targets import check_called, check_head_groups, module_patterns
 from .config import HeadMaskedLoraConfig
-
-
-# Options whose values may be names of modules, beside `target_modules`.
-NAME_PATTERNS = ("rank_pattern", "alpha_pattern", "num_heads")
-NAME_FILTERS = ("exclude_modules", "layers_to_transform", "layers_pattern")
-RENAMED_OPTIONS = (*NAME_PATTERNS, *NAME_FILTERS, "modules_to_save")
 
 
 def unknown_architecture(model: nn.Module) -> ValueError:
@@ -42,46 +28,6 @@ def unknown_architecture(model: nn.Module) -> ValueError:
         "and value projections and their heads yourself, e.g. "
         'HeadMaskedLoraConfig(target_modules=["to_q", "to_v"], num_heads={"to_q": 12, "to_v": 12})'
     )
-
-
-def follow_renames(config: LoraConfig, adapted: list[str], trained: list[str], model: nn.Module) -> dict[str, str]:
-    """Let the configuration of a saved adapter mean the same modules in a model that names them otherwise.
-
-    Which modules the adapter has is read from its file, so that every way of saying it (lists, patterns, layers,
-    exclusions) comes out right; the names that are written into `config` are the model's.
-
-    Args:
-        config: A configuration as it was saved.
-        adapted: The modules that the adapter's file has LoRA weights for.
-        trained: The modules that it has in full (`modules_to_save`).
-        model: The base model.
-
-    Returns:
-        `{old name: new name}` of the modules that are renamed.
-    """
-    renamed = match_renamed([*adapted, *trained], [name for name, _ in named_targets(model)])
-    names = {name: renamed.get(name, name) for name in adapted}
-    if any(name in renamed for name in adapted):
-        config.target_modules = set(shortest_names(list(names.values()), model))
-        for option in NAME_FILTERS:  # the modules are named one by one now
-            setattr(config, option, None)
-        for option in NAME_PATTERNS:
-            patterns = getattr(config, option, None)
-            if isinstance(patterns, dict):
-                values = {}
-                for old, new in names.items():
-                    # the new names stand there already if a migration was interrupted
-                    keys = [key for name in (old, new) for key in patterns if matches_pattern(key, name)]
-                    if keys:
-                        values[new] = patterns[keys[0]]
-                setattr(config, option, values)
-    if config.modules_to_save:
-        entries = []
-        for entry in config.modules_to_save:  # the ends of names
-            now = [renamed[name] for name in trained if name in renamed and name.endswith(entry)]
-            entries += [entry] if all(name.endswith(entry) for name in now) else now
-        config.modules_to_save = entries
-    return renamed
 
 
 def find_head_layouts(
@@ -98,13 +44,7 @@ def find_head_layouts(
         ValueError: The adapter could not work as its configuration says.
     """
     layouts = resolve_heads(model, config.num_heads, config.fused_parts)
-    bypassed = [name for name in bypassed_projections(model) if name in targets]
-    if bypassed:
-        raise ValueError(
-            f"{module_patterns(bypassed)}: the attention layer reads the weight of this projection instead of calling "
-            "it, because it keeps a bias of its own, so that no adapter can work there. With timm, set "
-            "qkv_bias_separate = True on each of these attention layers first; the outputs stay the same"
-        )
+    check_called(model, targets)
     # again, and with what is known of the model: options may have been set since the configuration was made
     config.check_compatible(freezes_rows=any(not layouts[n].covers_all_rows for n in targets if n in layouts))
     interleaved = [name for name in interleaved_projections(model) if name in targets and name in layouts]
@@ -118,11 +58,6 @@ def find_head_layouts(
         _check_parameters(config, layouts)
         _check_targets(config, layouts, targets)
     return layouts
-
-
-def module_patterns(names: Iterable[str]) -> str:
-    """Module names with layer numbers folded: `vit.layers.*.attention.q_proj`."""
-    return ", ".join(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names))
 
 
 def _check_parameters(config: HeadMaskedLoraConfig, layouts: dict[str, ProjectionLayout]) -> None:
@@ -139,30 +74,9 @@ def _check_parameters(config: HeadMaskedLoraConfig, layouts: dict[str, Projectio
 
 
 def _check_targets(config: HeadMaskedLoraConfig, layouts: dict[str, ProjectionLayout], targets: list[str]) -> None:
-    if not any(name in layouts for name in targets):
-        raise ValueError(
-            "no target has attention heads, so there is nothing to deactivate. "
-            f"Targets: {module_patterns(targets) or 'none'}. Projections with heads in this model: "
-            f"{module_patterns(layouts) or 'none found'}. Target those; where heads are not found, say how many there "
-            'are, e.g. num_heads=12 or num_heads={"to_q": 12}; or pass ne=0 for plain LoRA'
-        )
+    check_head_groups(config, layouts, targets)
     headless = [name for name in targets if name not in layouts]
     if headless:
         warnings.warn(
             f"these targets have no attention heads and get a plain LoRA layer, never masked: {module_patterns(headless)}"
         )
-    targeted = {name: layout for name, layout in layouts.items() if name in targets}
-    groups = plan_groups(
-        {key: part for name, layout in targeted.items() for key, part in layout.named_parts(name).items()},
-        ne=config.ne,
-        ratio=config.ratio,
-        granularity=config.granularity,
-        joint=config.joint,
-    )
-    kept = groups_kept_whole(groups, config.ne)
-    if kept:
-        warnings.warn(kept)
-    patterns = config.num_heads if isinstance(config.num_heads, dict) else {}
-    unmatched = [pattern for pattern in patterns if not any(matches_pattern(pattern, name) for name in targets)]
-    if unmatched:
-        warnings.warn(f"these num_heads keys did not match any target and were ignored: {', '.join(unmatched)}")

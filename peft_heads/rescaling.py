@@ -1,0 +1,259 @@
+"""Residual low-rank rescaling: the mathematics, on plain tensors.
+
+A frozen matrix `W` (out, in) acts as
+
+    W' = W + (S_out S_in) ⊙ W        S_out (out, r), S_in (r, in)
+
+The constant 1 in `(1 + S_out S_in) ⊙ W` is the *residual*. Without it `W' = (S_out S_in) ⊙ W`; without the frozen
+weight in the term `W' = W + S_out S_in`, which is LoRA. With one factor alone the other is a row or column of ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+
+@dataclass(frozen=True)
+class Rescaling:
+    """Which of the variants.
+
+    Attributes:
+        residual: Whether the frozen weight stays beside the rescaled one.
+        rescale_weight: Whether the product of the factors multiplies the frozen weight; otherwise it is added to it.
+    """
+
+    residual: bool = True
+    rescale_weight: bool = True
+
+
+def factor_product(left: torch.Tensor | None, right: torch.Tensor | None) -> torch.Tensor:
+    """`S_out S_in`, (out, in); of one factor alone (out, 1) or (1, in), to be broadcast.
+
+    Args:
+        left: `S_out` (out, r), or None.
+        right: `S_in` (r, in), or None.
+    """
+    if right is None:
+        return left.sum(dim=1, keepdim=True)
+    if left is None:
+        return right.sum(dim=0, keepdim=True)
+    return left * right if left.shape[1] == 1 else left @ right
+
+
+def rescale(
+    weight: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None, variant: Rescaling
+) -> torch.Tensor:
+    """The matrix `W'` by which a layer acts, (out, in), in the wider of the dtypes.
+
+    A row for which `S_out` is zero comes back unchanged bit for bit, if there is a residual.
+
+    Example:
+        >>> W = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> rescale(W, torch.tensor([[1.0], [0.0]]), torch.tensor([[0.5, 10.0]]), Rescaling()).tolist()
+        [[1.5, 22.0], [3.0, 4.0]]
+    """
+    product = factor_product(left, right)
+    weight = weight.to(torch.promote_types(weight.dtype, product.dtype))
+    if not variant.rescale_weight:
+        return weight + product
+    return torch.addcmul(weight, product, weight) if variant.residual else product * weight
+
+
+def delta(
+    weight: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None, variant: Rescaling
+) -> torch.Tensor:
+    """`W' - W`, what is added to the frozen matrix."""
+    product = factor_product(left, right)
+    weight = weight.to(torch.promote_types(weight.dtype, product.dtype))
+    if not variant.rescale_weight:
+        return product.expand_as(weight)
+    return product * weight if variant.residual else product * weight - weight
+
+
+def factor_gradients(
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    left: torch.Tensor | None,
+    right: torch.Tensor | None,
+    variant: Rescaling,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of the factors from that of `W'`, which is overwritten.
+
+    Args:
+        grad: (out, in), the gradient with respect to `W'`; used as working memory.
+        weight: `W`, (out, in).
+        left: `S_out` (out, r), or None.
+        right: `S_in` (r, in), or None.
+        variant: Which variant.
+
+    Returns:
+        (out, r) and (r, in), None for a factor that is not there, in the factors' dtypes.
+    """
+    factor = left if left is not None else right
+    wide = torch.promote_types(grad.dtype, factor.dtype)
+    grad = grad.to(wide)
+    if variant.rescale_weight:
+        grad = grad.mul_(weight)  # with respect to S_out S_in
+    if right is None:
+        return grad.sum(dim=1, keepdim=True).to(left.dtype).expand_as(left), None
+    if left is None:
+        return None, grad.sum(dim=0, keepdim=True).to(right.dtype).expand_as(right)
+    return (grad @ right.to(wide).T).to(left.dtype), (left.to(wide).T @ grad).to(right.dtype)
+
+
+def kernel_to_matrix(kernel: torch.Tensor) -> torch.Tensor:
+    """The kernels of a convolution, (out, in, k, k), side by side as a matrix (out·k, in·k).
+
+    Example:
+        >>> kernel_to_matrix(torch.arange(8.0).view(1, 2, 2, 2)).tolist()
+        [[0.0, 1.0, 4.0, 5.0], [2.0, 3.0, 6.0, 7.0]]
+    """
+    out, into, height, width = kernel.shape
+    return kernel.permute(0, 2, 1, 3).reshape(out * height, into * width)
+
+
+def matrix_to_kernel(matrix: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """The inverse of `kernel_to_matrix`: (out·k, in·k) to `shape`, (out, in, k, k)."""
+    out, into, height, width = shape
+    return matrix.view(out, height, into, width).permute(0, 2, 1, 3)
+
+
+class LinearOperation:
+    """`F.linear` as `rescaled_operation` needs it: the operation, its gradients, and its weight as a matrix."""
+
+    def prepare(self, x: torch.Tensor) -> torch.Tensor:
+        """What the operation itself is applied to."""
+        return x
+
+    def matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight
+
+    def weight(self, matrix: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        return matrix
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.linear(x, weight, bias)
+
+    def input_gradient(self, grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return grad @ weight
+
+    def weight_gradient(self, grad: torch.Tensor, x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        return grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+
+    def bias_gradient(self, grad: torch.Tensor) -> torch.Tensor:
+        return grad.reshape(-1, grad.shape[-1]).sum(dim=0)
+
+
+class ConvolutionOperation:
+    """The same for a two-dimensional convolution, whose kernels are laid out as a matrix.
+
+    Args:
+        layer: The frozen layer, of which stride, padding, dilation and groups are taken.
+    """
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        self.settings = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+        self.padding: dict[str, Any] | None = None
+        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):  # as a step of its own
+            mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+            self.padding = {"pad": layer._reversed_padding_repeated_twice, "mode": mode}
+            self.settings["padding"] = 0
+
+    def prepare(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.padding is None else F.pad(x, **self.padding)
+
+    def matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        return kernel_to_matrix(weight)
+
+    def weight(self, matrix: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        return matrix_to_kernel(matrix, shape)
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.conv2d(x, weight, bias, **self.settings)
+
+    def input_gradient(self, grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return nn.grad.conv2d_input(x.shape, weight, grad, **self.settings)
+
+    def weight_gradient(self, grad: torch.Tensor, x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        return nn.grad.conv2d_weight(x, shape, grad, **self.settings)
+
+    def bias_gradient(self, grad: torch.Tensor) -> torch.Tensor:
+        return grad.sum(dim=(0, 2, 3))
+
+
+def rescaled_operation(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    left: torch.Tensor | None,
+    right: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    variant: Rescaling,
+    operation: LinearOperation | ConvolutionOperation,
+) -> torch.Tensor:
+    """`operation(x, W', b + f)` with a frozen weight, of which nothing is kept for the backward pass.
+
+    `W'` is computed again there, and the gradient with respect to it lives only until the factors' are formed from it.
+    The dense product is used rather than two products with `W`, since it needs three matrix products per step instead
+    of four (forward, input gradient, weight gradient).
+
+    Args:
+        x: (…, in), or (batch, in, height, width).
+        weight: The frozen weight, (out, in) or (out, in, k, k).
+        bias: The frozen bias (out,), or None.
+        left: `S_out` (out, r), of a convolution (out·k, r); or None.
+        right: `S_in` (r, in), of a convolution (r, in·k); or None.
+        shift: `f` (out,), or None.
+        variant: Which variant.
+        operation: What is done with the weight.
+    """
+    # What is multiplied is in the dtype of autocast if there is one, else in the weight's; W' is formed in the wider of
+    # the weight's and the factors'.
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    with torch.autocast(device, enabled=False):
+        return _Rescaled.apply(operation.prepare(x).to(dtype), weight, bias, left, right, shift, variant, operation)
+
+
+class _Rescaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, weight, bias, left, right, shift, variant: Rescaling, operation: Any) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, left, right)
+        ctx.variant, ctx.operation, ctx.shift_dtype = variant, operation, None if shift is None else shift.dtype
+        if shift is not None:
+            bias = shift if bias is None else bias + shift
+        return operation(x, _acting_weight(x, weight, left, right, variant, operation), _cast(bias, x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor):
+        x, weight, left, right = ctx.saved_tensors
+        variant, operation = ctx.variant, ctx.operation
+        needs_x, _, _, needs_left, needs_right, needs_shift = ctx.needs_input_grad[:6]
+        of_x = of_left = of_right = of_shift = None
+        with torch.autocast(x.device.type, enabled=False):
+            if needs_x:
+                acting = _acting_weight(x, weight, left, right, variant, operation)
+                of_x = operation.input_gradient(grad, x, acting)
+                del acting
+            if needs_left or needs_right:
+                dense = operation.matrix(operation.weight_gradient(grad, x, weight.shape))
+                of_left, of_right = factor_gradients(dense, operation.matrix(weight), left, right, variant)
+                del dense
+            if needs_shift:
+                of_shift = operation.bias_gradient(grad).to(ctx.shift_dtype)
+        return of_x, None, None, of_left, of_right, of_shift, None, None
+
+
+def _acting_weight(x, weight, left, right, variant: Rescaling, operation: Any) -> torch.Tensor:
+    return operation.weight(rescale(operation.matrix(weight), left, right, variant).to(x.dtype), weight.shape)
+
+
+def _cast(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    return None if tensor is None else tensor.to(dtype)

@@ -1,0 +1,128 @@
+"""What the tuners of our methods have in common: labels and trained heads that follow the active adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..adapter_files import AdapterFiles
+from ..heads.maskable import read_masks
+from .head_mask import masked_layers
+from .saved_config import SavedConfig
+from .saved_keys import BASE
+from .task_heads import check_mixed_batch, default_labels, fit_task_heads, get_labels, set_labels
+
+
+class LabelledTuner:
+    """Mixed into a PEFT tuner, before it.
+
+    Attributes:
+        base_labels: Labels of the base model.
+        adapter_labels: Labels of the adapters that have trained heads, by adapter.
+    """
+
+    base_labels: dict[int, str] | None
+    adapter_labels: dict[str, dict[int, str] | None]
+    _labels_of: str | None  # the adapter whose labels the model's configuration shows
+
+    def begin_adapter(self, peft_config: SavedConfig) -> None:
+        """To be called when a new adapter's configuration is prepared."""
+        if not hasattr(self, "base_labels"):
+            self.base_labels = get_labels(self.model)
+            self.adapter_labels = {}
+            self._labels_of = None
+        if sum(config is peft_config for config in self.peft_config.values()) == 1:
+            # what another model has left in a configuration that serves a second time is not this one's
+            peft_config.adapter_files = AdapterFiles(labels_in_file=peft_config.adapter_files.labels_in_file)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapter(s); the model's labels become those of the adapter, or of the first of them."""
+        self._remember_labels()
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self._show_labels()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self._remember_labels()
+        super().delete_adapter(adapter_name)
+        self.adapter_labels.pop(adapter_name, None)
+        self._show_labels()
+
+    def disable_adapter_layers(self) -> None:
+        self._remember_labels()
+        super().disable_adapter_layers()
+        self._labels_of = None
+        set_labels(self.model, self.base_labels)
+
+    def enable_adapter_layers(self) -> None:
+        super().enable_adapter_layers()
+        if self._labels_of is None:
+            self._show_labels()
+
+    def _remember_labels(self) -> None:
+        """Before others are shown: the model's labels may have been renamed since the adapter's were."""
+        shown = self.peft_config.get(self._labels_of)
+        if shown is not None and shown.modules_to_save:
+            self.adapter_labels[self._labels_of] = get_labels(self.model)
+
+    def _show_labels(self) -> None:
+        """Let the model's configuration name the classes of the first active adapter, if it has a head of its own."""
+        self._labels_of = next(iter(self.active_adapters), None)
+        shown = self.peft_config.get(self._labels_of)
+        if shown is not None:
+            own = self.adapter_labels.get(self._labels_of) if shown.modules_to_save else None
+            set_labels(self.model, own or self.base_labels)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names"):
+            check_mixed_batch(self.model, kwargs["adapter_names"])
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            yield
+
+    @staticmethod
+    def describe_for_files(model: nn.Module, config: SavedConfig, adapter_name: str) -> None:
+        """Note in the configuration what is written beside an adapter's weights.
+
+        Args:
+            model: The model with the adapter in it, with a PeftModel around it or without.
+            config: The adapter's configuration.
+            adapter_name: The adapter.
+        """
+        layers = {name.removeprefix(BASE): layer for name, layer in masked_layers(model, adapter_name)}
+        base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        config.adapter_files.masks = read_masks(layers, adapter_name)
+        config.adapter_files.model_class = type(base_model).__name__
+        tuner = getattr(model, "base_model", None)
+        if getattr(tuner, "_labels_of", adapter_name) == adapter_name:
+            config.adapter_files.id2label = get_labels(base_model)
+        else:
+            config.adapter_files.id2label = tuner.adapter_labels.get(adapter_name)
+
+    @staticmethod
+    def take_heads_and_labels(
+        model: nn.Module, config: SavedConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> None:
+        """Give the adapter's trained heads the sizes, and the model the labels, of a file that is being loaded.
+
+        Args:
+            model: The model with the adapter in it, with a PeftModel around it or without.
+            config: The adapter's configuration.
+            adapter_name: The adapter.
+            state_dict: The weights, by the names they have in the model.
+        """
+        num_labels = fit_task_heads(model, adapter_name, state_dict)
+        # with the weights they come into force, once: labels that are given later are not overwritten
+        labels, config.adapter_files.labels_in_file = config.adapter_files.labels_in_file, None
+        if num_labels is not None and len(labels or {}) != num_labels:
+            labels = default_labels(num_labels)
+        tuner = getattr(model, "base_model", None)
+        if labels and isinstance(tuner, LabelledTuner):
+            tuner.adapter_labels[adapter_name] = labels
+            if tuner._labels_of == adapter_name:
+                tuner._show_labels()
+        elif num_labels is not None:  # injected, without a PeftModel around it
+            set_labels(model, labels)

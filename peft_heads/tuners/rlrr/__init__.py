@@ -1,0 +1,14 @@
+"""RLRR: residual low-rank rescaling."""
+
+from ..._compat import delegate_config_loading, extend_model_card, register_tuner
+from ...adapter_files import update_card
+from .config import RLRRConfig
+from .layer import RLRRConv2d, RLRRLinear, RLRRScale
+from .model import RLRRModel
+
+
+__all__ = ["RLRRConfig", "RLRRConv2d", "RLRRLinear", "RLRRModel", "RLRRScale"]
+
+register_tuner(name="rlrr", config_cls=RLRRConfig, model_cls=RLRRModel)
+delegate_config_loading()
+extend_model_card(update_card)

@@ -1,0 +1,91 @@
+"""Linear combination of several adapters."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+
+from .base_layer import RLRRLayer
+from .config import RLRRConfig
+from .layer import RLRRLinear
+
+
+def check_summands(
+    model: nn.Module, configs: dict[str, RLRRConfig], adapters: list[str], weights: list[float]
+) -> None:
+    """Raise ValueError unless adapters can be combined linearly."""
+    missing = [name for name in adapters if name not in configs]
+    if missing or not adapters:
+        raise ValueError(f"Adapter {', '.join(missing) or '(none given)'} does not exist")
+    if len(adapters) != len(weights):
+        raise ValueError(f"one weight per adapter is needed; got {len(adapters)} adapters, {len(weights)} weights")
+    if not all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in weights):
+        raise ValueError(f"weights must be finite numbers, one per adapter; got {weights}")
+    for option in ("r", "left", "right", "residual", "rescale_weight", "patch_embedding", "shift_without_bias"):
+        values = {name: getattr(configs[name], option) for name in adapters}
+        if len(set(values.values())) > 1:
+            raise ValueError(f"adapters with different {option} cannot be combined: {values}")
+    if not configs[adapters[0]].residual:
+        raise ValueError(
+            "adapters with residual=False cannot be combined: their factors are no change of the weight, but all of it"
+        )
+    for name, wrapper in model.named_modules():
+        if isinstance(wrapper, ModulesToSaveWrapper) and sum(a in wrapper.modules_to_save for a in adapters) > 1:
+            raise ValueError(
+                f"Cannot add weighted adapters if they target the same module with modules_to_save: {name}; pass "
+                "modules_to_save=[], or combine the trained heads yourself"
+            )
+    for name, layer in model.named_modules():
+        if isinstance(layer, RLRRLinear):
+            layouts = {layer.head_layout[a] for a in adapters if a in layer.rlrr_head_mask}
+            if len(layouts) > 1:
+                raise ValueError(
+                    f"adapters with other heads (num_heads) cannot be combined; in {name} they have "
+                    f"{' and '.join(map(str, layouts))}"
+                )
+
+
+def modules_of(model: nn.Module, adapters: list[str]) -> set[str]:
+    """Names of the modules that any of the adapters has."""
+    return {
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, RLRRLayer) and any(layer.has_adapter(adapter) for adapter in adapters)
+    }
+
+
+def copy_heads(model: nn.Module, owner: str, adapter_name: str) -> None:
+    """Give an adapter, which has some of its own, the trained heads of another."""
+    for wrapper in model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper) and owner in wrapper.modules_to_save:
+            own = wrapper.modules_to_save[adapter_name]
+            trained = any(param.requires_grad for param in own.parameters())
+            wrapper.modules_to_save[adapter_name] = copy.deepcopy(wrapper.modules_to_save[owner])
+            wrapper.modules_to_save[adapter_name].requires_grad_(trained)
+
+
+def sum_into(layer: RLRRLayer, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+    """Write the combination of adapters into `adapter_name` of a layer that has it."""
+    summands = [(name, weight) for name, weight in zip(adapters, weights, strict=True) if layer.has_adapter(name)]
+    # what deactivated heads have is not added: zeros in its place change no adapter
+    rows = getattr(layer, "mask_rows", lambda _, tensor: tensor)
+    with torch.no_grad():
+        for key in layer.adapter_layer_names:
+            params = getattr(layer, key)
+            if adapter_name not in params:
+                continue
+            offset = 1 if key == "rlrr_scale" else 0
+            by_head = key in ("rlrr_left", "rlrr_shift")
+            total = torch.full_like(params[adapter_name], offset)
+            for name, weight in summands:
+                if name in params:
+                    tensor = rows(name, params[name]) if by_head else params[name]
+                    total += weight * (tensor - offset)
+            params[adapter_name].copy_(total)
+    masks = [layer.get_head_mask(name) for name, _ in summands if name in layer.head_layout]
+    if adapter_name in layer.rlrr_head_mask and masks:
+        layer.set_head_mask(adapter_name, torch.stack([mask.cpu() for mask in masks]).any(dim=0))

@@ -1,0 +1,91 @@
+"""What the configurations of our methods have in common: which heads are deactivated, and the files beside them."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME
+
+from ..adapter_files import AdapterFiles, CardText, find_labels, read_settings
+from ..heads.scores import CRITERIA
+from ..heads.selection import GRANULARITIES, check_head_count
+
+
+class SavedConfig:
+    """Mixed into a PEFT configuration, before it: model card, labels and image processor come and go with it.
+
+    The configuration has the fields `ne`, `ratio`, `granularity`, `criterion` and `num_heads`.
+
+    The attributes are no fields, hence not saved.
+
+    Attributes:
+        adapter_files: What `save_pretrained` writes beside the configuration, filled when the weights are collected.
+        card: What the model card says of the method.
+        source: Where a saved configuration comes from, as arguments of `hf_hub_download`; None once it was read.
+    """
+
+    card: CardText
+    adapter_files: AdapterFiles
+    source: dict[str, Any] | None
+
+    def begin_files(self) -> None:
+        """Of a new configuration: nothing is known yet."""
+        self.adapter_files = AdapterFiles()
+        self.source = None
+
+    @property
+    def masks_heads(self) -> bool:
+        """Whether heads are going to be deactivated: False for `ne=0` and `ratio=0`."""
+        return bool(self.ne or self.ratio)
+
+    def check_heads(self) -> None:
+        """Raise ValueError unless what says which heads are deactivated is in its range."""
+        check_head_count(self.ne, self.ratio)
+        self.check_choice("granularity", GRANULARITIES)
+        self.check_choice("criterion", CRITERIA)
+        numbers = self.num_heads.values() if isinstance(self.num_heads, dict) else [self.num_heads]
+        if self.num_heads is not None and not all(type(n) is int and n > 0 for n in numbers):
+            raise ValueError(
+                f"num_heads must be a positive integer, or one per module pattern; got {self.num_heads!r}"
+            )
+
+    def check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
+        """Raise ValueError unless a field has one of the allowed values."""
+        if getattr(self, name) not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """Save the configuration and, beside it, the model card, the labels and the image processor.
+
+        `PeftModel.save_pretrained` calls this last, after the weights, which makes it the place where a method from
+        outside PEFT can write files of its own.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        self.adapter_files.write(save_directory, self)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
+        """As PEFT's; labels come along, so that they can follow the active adapter, and where the weights are."""
+        check_file(pretrained_model_name_or_path, subfolder)
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if isinstance(config, SavedConfig):
+            config.source = source_of(cls, pretrained_model_name_or_path, subfolder, kwargs)
+            config.adapter_files.labels_in_file = find_labels(**config.source)
+        return config
+
+
+def check_file(path_or_repo: str | os.PathLike, subfolder: str | None) -> None:
+    """Raise ValueError for a damaged file; PEFT's error does not name it."""
+    folder = os.path.join(path_or_repo, subfolder or "")
+    if os.path.isfile(os.path.join(folder, CONFIG_NAME)):
+        read_settings(folder)
+
+
+def source_of(
+    config_class: type[PeftConfig], path_or_repo: str | os.PathLike, subfolder: str | None, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Where an adapter's files are, as arguments of `hf_hub_download`."""
+    download_kwargs, _, _ = config_class._split_kwargs(kwargs)
+    return {"path_or_repo": os.fspath(path_or_repo), "subfolder": subfolder, **download_kwargs}

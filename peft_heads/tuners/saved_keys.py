@@ -1,0 +1,154 @@
+"""The keys of an adapter's file, and modules that have other names in the model."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ..heads.renames import match_renamed
+from ..heads.resolve import matches_pattern, named_targets, shortest_names
+from .targets import module_patterns
+
+
+BASE = "base_model.model."
+# What the names of parameters begin with that a method puts into a module.
+PREFIXES = ("lora_", "rlrr_")
+# Options whose values may be names of modules, beside `target_modules`.
+NAME_PATTERNS = ("rank_pattern", "alpha_pattern", "num_heads")
+NAME_FILTERS = ("exclude_modules", "layers_to_transform", "layers_pattern")
+RENAMED_OPTIONS = (*NAME_PATTERNS, *NAME_FILTERS, "modules_to_save")
+
+
+def saved_keys(path_or_repo: str, subfolder: str | None = None, **download_kwargs: Any) -> list[str]:
+    """Keys of an adapter's weights; empty where there is no safetensors file."""
+    path = Path(path_or_repo, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+    if not path.parent.is_dir():
+        try:  # PEFT is going to ask for the same file
+            path = hf_hub_download(path_or_repo, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **download_kwargs)
+        except (EntryNotFoundError, LocalEntryNotFoundError):
+            return []
+    elif not path.exists():
+        return []
+    try:
+        with safe_open(path, "pt") as file:
+            return list(file.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
+
+
+def module_of(key: str) -> str:
+    """The base model's module that a key of an adapter's file belongs to.
+
+    Example:
+        >>> module_of("base_model.model.vit.layers.0.attention.q_proj.lora_A.weight")
+        'vit.layers.0.attention.q_proj'
+        >>> module_of("base_model.model.classifier.bias")
+        'classifier'
+    """
+    name = key.removeprefix(BASE)
+    # what PEFT puts inside of a module, and the module's own parameters
+    inside = re.search(rf"\.({'|'.join(PREFIXES)}|base_layer\.|modules_to_save\.)|\.[^.]*$", name)
+    return name[: inside.start()] if inside else ""
+
+
+def is_adapter_key(key: str) -> bool:
+    """Whether a key of an adapter's file is the method's, not that of a module trained in full."""
+    return any(f".{prefix}" in key for prefix in PREFIXES)
+
+
+def renamed_keys(keys: Iterable[str], present: list[str]) -> dict[str, str]:
+    """`{key: key}` of a file's weights, by the names that the model has for their modules.
+
+    Args:
+        keys: Keys of the file.
+        present: Names of the model's modules.
+    """
+    keys = list(keys)
+    renamed = match_renamed(dict.fromkeys(map(module_of, keys)), present)
+    return {key: key.replace(module_of(key), renamed.get(module_of(key), module_of(key)), 1) for key in keys}
+
+
+def rename_modules(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A file's weights by the names that their modules have in the model; warns of modules that it has not."""
+    present = [name.removeprefix(BASE) for name, _ in named_targets(model)]
+    keys = renamed_keys(state_dict, present)
+    unknown = {module_of(key) for key in keys.values() if is_adapter_key(key)} - set(present)
+    if unknown:
+        warnings.warn(
+            f"the adapter file has weights for modules that the model has under no known name, which are ignored: "
+            f"{module_patterns(sorted(unknown))}"
+        )
+    return {keys[key]: value for key, value in state_dict.items()}
+
+
+def follow_renames(config: PeftConfig, adapted: list[str], trained: list[str], model: nn.Module) -> dict[str, str]:
+    """Let the configuration of a saved adapter mean the same modules in a model that names them otherwise.
+
+    Which modules the adapter has is read from its file, so that every way of saying it (lists, patterns, layers,
+    exclusions) comes out right; the names that are written into `config` are the model's.
+
+    Args:
+        config: A configuration as it was saved.
+        adapted: The modules that the adapter's file has weights of the method for.
+        trained: The modules that it has in full (`modules_to_save`).
+        model: The base model.
+
+    Returns:
+        `{old name: new name}` of the modules that are renamed.
+    """
+    renamed = match_renamed([*adapted, *trained], [name for name, _ in named_targets(model)])
+    names = {name: renamed.get(name, name) for name in adapted}
+    if any(name in renamed for name in adapted):
+        config.target_modules = set(shortest_names(list(names.values()), model))
+        for option in NAME_FILTERS:  # the modules are named one by one now
+            setattr(config, option, None)
+        for option in NAME_PATTERNS:
+            patterns = getattr(config, option, None)
+            if isinstance(patterns, dict):
+                values = {}
+                for old, new in names.items():
+                    # the new names stand there already if a migration was interrupted
+                    keys = [key for name in (old, new) for key in patterns if matches_pattern(key, name)]
+                    if keys:
+                        values[new] = patterns[keys[0]]
+                setattr(config, option, values)
+    if config.modules_to_save:
+        entries = []
+        for entry in config.modules_to_save:  # the ends of names
+            now = [renamed[name] for name in trained if name in renamed and name.endswith(entry)]
+            entries += [entry] if all(name.endswith(entry) for name in now) else now
+        config.modules_to_save = entries
+    return renamed
+
+
+def follow_file(config: PeftConfig, model: nn.Module) -> None:
+    """Let a configuration that was read from a file mean the same modules in a model that names them otherwise.
+
+    Raises:
+        ValueError: Modules that are trained in full have other names in the file.
+    """
+    keys = saved_keys(**config.source)
+    adapted = list(dict.fromkeys(module_of(key) for key in keys if is_adapter_key(key)))
+    trained = list(dict.fromkeys(module_of(key) for key in keys if not is_adapter_key(key)))
+    in_full = tuple(config.modules_to_save or ())  # the ends of names
+    renamed = follow_renames(config, adapted, trained, model)
+    moved = [name for name in trained if name in renamed and name.endswith(in_full)]
+    if moved:
+        # PEFT looks them up in the file before a tuner can say what they are called there
+        raise ValueError(
+            f"the adapter trains modules whose names transformers has changed: {module_patterns(moved)} (now "
+            f"{module_patterns(renamed[name] for name in moved)}); rewrite the adapter with `peft-heads migrate "
+            f"{config.source['path_or_repo']}`"
+        )
+    config.source = None  # read; the folder may be gone when the configuration serves again

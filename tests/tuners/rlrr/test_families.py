@@ -1,0 +1,238 @@
+"""RLRR on the families of vision models: what is adapted by default, and what becomes of it when it is merged."""
+
+import copy
+import itertools
+import re
+
+import backbones
+import pytest
+import tiny
+import torch
+import transformers as hf
+from peft import get_peft_model
+from torch import nn
+
+from peft_heads import RLRRConfig, get_head_masks
+from peft_heads.heads.blocks import backbone_parts
+
+
+def resnet():
+    config = hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], num_labels=3)
+    return hf.ResNetForImageClassification(config)
+
+
+def convnext():
+    config = hf.ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, num_labels=3)
+    return hf.ConvNextForImageClassification(config)
+
+
+def without_qkv_bias():
+    return hf.ViTForImageClassification(hf.ViTConfig(**backbones.VIT, **backbones.LABELS, qkv_bias=False))
+
+
+FAMILIES = (
+    *("vit", "deit", "deit with teacher", "beit", "dinov2", "swin", "swinv2"),
+    *("clip classifier", "dinov3", "fused vit", "upernet swin", "siglip2 classifier"),
+)
+MAKERS = {name: backbones.FAMILIES[name].make for name in FAMILIES} | {
+    "resnet": resnet,
+    "convnext": convnext,
+    "vit without qkv bias": without_qkv_bias,
+}
+# per block (q, k, v or qkv, output, two of the MLP); norms of all blocks and the final one
+SIZES = {
+    "vit": (4, 6, 9),
+    "deit": (4, 6, 9),
+    "deit with teacher": (4, 6, 9),
+    "beit": (4, 6, 9),
+    "dinov2": (4, 6, 9),
+    "swin": (3, 6, 7),
+    "swinv2": (3, 6, 7),
+    "clip classifier": (4, 6, 9),
+    "dinov3": (4, 6, 9),
+    "fused vit": (4, 2, 4),
+    "siglip2 classifier": (4, 6, 10),  # and that of the attention pooling
+    "vit without qkv bias": (4, 6, 9),
+}
+NO_PLACE = {
+    "swinv2": "attention.self.key",
+    "clip classifier": "vision_model.embeddings.patch_embedding",
+    "resnet": "resnet.embedder.embedder.convolution",
+}
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* has batch norms"),
+]
+
+
+def create(name, seed=0, **options):
+    torch.manual_seed(seed)
+    base = MAKERS[name]().eval()
+    model = get_peft_model(copy.deepcopy(base), RLRRConfig(**options)).eval()
+    for key, param in model.named_parameters():
+        if "rlrr_" in key:
+            param.data += 0.1 * torch.randn_like(param)
+    return base, model
+
+
+def output(model):
+    with torch.no_grad():
+        return backbones.output(model, **backbones.inputs(getattr(model, "get_base_model", lambda: model)()))
+
+
+def kinds(model):
+    found = {}
+    for name, module in model.get_base_model().named_modules():
+        if hasattr(module, "rlrr_left"):
+            found.setdefault(type(module).__name__, []).append(name)
+    return found
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_default_targets(name):
+    base, model = create(name)
+    found = kinds(model)
+    blocks, per_block, norms = SIZES[name]
+    assert len(found["RLRRLinear"]) == blocks * per_block
+    scaled = {True: [], False: []}
+    for module in found["RLRRScale"]:
+        scaled[isinstance(base.get_submodule(module), torch.nn.LayerNorm)].append(module)
+    assert len(scaled[True]) == norms
+    assert len(scaled[False]) == 1 and "patch" in scaled[False][0]
+    assert "RLRRConv2d" not in found
+    assert not any("classifier" in module or "position" in module for module in itertools.chain(*found.values()))
+
+
+def test_default_targets_by_name():
+    _, model = create("swin")
+    roles = {re.sub(r"\d+", "*", name) for name in itertools.chain(*kinds(model).values())}
+    block = "swin.encoder.layers.*.blocks.*."
+    parts = backbone_parts(MAKERS["swin"]())
+    assert roles == {re.sub(r"\d+", "*", n) for n in (*parts.matrices, *parts.norms, parts.patch_embedding)}
+    # neither the patches' merging nor the norm of the embeddings
+    assert not any("downsample" in role or role == "swin.embeddings.norm" for role in roles)
+    assert "swin.layernorm" in roles and all(r.startswith(("swin.layernorm", "swin.embed", block)) for r in roles)
+
+
+def test_default_targets_of_a_convolutional_network():
+    """All convolutions of a ResNet; of a ConvNeXt, its linear layers and layer norms as well."""
+    base, model = create("resnet")
+    convolutions = [n for n, module in base.named_modules() if isinstance(module, torch.nn.Conv2d)]
+    assert kinds(model) == {"RLRRConv2d": convolutions}
+    base, model = create("convnext")
+    assert {kind: len(names) for kind, names in kinds(model).items()} == {
+        "RLRRConv2d": 4,
+        "RLRRLinear": 4,
+        "RLRRScale": 5,
+    }
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_merge(name, tmp_path):
+    base, model = create(name)
+    expected = output(model)
+    before = copy.deepcopy(model.state_dict())
+    if name != "upernet swin":  # whose trained head has a batch norm between
+        assert (expected - output(base)).abs().max() > 0.01
+    model.merge_adapter()
+    torch.testing.assert_close(output(model), expected, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+    if name in NO_PLACE:
+        with pytest.raises(ValueError, match=f"{NO_PLACE[name]}.*no bias in the checkpoint.*shift_without_bias=False"):
+            model.merge_and_unload()
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        base, model = create(name, shift_without_bias=False)
+        expected = output(model)
+    merged = model.merge_and_unload()
+    assert type(merged) is type(base)
+    torch.testing.assert_close(output(merged), expected, rtol=1e-4, atol=1e-5)
+    if hasattr(merged, "save_pretrained"):
+        merged.save_pretrained(tmp_path)
+        loaded, info = type(merged).from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        torch.testing.assert_close(output(loaded.eval()), expected, rtol=1e-4, atol=1e-5)
+    else:
+        assert merged.state_dict().keys() == base.state_dict().keys()
+
+
+def test_a_checkpoint_that_can_be_asked_for_biases():
+    base, model = create("vit without qkv bias")
+    assert model.merge_and_unload().config.qkv_bias is True and base.config.qkv_bias is False
+
+
+def test_a_setting_that_asks_for_more_biases_than_there_are():
+    """Of q alone: with qkv_bias a loaded model would have random biases in k and v."""
+    _, model = create("vit without qkv bias", target_modules=tiny.now(["q_proj"]))
+    with pytest.raises(ValueError, match="there is no bias in the checkpoint format of ViTForImageClassification"):
+        model.merge_and_unload()
+
+
+def test_a_new_adapter_needs_no_place_for_its_shift(tmp_path):
+    """f is zero: nothing is lost."""
+    torch.manual_seed(0)
+    base = MAKERS["swinv2"]().eval()
+    model = get_peft_model(copy.deepcopy(base), RLRRConfig()).eval()
+    expected = output(model)
+    merged = model.merge_and_unload()
+    assert merged.state_dict().keys() == base.state_dict().keys()
+    torch.testing.assert_close(output(merged), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_plain_module_keeps_its_biases():
+    """A model without a checkpoint format gets biases where it had none."""
+    base = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3, bias=False), torch.nn.Flatten(), torch.nn.Linear(16, 2, bias=False)
+    )
+    x = torch.randn(2, 3, 4, 4)
+    model = get_peft_model(copy.deepcopy(base), RLRRConfig(target_modules=["0", "2"]))
+    for param in model.parameters():
+        if param.requires_grad:
+            param.data += 0.1 * torch.randn_like(param)
+    expected = model(x)
+    merged = model.merge_and_unload()
+    assert merged[0].bias is not None and merged[2].bias is not None
+    torch.testing.assert_close(merged(x), expected)
+
+
+def test_heads_of_a_fused_projection():
+    """Of q and v, not of k; the keys are rescaled all the same."""
+    _, model = create("fused vit", ne=1)
+    masks = get_head_masks(model)
+    assert {name.rpartition(".")[2] for name in masks} == {"q", "v"}
+    (layer, *_) = (m for m in model.modules() if getattr(m, "head_layout", None))
+    before = layer.get_delta_weight("default")
+    mask = torch.ones(12, dtype=torch.bool)
+    mask[[0, 7]] = False  # head 0 of q, head 1 of v
+    layer.set_head_mask("default", mask)
+    change = layer.get_delta_weight("default")
+    off = [*range(0, 4), *range(48 + 4, 48 + 8)]
+    on = [row for row in range(72) if row not in off]
+    assert change[off].count_nonzero() == 0 and torch.equal(change[on], before[on])
+    assert layer.active_rows("default").nonzero().flatten().tolist() == on
+
+
+def test_batch_norms_are_warned_of():
+    for model in (resnet().train(), resnet().eval()):  # as from_pretrained gives it
+        with pytest.warns(UserWarning, match="running statistics move"):
+            get_peft_model(model, RLRRConfig())
+
+
+def test_unrecognised_attention_is_no_convolutional_network():
+    """Layers of quantisation libraries are no nn.Linear; nothing else is adapted in their place."""
+    vit = tiny.make("vit")
+    for module in list(vit.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, Packed(child))
+    with pytest.raises(
+        ValueError, match="no block with an attention layer, and no convolution, was recognised in ViT"
+    ):
+        get_peft_model(vit, RLRRConfig(modules_to_save=[]))
+
+
+class Packed(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.register_buffer("qweight", layer.weight.to(torch.int8))
