@@ -2,8 +2,8 @@
 
 For every number of heads a head-masked adapter with mask_scope="head" as it is, merged (`peft-heads export --to merged`),
 and without its deactivated heads (`--to pruned`). All in one process, timed in turns; the ratios batch by batch are
-printed beside what the arithmetic allows: the multiplications of both models, counted by PyTorch. Random weights:
-nothing is downloaded.
+printed beside what the arithmetic allows: the multiplications of both models, counted by PyTorch. In bfloat16 the weights
+are stored so, as for inference, without autocast. Random weights: nothing is downloaded.
 
     python benchmarks/pruned_inference.py [--batch 8 --batches 20 --ne 3 6 --rank 8]
 """
@@ -53,19 +53,19 @@ def main():
     add_dtype_argument(parser)
     parser.add_argument("--ne", type=int, nargs="+", default=[3, 6])
     args = parser.parse_args()
-    dtype, images = chosen_dtype(args), make_images(args)["pixel_values"]
+    dtype = chosen_dtype(args)
+    images = make_images(args)["pixel_values"].to(dtype)
 
     @torch.inference_mode()
     def infer(model):
-        with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            model(images)
+        model(images)
 
     print(f"{describe_vit(args)}, r={args.rank}, {short(dtype)}, {device_name(args.device)}")
     for ne in args.ne:
         models = make(args, ne)
         counts = {name: operations(model) for name, model in models.items()}
         for model in models.values():
-            model.to(args.device)
+            model.to(args.device, dtype)
         times = interleaved(
             {name: lambda model=model: infer(model) for name, model in models.items()}, args.batches, args.device
         )
@@ -76,7 +76,7 @@ def main():
             bound, speed_up = counts[slow] / counts[fast], ratio(times[slow], times[fast])
             print(f"{slow} / {fast}: {speed_up}; by arithmetic {bound:.3f}, of which {speed_up.median / bound:.1%}")
         # the last pair
-        judge("pruned", speed_up.map(lambda x, bound=bound: 100 * x / bound), f"{args.device}, ne={ne}")
+        judge("pruned", speed_up.map(lambda x, bound=bound: 100 * x / bound), f"{short(dtype)}, {args.device}, ne={ne}")
 
 
 if __name__ == "__main__":

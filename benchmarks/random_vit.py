@@ -83,7 +83,7 @@ def add_dtype_argument(parser) -> None:
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],
-        help="bfloat16 is autocast; default: float32 on a CPU, bfloat16 on an accelerator",
+        help="default: float32 on a CPU, bfloat16 (in training: autocast) on an accelerator",
     )
 
 
