@@ -169,7 +169,8 @@ class Suite:
         return images, labels
 
     def step(self, classifier, optimizer, images, labels, scorer=None) -> torch.Tensor:
-        self.model.train()
+        if not self.model.training:  # a walk through all modules, which replaying a graph would wait for
+            self.model.train()
         torch.compiler.cudagraph_mark_step_begin()
         # who listens to quantised weights breaks a compiled graph at each of them
         eager = scorer is not None and self.args.adapter_bits < 32

@@ -76,7 +76,9 @@ def main():
             bound, speed_up = counts[slow] / counts[fast], ratio(times[slow], times[fast])
             print(f"{slow} / {fast}: {speed_up}; by arithmetic {bound:.3f}, of which {speed_up.median / bound:.1%}")
         # the last pair
-        judge("pruned", speed_up.map(lambda x, bound=bound: 100 * x / bound), f"{short(dtype)}, {args.device}, ne={ne}")
+        judge(
+            "pruned", speed_up.map(lambda x, bound=bound: 100 * x / bound), f"{short(dtype)}, {args.device}, ne={ne}"
+        )
 
 
 if __name__ == "__main__":

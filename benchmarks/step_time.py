@@ -84,6 +84,8 @@ def print_memory(args, where):
         print(f"{side:12} {median:9.1f} MiB ({low:.1f} to {high:.1f}) beyond the model, {whole / 2**20:.1f} in all")
     for other in (STOCK, FLOOR):
         print(f"memory beyond the model, {OURS} / {other}: {ratio(above[OURS], above[other])}")
+        whole = ratio([run[OURS][1] for run in runs], [run[other][1] for run in runs])
+        print(f"memory in all, {OURS} / {other}: {whole}")
     if args.adapter_bits == 32:  # a quantised weight is kept beside the one behind it
         judge("memory", ratio(above[OURS], above[STOCK]), where)
 

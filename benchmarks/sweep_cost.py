@@ -2,8 +2,9 @@
 
 A tree in VTAB-1K's layout is made of scikit-learn's digits, as JPEG: a tenth of VTAB's images, 20 test images for every
 training image as in VTAB-1K (387,904 for 19 tasks), in 224 x 224 pixels. The model is the small ViT that ships with the
-package. Everything is run in one process, one after the other; every part is repeated and the spread is printed. One
-seed of one task: the ratios are what matters.
+package. Everything is run in one process and thread, in turns; every part is repeated and the spread is printed. Of
+separate runs that are tested while they train, (b) and (c), one is run and its time multiplied by their number. One seed
+of one task: the ratios are what matters.
 
     python benchmarks/sweep_cost.py [--epochs 100 --images 100 --test_images 2000 --repeat 3 --ne 1 3 6]
 """
@@ -82,14 +83,14 @@ def measure(args, root):
         assert len(outcome.runs) == len(specs) and not outcome.failed
         shutil.rmtree(out)
 
+    def one_run(**options):
+        return timed(lambda: run(specs[:1], share_warmup=False, **options))[0]
+
     ways = {
         "sweep (warm-up shared, tested once)": lambda: run(specs),
         "(a) separate runs, tested once": lambda: run(specs, share_warmup=False),
-        "(b) separate runs, tested every ten epochs": lambda: run(specs, share_warmup=False, test_every=10),
-        # one run of them all
-        "(c) separate runs, tested every epoch": lambda: (
-            len(specs) * timed(lambda: run(specs[:1], share_warmup=False, test_every=1))[0]
-        ),
+        "(b) separate runs, tested every ten epochs": lambda: len(specs) * one_run(test_every=10),
+        "(c) separate runs, tested every epoch": lambda: len(specs) * one_run(test_every=1),
     }
     run(specs[:1], share_warmup=False)  # makes the cache's entries
     times = interleaved(ways, args.repeat, warm_up=0)

@@ -5,7 +5,9 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,15 +26,23 @@ NUMBER = r"-?\d+\.\d+"
 PRINTED = {
     "step_time": [
         f"memory beyond the model, head-masked / stock LoRA: {NUMBER}",
+        f"memory in all, head-masked / floor: {NUMBER}",
         f"step, head-masked / stock LoRA: {NUMBER}",
         f"step, head-masked / floor: {NUMBER}",
     ],
     "step_time_1_bit": ["adapter_bits=1", f"step, head-masked / stock LoRA: {NUMBER}"],
+    "rlrr_cost": [
+        f"step, RLRR / LoRA q, v: {NUMBER}.*; memory {NUMBER}",
+        f"step, RLRR r=8 / floor: {NUMBER}",
+        f"step, LoRA all layers / LoRA q, v: {NUMBER}",
+        r"SSF .* trained, \d+\.\d MiB of memory",
+    ],
     "scoring_cost": [f"step, with scoring / without: {NUMBER}", f"selection, beside the steps: {NUMBER} s"],
     "epoch_time": [
         r"differs by 0\.0e\+00",
         f"first epoch, plain / ours: {NUMBER}",
         f"later epochs, plain / ours: {NUMBER}",
+        f"reading takes {NUMBER}% of a plain epoch",
     ],
     "epoch_time_500_pixels": [f"later epochs, plain / ours: {NUMBER}"],
     "pruned_inference": [
@@ -106,7 +116,8 @@ def test_a_script_that_fails(script, tmp_path):
     """Is reported, with what it has printed."""
     path = tmp_path / "out.txt"
     command = ["python", "benchmarks/adapter_size.py", "--no_such_option"]
-    assert script("run_all").run(command, path) == 2
+    code, others = script("run_all").run(command, path)
+    assert code == 2 and (others is None or 0 <= others <= 1)
     printed = path.read_text("utf-8")
     assert printed.startswith("$ python benchmarks/adapter_size.py --no_such_option") and "exit code 2" in printed
 
@@ -115,11 +126,76 @@ def test_table(script):
     """All that is missing is named, with its command; a quick run has no figures."""
     run_all = script("run_all")
     rows = [["step", "≤ 1.00 ×", "0.99 ×", "yes"]]
-    text = run_all.table(rows, [["python", "x.py", "--device", "cuda"]], ["epoch_time"], quick=False)
+    missing, disturbed = [["python", "x.py", "--device", "cuda"]], {"step_time": 0.123}
+    text = run_all.table(rows, missing, ["epoch_time"], disturbed, quick=False)
     assert "| step | ≤ 1.00 × | 0.99 × | yes |\n" in text and "no figures: epoch_time." in text
     assert "- `python x.py --device cuda`\n" in text
+    assert "figures in doubt: step_time (12%)." in text
     assert text.startswith("| target |")
-    assert run_all.table(rows, [], [], quick=True).startswith("A few steps of tiny models: these are no figures.")
+    text = run_all.table(rows, [], [], {}, quick=False)
+    assert "in doubt" not in text and "Not taken" not in text
+    assert run_all.table(rows, [], [], {}, quick=True).startswith("A few steps of tiny models: these are no figures.")
+
+
+@pytest.mark.parametrize(
+    ("code", "others", "figures", "doubts"), [(0, 0.01, True, False), (0, 0.2, True, True), (1, None, False, False)]
+)
+def test_what_gets_into_the_table(script, tmp_path, monkeypatch, code, others, figures, doubts):
+    """Nothing of a script that has failed, although it had printed a target; doubts, if the machine was not alone."""
+    run_all = script("run_all")
+
+    def run(command, path):
+        path.write_text("target | a step | ≤ 1.00 × | 0.990 × | yes\n", "utf-8")
+        return code, others
+
+    monkeypatch.setattr(run_all, "run", run)
+    arguments = ["run_all.py", "--device", "cpu", "--only", "step_time", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert run_all.main() == code
+    text = (tmp_path / "targets.md").read_text("utf-8")
+    assert ("| a step | ≤ 1.00 × | 0.990 × | yes |" in text) is figures
+    assert ("no figures: step_time" in text) is (code != 0)
+    assert ("figures in doubt: step_time (20%)" in text) is doubts
+    assert "- `python benchmarks/step_time.py --device cuda" in text
+
+
+def test_nothing_to_be_taken_here(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["run_all.py", "--device", "cpu", "--only", "gpu_suite", "--output", str(tmp_path)]
+    )
+    assert script("run_all").main() == 0
+    assert "- `python benchmarks/gpu_suite.py --device cuda`" in (tmp_path / "targets.md").read_text("utf-8")
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="asks Linux")
+def test_what_others_take(script):
+    """The machine's cores are busy with what this process does, which is none of the children's."""
+    run_all = script("run_all")
+    busy, own, began = run_all.busy_seconds(), run_all.children_seconds(), time.process_time()
+    while time.process_time() - began < 0.3:
+        pass
+    assert run_all.busy_seconds() - busy > 0.2
+    assert run_all.children_seconds() == own
+    subprocess.run([sys.executable, "-c", "sum(range(10**7))"], check=True)
+    assert run_all.children_seconds() > own
+
+
+def test_memory_for_the_backward_pass(script):
+    """Of RLRR's benchmark: what a layer keeps, once, and no weight."""
+    rlrr_cost = script("rlrr_cost")
+
+    class Model(torch.nn.Linear):
+        def forward(self, pixel_values, labels):
+            x = super().forward(pixel_values).sigmoid()  # keeps its output, 32 floats; the layer its input, 24
+            return SimpleNamespace(loss=x.sum())
+
+    model = Model(3, 4)
+    batch = {"pixel_values": torch.ones(8, 3), "labels": torch.zeros(8)}
+    optimizer = torch.optim.SGD(model.parameters())
+    assert rlrr_cost.memory(model, optimizer, batch, torch.float32) == 4 * (32 + 24)
+    model.requires_grad_(False)
+    batch["pixel_values"].requires_grad_(True)  # its gradient needs the weight alone
+    assert rlrr_cost.memory(model, optimizer, batch, torch.float32) == 4 * 32
 
 
 def test_ratio(script):
