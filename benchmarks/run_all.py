@@ -94,9 +94,8 @@ RUNS = {
 }
 
 
-def busy_seconds() -> float | None:
+def busy_seconds(stat: Path = Path("/proc/stat")) -> float | None:
     """Of all cores since the machine was started; None where there is no Linux to ask."""
-    stat = Path("/proc/stat")
     if not stat.exists():
         return None
     user, nice, system, _, _, irq, softirq, steal = map(int, stat.read_text().split("\n")[0].split()[1:9])

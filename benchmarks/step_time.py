@@ -68,9 +68,9 @@ def stepper(side, args):
 
 
 def memory_of(side, args):
-    """Bytes before training and at its peak, in three steps, the first of which makes the optimizer's state."""
+    """Bytes before training and at its peak, in two steps, the first of which makes the optimizer's state."""
     step = stepper(side, args)
-    return peak_memory(lambda: [step() for _ in range(3)], args.device)
+    return peak_memory(lambda: [step() for _ in range(2)], args.device)
 
 
 def print_memory(args, where):
