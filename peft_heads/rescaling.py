@@ -218,7 +218,9 @@ def rescaled_operation(
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     with torch.autocast(device, enabled=False):
-        return _Rescaled.apply(operation.prepare(x).to(dtype), weight, bias, left, right, shift, variant, operation)
+        # Nothing to be differentiated is left to plain operations, which can be traced and exported.
+        apply = _Rescaled.apply if torch.is_grad_enabled() else _apply
+        return apply(operation.prepare(x).to(dtype), weight, bias, left, right, shift, variant, operation)
 
 
 class _Rescaled(torch.autograd.Function):
@@ -226,9 +228,7 @@ class _Rescaled(torch.autograd.Function):
     def forward(ctx: Any, x, weight, bias, left, right, shift, variant: Rescaling, operation: Any) -> torch.Tensor:
         ctx.save_for_backward(x, weight, left, right)
         ctx.variant, ctx.operation, ctx.shift_dtype = variant, operation, None if shift is None else shift.dtype
-        if shift is not None:
-            bias = shift if bias is None else bias + shift
-        return operation(x, _acting_weight(x, weight, left, right, variant, operation), _cast(bias, x.dtype))
+        return _apply(x, weight, bias, left, right, shift, variant, operation)
 
     @staticmethod
     @once_differentiable
@@ -249,6 +249,12 @@ class _Rescaled(torch.autograd.Function):
             if needs_shift:
                 of_shift = operation.bias_gradient(grad).to(ctx.shift_dtype)
         return of_x, None, None, of_left, of_right, of_shift, None, None
+
+
+def _apply(x, weight, bias, left, right, shift, variant: Rescaling, operation: Any) -> torch.Tensor:
+    if shift is not None:
+        bias = shift if bias is None else bias + shift
+    return operation(x, _acting_weight(x, weight, left, right, variant, operation), _cast(bias, x.dtype))
 
 
 def _acting_weight(x, weight, left, right, variant: Rescaling, operation: Any) -> torch.Tensor:

@@ -164,3 +164,20 @@ def test_the_gradient_is_working_memory():
     assert torch.equal(grad, before * W)
     torch.testing.assert_close(of_left, (before * W) @ right.T)
     torch.testing.assert_close(of_right, left.T @ (before * W))
+
+
+@pytest.mark.parametrize("operation", ["linear", "convolution"])
+def test_without_gradients(operation):
+    """Plain operations of the same result."""
+    layer = nn.Linear(6, 4) if operation == "linear" else nn.Conv2d(2, 4, 3)
+    x = torch.randn(5, 6) if operation == "linear" else torch.randn(5, 2, 4, 4)
+    layer.requires_grad_(False)
+    used = LinearOperation() if operation == "linear" else ConvolutionOperation(layer)
+    left, right = factors(*used.matrix(layer.weight).shape, 1, "both", torch.float32)
+    f = torch.randn(4)
+
+    expected = rescaled_operation(x, layer.weight, layer.bias, left, right, f, Rescaling(), used)
+    assert expected.grad_fn is not None
+    with torch.no_grad():
+        result = rescaled_operation(x, layer.weight, layer.bias, left, right, f, Rescaling(), used)
+    assert torch.equal(result, expected)

@@ -23,6 +23,8 @@ from .resolve import (
 
 # Networks that compute an attention layer's position bias (SwinV2): linear layers, but none of the block's.
 _POSITION_NETWORKS = re.compile(r"(^|\.)[^.]*(position|rel_pos|cpb)[^.]*\.")
+# A convolution, the batch norm `normalization`, and at most an activation after it.
+_NORMALIZED_CONVOLUTIONS = ("ResNetConvLayer", "ResNetShortCut", "RegNetConvLayer", "RegNetShortCut")
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -82,6 +84,16 @@ def is_norm(module: nn.Module) -> bool:
 def batch_norms(model: nn.Module) -> list[str]:
     """Names of the batch normalisations of a model, whose running statistics move while it trains."""
     return [name for name, module in named_targets(model) if isinstance(module, _BATCH_NORMS)]
+
+
+def following_batch_norm(model: nn.Module, name: str) -> str | None:
+    """Name of the batch norm to which the output of a convolution goes, and nowhere else; None if none is known."""
+    parent = name.rpartition(".")[0]
+    if type(model.get_submodule(parent)).__name__ not in _NORMALIZED_CONVOLUTIONS:
+        return None
+    norm = f"{parent}.normalization"
+    is_kept = isinstance(model.get_submodule(norm), nn.BatchNorm2d) and model.get_submodule(norm).track_running_stats
+    return norm if is_kept else None
 
 
 def _looks_like_attention(model: nn.Module) -> bool:

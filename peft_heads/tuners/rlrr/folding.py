@@ -1,13 +1,16 @@
-"""Whether an ordinary checkpoint can hold a merged model: biases that its layers did not have."""
+"""How an ordinary checkpoint holds a merged model: what becomes of biases that its layers did not have."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from ...heads.blocks import following_batch_norm
 from ...heads.resolve import PROJECTION_ROLES
 from ..targets import module_patterns
 from .base_layer import RLRRLayer
@@ -19,61 +22,108 @@ from .base_layer import RLRRLayer
 _SHIFT_INVARIANT = ("Beit", "Data2VecVision")
 
 
-def check_foldable(model: nn.Module, adapter_names: list[str]) -> tuple[list[RLRRLayer], dict[str, Any]]:
-    """Find out, before anything is changed, how a merged model can be saved.
+@dataclass
+class Folding:
+    """What becomes of new biases, by module names.
+
+    Attributes:
+        dropped: Biases that change nothing.
+        batch_norms: Those that the running mean of a batch norm takes, and the name of the latter.
+        zeros: Modules that get a bias of zeros, since the checkpoint format has biases for all or none.
+        settings: Settings of the model's configuration that ask for the biases.
+        homeless: Biases for which there is no place.
+    """
+
+    dropped: list[str] = field(default_factory=list)
+    batch_norms: dict[str, str] = field(default_factory=dict)
+    zeros: list[str] = field(default_factory=list)
+    settings: dict[str, bool] = field(default_factory=dict)
+    homeless: list[str] = field(default_factory=list)
+
+    def no_place(self, model: nn.Module) -> str:
+        """The beginning of a message about biases for which there is no place."""
+        return (
+            f"{module_patterns(self.homeless)}: there is no bias in the checkpoint format of {type(model).__name__} "
+            "(expected one, for the trained shift f of RLRR)"
+        )
+
+
+def plan_folding(model: nn.Module, names: Iterable[str]) -> Folding:
+    """Find a place for biases in the checkpoint format of a model.
+
+    Args:
+        model: The base model, possibly with adapters in it; nothing is changed.
+        names: Modules that have no bias and get one.
+    """
+    names, plan = list(names), Folding()
+    config = getattr(model, "config", None)
+    if not names or config is None or not hasattr(model, "save_pretrained"):
+        return plan  # a plain module has no format but its own
+    plan.dropped = [name for name in names if _is_shift_invariant(model, name)]
+    there = _parameters(model, config)
+    homeless = {f"{name}.bias" for name in names if name not in plan.dropped} - there
+    for setting, value in config.to_dict().items() if homeless else ():
+        if setting.endswith("bias") and value is False:
+            added = _parameters(model, config, **{setting: True}) - there
+            others = [key.removesuffix(".bias") for key in added - homeless]
+            if added & homeless and all(_could_have_bias(model, name) for name in others):
+                plan.settings[setting] = True
+                plan.zeros += others
+                homeless -= added
+    for name in names:
+        if f"{name}.bias" in homeless:
+            norm = following_batch_norm(model, name)
+            if norm is None:
+                plan.homeless.append(name)
+            else:
+                plan.batch_norms[name] = norm
+    return plan
+
+
+def plan_merging(model: nn.Module, adapter_names: list[str]) -> Folding:
+    """Find out, before anything is changed, how a model can be saved into which adapters are merged.
 
     Args:
         model: The base model with RLRR layers in it.
-        adapter_names: The adapters that are going to be merged.
-
-    Returns:
-        Layers whose shift changes nothing and is to be left out, and settings of the model's configuration that have
-        to change so that it asks for the biases that are there.
+        adapter_names: The adapters that are going to be merged, beside those that are.
 
     Raises:
         ValueError: A layer gets a bias for which the checkpoint has no place.
     """
-    new = {name: layer for name, layer in model.named_modules() if _gets_bias(layer, adapter_names)}
-    useless = [n for n, layer in new.items() if _is_shift_invariant(model, n) or not _shifts(layer, adapter_names)]
-    dropped = [new.pop(name) for name in useless]
-    config = getattr(model, "config", None)
-    if not new or config is None or not hasattr(model, "save_pretrained"):
-        return dropped, {}  # a plain module has no format but its own
-    there = _parameters(model, config)
-    missing = {f"{name}.bias" for name in new} - there
-    changes = {}
-    for setting, value in config.to_dict().items() if missing else ():
-        if setting.endswith("bias") and value is False:
-            added = _parameters(model, config, **{setting: True}) - there
-            if added and added <= missing:  # a bias too many would be random
-                changes[setting] = True
-                missing -= added
-    if missing:
-        names = [name for name in new if f"{name}.bias" in missing]
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, RLRRLayer)}
+    shifts = {name: _new_bias(layer, adapter_names) for name, layer in layers.items()}
+    unused = [name for name, shift in shifts.items() if shift is not None and not shift]
+    plan = plan_folding(model, [name for name, shift in shifts.items() if shift])
+    plan.dropped += unused
+    if plan.homeless:
         raise ValueError(
-            f"{module_patterns(names)}: there is no bias in the checkpoint format of {type(model).__name__} (expected "
-            "one, for the trained shift f of RLRR), so that a merged checkpoint would lose it. Keep the adapter as an "
-            "adapter, use merge_adapter() in memory, or train with RLRRConfig(shift_without_bias=False)"
+            f"{plan.no_place(model)}, so that a merged checkpoint would lose it. Keep the adapter as an adapter, use "
+            "merge_adapter() in memory, or train with RLRRConfig(shift_without_bias=False)"
         )
-    return dropped, changes
+    return plan
 
 
-def fold_into_config(model: nn.Module, changes: dict[str, Any]) -> None:
-    """Let a merged model's configuration ask for the biases that its layers have now."""
-    for name, value in changes.items():
-        setattr(model.config, name, value)
+@torch.no_grad()
+def fold(model: nn.Module, plan: Folding) -> None:
+    """Bring a merged model, out of which the adapters have been taken, into its checkpoint format."""
+    for name, norm in plan.batch_norms.items():
+        model.get_submodule(norm).running_mean -= model.get_submodule(name).bias
+    for name in (*plan.dropped, *plan.batch_norms):
+        model.get_submodule(name).bias = None
+    for name in plan.zeros:
+        module = model.get_submodule(name)
+        module.bias = nn.Parameter(module.weight.new_zeros(len(module.weight)), requires_grad=False)
+    for setting, value in plan.settings.items():
+        setattr(model.config, setting, value)
 
 
-def _gets_bias(layer: nn.Module, adapter_names: list[str]) -> bool:
-    """Whether merging gives a layer a bias that it has not."""
-    if not isinstance(layer, RLRRLayer) or layer.frozen_bias() is not None:
-        return False
-    return any(name in layer.rlrr_shift for name in adapter_names)
-
-
-def _shifts(layer: RLRRLayer, adapter_names: list[str]) -> bool:
-    """Whether any of the adapters' shifts is something else than zeros."""
-    return any(bool(layer.rlrr_shift[name].any()) for name in adapter_names if name in layer.rlrr_shift)
+def _new_bias(layer: RLRRLayer, adapter_names: list[str]) -> bool | None:
+    """Whether the bias that a layer gets is something else than zeros; None if it has one already or gets none."""
+    names = dict.fromkeys((*adapter_names, *layer.merged_adapters))
+    shifts = [layer.rlrr_shift[name] for name in names if name in layer.rlrr_shift]
+    if not shifts or layer.frozen_bias() is not None:
+        return None
+    return any(bool(shift.any()) for shift in shifts)
 
 
 def _is_shift_invariant(model: nn.Module, name: str) -> bool:
@@ -81,6 +131,15 @@ def _is_shift_invariant(model: nn.Module, name: str) -> bool:
     return PROJECTION_ROLES.get(child) == "key" and type(model.get_submodule(parent)).__name__.startswith(
         _SHIFT_INVARIANT
     )
+
+
+def _could_have_bias(model: nn.Module, name: str) -> bool:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:  # what is added is no bias at all
+        return False
+    module = module.get_base_layer() if isinstance(module, RLRRLayer) else module
+    return isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is None
 
 
 def _parameters(model: nn.Module, config: Any, **settings: Any) -> set[str]:

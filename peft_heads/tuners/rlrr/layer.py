@@ -155,6 +155,11 @@ class RLRRConv2d(RLRRLinear):
     def operation(self) -> ConvolutionOperation:
         return ConvolutionOperation(self.get_base_layer())
 
+    def adapted_forward(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+        if x.dim() == 3:  # an image by itself, as torch.nn.Conv2d takes it
+            return self.adapted_forward(x.unsqueeze(0), adapter_names).squeeze(0)
+        return super().adapted_forward(x, adapter_names)
+
 
 class RLRRScale(RLRRLayer):
     """A layer whose output is scaled and shifted per channel, `y ⊙ γ + β`: a layer norm, or the patch embedding.

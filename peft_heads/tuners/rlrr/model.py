@@ -23,7 +23,7 @@ from ..saved_keys import follow_file, is_adapter_key, rename_modules
 from .base_layer import RLRRLayer
 from .combination import check_summands, copy_heads, modules_of, sum_into
 from .config import RLRRConfig
-from .folding import check_foldable, fold_into_config
+from .folding import fold, plan_folding, plan_merging
 from .layer import RLRRConv2d, RLRRLinear, RLRRScale
 from .state_dict import check_state_dict, write_deactivated
 from .targets import check_module, default_modules, find_head_layouts, moving_statistics
@@ -107,9 +107,22 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
         for name in targets:
             check_module(name, getattr(modules[name], "base_layer", modules[name]), peft_config)
         peft_config.head_layouts = find_head_layouts(self.model, peft_config, targets)
-        if not peft_config.inference_mode and (warning := moving_statistics(self.model)):
-            warnings.warn(warning)
+        if not peft_config.inference_mode:
+            self._warn_before_training(peft_config, modules, targets)
         return peft_config
+
+    def _warn_before_training(
+        self, peft_config: RLRRConfig, modules: dict[str, nn.Module], targets: list[str]
+    ) -> None:
+        """Of what would be learnt after the training only."""
+        if warning := moving_statistics(self.model):
+            warnings.warn(warning)
+        without_bias = [name for name in targets if getattr(modules[name], "bias", None) is None]
+        if peft_config.shift_without_bias and (plan := plan_folding(self.model, without_bias)).homeless:
+            warnings.warn(
+                f"{plan.no_place(self.model)}: the adapter trains and loads all the same, but merge_and_unload() will "
+                "refuse. If an ordinary checkpoint is wanted in the end, pass shift_without_bias=False"
+            )
 
     def _default_targets(self, peft_config: RLRRConfig, names: list[str]) -> set[str]:
         """By the ends of names where they are enough; those of `layers_to_transform`, which PEFT asks of ends alone."""
@@ -155,16 +168,10 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
                 param.requires_grad_(trained[name])
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
-        adapter_names = kwargs.get("adapter_names") or self.active_adapters
-        if not merge:
-            return super()._unload_and_optionally_merge(merge=False, **kwargs)
-        without_shift, changes = check_foldable(self.model, adapter_names)
-        for layer in without_shift:
-            for name in adapter_names:
-                if name in layer.rlrr_shift:
-                    del layer.rlrr_shift[name]
-        model = super()._unload_and_optionally_merge(merge=True, **kwargs)
-        fold_into_config(model, changes)
+        adapter_names = (kwargs.get("adapter_names") or self.active_adapters) if merge else []
+        plan = plan_merging(self.model, adapter_names)
+        model = super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        fold(model, plan)
         return model
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:

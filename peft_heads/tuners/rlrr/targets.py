@@ -65,6 +65,11 @@ def check_module(name: str, module: nn.Module, config: RLRRConfig) -> str:
         return "linear" if isinstance(module, nn.Linear) else "convolution"
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         expected = "Linear" if isinstance(module, nn.Linear) else "Conv2d"
+        if type(weight.data) is torch.Tensor and weight.dtype.is_floating_point:
+            raise ValueError(
+                f"{name} is a {kind}, which may use its weight in a way of its own (expected torch.nn.{expected} itself); "
+                f"if it is quantised, load the model without quantization, else {way_out}"
+            )
         raise ValueError(
             f"{name} is a {kind} with a {type(weight.data).__name__} of {weight.dtype} for a weight, which RLRR cannot "
             f"rescale (expected torch.nn.{expected} itself, not quantised, with numbers of floating point); load the "

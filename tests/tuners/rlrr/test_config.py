@@ -107,7 +107,7 @@ def a_model():
         ("without_bias", "is a LayerNorm without bias (expected both)"),
         (
             "quantized",
-            "quantized is a Int8Linear with a Tensor of torch.float32 for a weight, which RLRR cannot rescale",
+            "quantized is a Int8Linear, which may use its weight in a way of its own (expected torch.nn.Linear itself); if it ",
         ),
         ("one_dimensional", "is a Conv1d, for which RLRR is not defined"),
     ],

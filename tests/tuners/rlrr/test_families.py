@@ -3,6 +3,7 @@
 import copy
 import itertools
 import re
+import warnings
 
 import backbones
 import pytest
@@ -18,7 +19,19 @@ from peft_heads.heads.blocks import backbone_parts
 
 def resnet():
     config = hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], num_labels=3)
-    return hf.ResNetForImageClassification(config)
+    model = hf.ResNetForImageClassification(config)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):  # as of a trained one
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return model
+
+
+def regnet():
+    config = hf.RegNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], groups_width=8, layer_type="y", num_labels=3
+    )
+    return hf.RegNetForImageClassification(config)
 
 
 def convnext():
@@ -36,6 +49,7 @@ FAMILIES = (
 )
 MAKERS = {name: backbones.FAMILIES[name].make for name in FAMILIES} | {
     "resnet": resnet,
+    "regnet": regnet,
     "convnext": convnext,
     "vit without qkv bias": without_qkv_bias,
 }
@@ -57,10 +71,10 @@ SIZES = {
 NO_PLACE = {
     "swinv2": "attention.self.key",
     "clip classifier": "vision_model.embeddings.patch_embedding",
-    "resnet": "resnet.embedder.embedder.convolution",
 }
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.* has batch norms"),
+    pytest.mark.filterwarnings("ignore:.* there is no bias in the checkpoint format"),
 ]
 
 
@@ -162,11 +176,87 @@ def test_a_checkpoint_that_can_be_asked_for_biases():
     assert model.merge_and_unload().config.qkv_bias is True and base.config.qkv_bias is False
 
 
-def test_a_setting_that_asks_for_more_biases_than_there_are():
-    """Of q alone: with qkv_bias a loaded model would have random biases in k and v."""
-    _, model = create("vit without qkv bias", target_modules=tiny.now(["q_proj"]))
-    with pytest.raises(ValueError, match="there is no bias in the checkpoint format of ViTForImageClassification"):
-        model.merge_and_unload()
+@pytest.mark.parametrize("zeros", [[], ["v_proj"]], ids=["not targeted", "targeted, not shifted"])
+def test_a_setting_that_asks_for_more_biases_than_there_are(zeros, tmp_path):
+    """Of q alone: with qkv_bias k and v have biases as well, which are zero."""
+    base, model = create("vit without qkv bias", target_modules=tiny.now(["q_proj", *zeros]))
+    for name, param in model.named_parameters():
+        if "rlrr_shift" in name and "q_proj" not in name and "query" not in name:
+            param.data.zero_()
+    expected = output(model)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    loaded, info = type(merged).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    torch.testing.assert_close(output(loaded.eval()), expected, rtol=1e-4, atol=1e-5)
+    biases = {key: value for key, value in loaded.state_dict().items() if key.endswith("bias")}
+    added = biases.keys() - base.state_dict().keys()
+    assert len(added) == 3 * loaded.config.num_hidden_layers
+    assert sum(biases[key].count_nonzero() > 0 for key in added) == loaded.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("name", ["beit", "resnet", "vit without qkv bias"])
+@pytest.mark.parametrize("unload", ["merge_and_unload", "unload"])
+def test_merged_before_unloading(name, unload):
+    """What `merge_adapter` has written comes into the checkpoint format as well."""
+    _, model = create(name)
+    expected = output(model)
+    keys = create(name)[1].merge_and_unload().state_dict().keys()
+    model.merge_adapter()
+    if unload == "unload":
+        merged = model.unload()
+    else:
+        with pytest.warns(UserWarning, match="[Aa]lready merged"):
+            merged = model.merge_and_unload()
+    torch.testing.assert_close(output(merged), expected, rtol=1e-4, atol=1e-5)
+    assert merged.state_dict().keys() == keys
+
+
+def test_unloading_needs_no_place():
+    base, model = create("swinv2")
+    unloaded = model.unload()
+    assert unloaded.state_dict().keys() == base.state_dict().keys()
+    assert torch.equal(output(unloaded), output(base))
+
+
+@pytest.mark.parametrize("name", ["resnet", "regnet"])
+def test_a_batch_norm_takes_the_shift(name):
+    """Of the convolution before it; other batch norms stay as they are."""
+    base, model = create(name)
+    shifts = {n: m.shift("default").detach() for n, m in model.get_base_model().named_modules() if hasattr(m, "shift")}
+    merged = model.merge_and_unload()
+    assert merged.state_dict().keys() == base.state_dict().keys()
+    before, after = dict(base.named_buffers()), dict(merged.named_buffers())
+    taken = {n.replace("convolution", "normalization") + ".running_mean": f for n, f in shifts.items()}
+    found = [key for key in before if key.endswith("running_mean")]
+    assert found and all(torch.equal(after[key], before[key] - taken[key]) for key in found)
+
+
+@pytest.mark.parametrize("name", NO_PLACE)
+def test_shifts_without_a_place_are_warned_of(name):
+    """When the adapter is made, not after it has been trained."""
+    expected = f"{NO_PLACE[name]}.*merge_and_unload.. will refuse.*shift_without_bias=False"
+    with pytest.warns(UserWarning, match=expected):
+        get_peft_model(MAKERS[name](), RLRRConfig())
+    with pytest.warns(UserWarning, match=expected):
+        get_peft_model(MAKERS[name](), RLRRConfig(init="zero"))
+
+
+@pytest.mark.parametrize("name", ["vit", "beit", "vit without qkv bias", "convnext"])
+def test_nothing_else_is_warned_of(name):
+    with pytest.warns() as caught:
+        warnings.warn("so that there is one")
+        model = get_peft_model(MAKERS[name](), RLRRConfig())
+        model.add_adapter("other", RLRRConfig())
+    assert [str(w.message) for w in caught if w.category is UserWarning] == ["so that there is one"]
+
+
+def test_adapters_that_do_not_train_are_not_warned_of():
+    with pytest.warns() as caught:
+        warnings.warn("so that there is one")
+        for options in ({"shift_without_bias": False}, {"inference_mode": True}):
+            get_peft_model(MAKERS["swinv2"](), RLRRConfig(**options))
+    assert [str(w.message) for w in caught if w.category is UserWarning] == ["so that there is one"]
 
 
 def test_a_new_adapter_needs_no_place_for_its_shift(tmp_path):

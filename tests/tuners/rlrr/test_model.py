@@ -150,6 +150,35 @@ def test_hooks_of_the_frozen_layer_are_called():
     assert not torch.allclose(logits(model), expected)
 
 
+@pytest.mark.parametrize("patch_embedding", [True, False])
+def test_an_image_by_itself(patch_embedding):
+    """Without a batch, as torch.nn.Conv2d takes it."""
+    model = get_peft_model(
+        tiny.make("vit"), RLRRConfig(patch_embedding=patch_embedding, target_modules=["projection"])
+    )
+    randomize(model)
+    layer = next(module for module in model.modules() if hasattr(module, "rlrr_left"))
+    assert type(layer).__name__ == ("RLRRScale" if patch_embedding else "RLRRConv2d")
+    image = torch.randn(3, 8, 8)
+    torch.testing.assert_close(layer(image), layer(image[None])[0])
+    layer(image).sum().backward()
+    assert layer.rlrr_shift["default"].grad is not None
+
+
+@pytest.mark.parametrize("target", ["fc1", "projection"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace", "ignore::torch.jit.TracerWarning")
+def test_tracing(target):
+    """As exporters of models do: no function of autograd's in what is not differentiated."""
+    model = get_peft_model(tiny.make("vit"), RLRRConfig(target_modules=tiny.now([target]), patch_embedding=False))
+    randomize(model)
+    layer = next(module for module in model.modules() if hasattr(module, "rlrr_left"))
+    x = torch.randn(2, layer.in_features) if target == "fc1" else torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, x)
+        torch.testing.assert_close(traced(2 * x), layer(2 * x))
+    assert "PythonOp" not in str(traced.graph)
+
+
 def test_safe_merge_changes_nothing_if_it_would_write_nan():
     model = get_peft_model(tiny.make("vit"), RLRRConfig(target_modules=tiny.now(["fc1"])))
     layer = next(module for module in model.modules() if hasattr(module, "rlrr_left"))
