@@ -1,26 +1,46 @@
-"""Step time and peak memory of RLRR against stock LoRA and scaling in the manner of SSF; and what RLRR trains.
+"""Step time and memory of RLRR against stock LoRA and scaling in the manner of SSF; and what RLRR trains.
 
-All sides in one process, interleaved step by step, so that they see the same machine; medians, the ratios to stock LoRA
-and to the floor (a forward pass and the gradient of the input, with nothing but the classifier trained and the patches'
-embedding asked for its gradient), with the spread of the step-by-step ratios. Random weights: nothing is downloaded.
-Peak memory is that of the accelerator or, on a CPU, of the tensors that are kept for the backward pass.
+All sides in one process, timed in turns; the ratios step by step to LoRA on q and v and to the floor are printed. The floor
+is a forward pass and the gradient of the tokens from the last layer to the first, as RLRR and SSF need it: the frozen
+model, of which the classifier and the class token (768 numbers) are trained. Memory is the peak of a step beyond the
+model on an accelerator or, on a CPU, the bytes that are kept for the backward pass, weights left out. Random weights:
+nothing is downloaded.
 
-    python benchmarks/rlrr_cost.py [--hidden 768 --layers 12 --heads 12 --batch 32 --steps 20 --bf16]
+    python benchmarks/rlrr_cost.py [--batch 8 --steps 20 --rank 8]
+    python benchmarks/rlrr_cost.py --device cuda --batch 64 --steps 100
     python benchmarks/rlrr_cost.py --count
 """
 
+from __future__ import annotations
+
 import argparse
-import statistics
-import time
+from functools import partial
 
 import torch
-from peft import LoraConfig, get_peft_model
+from measure import describe, device_name, interleaved, peak_memory, ratio
+from peft import get_peft_model
+from random_vit import (
+    add_adapter,
+    add_dtype_argument,
+    add_vit_arguments,
+    backward,
+    chosen_dtype,
+    describe_vit,
+    make_images,
+    make_optimizer,
+    make_vit,
+    short,
+    stock_lora,
+    training_step,
+)
 from torch import nn
 from transformers import SwinConfig, SwinForImageClassification, ViTConfig, ViTForImageClassification
 
 from peft_heads import RLRRConfig
 
 
+FLOOR, STOCK = "floor", "LoRA q, v"
+ALL_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 VTAB_CLASSES = 49.5  # of a task of VTAB-1K, on average
 MODELS = {  # what the paper says it trains, in millions
     "ViT-B/16": (ViTForImageClassification, ViTConfig(num_labels=2), 768, 0.33),
@@ -74,68 +94,34 @@ def scaled(vit):
 
 
 def floor(vit):
-    """The frozen model with its classifier, back to the patches' embedding."""
+    """The frozen model with its classifier, back to the class token."""
     vit.requires_grad_(False)
     vit.classifier.requires_grad_(True)
     vit.vit.embeddings.cls_token.requires_grad_(True)
     return vit
 
 
-def lora(vit, targets, rank):
-    return get_peft_model(vit, LoraConfig(r=rank, target_modules=targets, modules_to_save=["classifier"]))
+def lora_on_all_layers(vit, rank):
+    config = stock_lora(vit, rank)
+    config.target_modules = set(ALL_LAYERS)
+    return add_adapter(vit, config)
 
 
-SIDES = {
-    "floor": floor,
-    "LoRA q, v": lambda vit: lora(vit, ["q_proj", "v_proj"], 8),
-    "LoRA all": lambda vit: lora(vit, ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"], 8),
-    "SSF": scaled,
-    "RLRR": lambda vit: get_peft_model(vit, RLRRConfig()),
-    "RLRR r=8": lambda vit: get_peft_model(vit, RLRRConfig(r=8)),
+SIDES = {  # of the model and LoRA's rank
+    FLOOR: lambda vit, rank: floor(vit),
+    STOCK: lambda vit, rank: add_adapter(vit, stock_lora(vit, rank)),
+    "LoRA all layers": lora_on_all_layers,
+    "SSF": lambda vit, rank: scaled(vit),
+    "RLRR": lambda vit, rank: add_adapter(vit, RLRRConfig()),
+    "RLRR r=8": lambda vit, rank: add_adapter(vit, RLRRConfig(r=8)),
 }
 
 
-def make(side, args):
-    torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=args.hidden,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        intermediate_size=4 * args.hidden,
-        num_labels=100,
-    )
-    model = SIDES[side](ViTForImageClassification(config)).train()
-    for name, param in model.named_parameters():
-        if "lora_B" in name:  # zero at initialisation, which could be unfairly fast
-            param.data.normal_(std=0.02)
-    return model
-
-
-def forward(model, batch, bf16):
-    device = batch["pixel_values"].device.type
-    with torch.autocast(device, dtype=torch.bfloat16, enabled=bf16):
-        return model(**batch).loss
-
-
-def step(model, optimizer, batch, bf16):
-    synchronize = torch.cuda.synchronize if batch["labels"].is_cuda else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    forward(model, batch, bf16).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    synchronize()
-    return time.perf_counter() - start
-
-
-def memory(model, optimizer, batch, bf16):
-    """MiB at the peak of a step beyond the weights; on a CPU, what is kept for the backward pass and is no weight."""
+def memory(model, optimizer, batch, dtype):
+    """Bytes at the peak of a step beyond the model; on a CPU, what is kept for the backward pass and is no weight."""
     if batch["labels"].is_cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(model, optimizer, batch, bf16)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        before, peak = peak_memory(lambda: training_step(model, optimizer, batch, dtype), batch["labels"].device)
+        return peak - before
     weights = {param.untyped_storage().data_ptr() for param in model.parameters()}
     kept = {}
 
@@ -146,10 +132,9 @@ def memory(model, optimizer, batch, bf16):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = forward(model, batch, bf16)
-    loss.backward()
+        backward(model, batch, dtype)
     optimizer.zero_grad()
-    return sum(kept.values()) / 2**20
+    return sum(kept.values())
 
 
 def count():
@@ -164,46 +149,31 @@ def count():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {"hidden": 768, "layers": 12, "heads": 12, "batch": 8, "steps": 20}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--bf16", action="store_true", help="autocast")
+    add_vit_arguments(parser, steps=20, rank=8)
+    add_dtype_argument(parser)
     parser.add_argument("--count", action="store_true", help="only count what is trained, of four backbones")
     args = parser.parse_args()
     if args.count:
         return count()
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    batch = {"pixel_values": torch.randn(args.batch, 3, 224, 224), "labels": torch.arange(args.batch) % 100}
-    batch = {name: value.to(device) for name, value in batch.items()}
-    models, times, peaks = {}, {side: [] for side in SIDES}, {}
-    for side in SIDES:
-        model = make(side, args).to(device)
-        models[side] = model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    for index in range(args.steps + 2):
-        for side in list(SIDES) if index % 2 else list(reversed(SIDES)):
-            seconds = step(*models[side], batch, args.bf16)
-            if index >= 2:  # warm-up
-                times[side].append(seconds)
-    for side in SIDES:
-        peaks[side] = memory(*models[side], batch, args.bf16)
-
-    name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    print(
-        f"ViT, hidden {args.hidden}, {args.layers} layers, batch {args.batch}, {'bf16' if args.bf16 else 'fp32'}, {name}"
+    dtype, batch = chosen_dtype(args), make_images(args)
+    print(f"{describe_vit(args)}, LoRA's r={args.rank}, {short(dtype)}, {device_name(args.device)}")
+    models = {side: make(make_vit(args), args.rank).train().to(args.device) for side, make in SIDES.items()}
+    optimizers = {side: make_optimizer(model) for side, model in models.items()}
+    times = interleaved(
+        {side: partial(training_step, models[side], optimizers[side], batch, dtype) for side in SIDES},
+        args.steps,
+        args.device,
     )
-    print("                 trained    median     ratio to the floor      ratio to LoRA q, v        memory")
-    for side, (model, _) in models.items():
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        ratios = " ".join(ratio(times[side], times[other]) for other in ("floor", "LoRA q, v"))
-        median = 1e3 * statistics.median(times[side])
-        print(f"{side:10} {trained:>13,} {median:8.1f} ms   {ratios} {peaks[side]:9.1f} MiB")
-
-
-def ratio(seconds, others):
-    """The median of the step-by-step ratios, and the middle half of them."""
-    ratios = sorted(a / b for a, b in zip(seconds, others, strict=True))
-    quarter = len(ratios) // 4
-    return f"{statistics.median(ratios):.3f} ({ratios[quarter]:.3f} to {ratios[-quarter - 1]:.3f})"
+    peaks = {side: memory(models[side], optimizers[side], batch, dtype) for side in SIDES}
+    for side, seconds in times.items():
+        trained = sum(param.numel() for param in models[side].parameters() if param.requires_grad)
+        print(f"{describe(side, seconds)}, {trained:,} trained, {peaks[side] / 2**20:.1f} MiB of memory")
+    for other in (FLOOR, STOCK):
+        for side in SIDES:
+            if side not in (FLOOR, other):
+                memories = f"memory {peaks[side] / peaks[other]:.3f}"
+                print(f"step, {side} / {other}: {ratio(times[side], times[other])}; {memories}")
 
 
 if __name__ == "__main__":

@@ -1,109 +1,118 @@
-"""Time of a training step with head masks, or with k-bit adapters, against stock LoRA of the same rank.
+"""Time and peak memory of a training step with head masks, or with k-bit adapters, against stock LoRA of the same rank.
 
-Both sides in one process, interleaved step by step, so that they see the same machine; the ratio of the medians and
-the spread of the step-by-step ratios are printed. Random weights: nothing is downloaded.
+And against the floor, which every adapter on these projections pays: the frozen forward pass, the gradients of the
+activations down to the first adapted projections, the classifier; no adapter. All sides in one process, timed in turns;
+the ratios step by step are printed. Peak memory is taken in processes of their own, one per side and run, because
+freed memory of one side would serve another; see `measure.peak_memory`. Random weights: nothing is downloaded.
 
-    python benchmarks/step_time.py [--hidden 768 --layers 12 --heads 12 --batch 8 --steps 20 --adapter_bits 32 --accumulation 1]
+    python benchmarks/step_time.py [--batch 8 --steps 20 --rank 8 --ne 3 --adapter_bits 32 --accumulation 1]
+    python benchmarks/step_time.py --batch 4 --rank 32 --adapter_bits 1 --steps 30
+    python benchmarks/step_time.py --device cuda --batch 64 --steps 50
 """
+
+from __future__ import annotations
 
 import argparse
 import statistics
-import time
+from functools import partial
 
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import ViTConfig, ViTForImageClassification
+from measure import describe, device_name, in_own_process, interleaved, judge, peak_memory, ratio
+from random_vit import (
+    add_adapter,
+    add_dtype_argument,
+    add_vit_arguments,
+    chosen_dtype,
+    describe_vit,
+    make_images,
+    make_optimizer,
+    make_vit,
+    short,
+    stock_lora,
+    training_step,
+)
 
-from peft_heads import HeadMaskedLoraConfig, get_head_masks, set_head_masks
+from peft_heads import HeadMaskedLoraConfig
+from peft_heads.heads.resolve import default_targets
 
 
-def make(config, args):
-    torch.manual_seed(0)
-    vit = ViTForImageClassification(
-        ViTConfig(
-            hidden_size=args.hidden,
-            num_hidden_layers=args.layers,
-            num_attention_heads=args.heads,
-            intermediate_size=4 * args.hidden,
-            num_labels=100,
-        )
+FLOOR, STOCK, OURS = "floor", "stock LoRA", "head-masked"
+
+
+def make(side, args):
+    vit = make_vit(args)
+    if side == FLOOR:
+        return floor(vit).to(args.device)
+    if side == STOCK:
+        return add_adapter(vit, stock_lora(vit, args.rank)).to(args.device)
+    config = HeadMaskedLoraConfig(r=args.rank, ne=args.ne, mask_scope=args.mask_scope, adapter_bits=args.adapter_bits)
+    return add_adapter(vit, config, deactivated=args.ne).to(args.device)
+
+
+def floor(vit):
+    """Outputs of the projections that LoRA adapts ask for their gradient; of the parameters, the classifier's do."""
+    vit.requires_grad_(False).train()
+    vit.classifier.requires_grad_(True)
+    targets = tuple(default_targets(vit))
+    for name, module in vit.named_modules():
+        if name.endswith(targets):
+            module.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    return vit
+
+
+def stepper(side, args):
+    """What makes one step of a side."""
+    model = make(side, args)
+    return partial(
+        training_step, model, make_optimizer(model), make_images(args), chosen_dtype(args), args.accumulation
     )
-    model = get_peft_model(vit, config).train()
-    for name, param in model.named_parameters():
-        if "lora_B" in name:  # zero at initialisation, which could be unfairly fast
-            param.data.normal_(std=0.02)
-    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 
 
-def step(model, optimizer, batch, accumulation=1):
-    synchronize = torch.cuda.synchronize if batch["labels"].is_cuda else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    for _ in range(accumulation):
-        model(**batch).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    synchronize()
-    return time.perf_counter() - start
+def memory_of(side, args):
+    """Bytes before training and at its peak, in two steps, the first of which makes the optimizer's state."""
+    step = stepper(side, args)
+    return peak_memory(lambda: [step() for _ in range(2)], args.device)
+
+
+def print_memory(args, where):
+    runs = [
+        {side: in_own_process(memory_of, side, args) for side in (FLOOR, STOCK, OURS)} for _ in range(args.memory_runs)
+    ]
+    above = {side: [run[side][1] - run[side][0] for run in runs] for side in (FLOOR, STOCK, OURS)}
+    for side, values in above.items():
+        whole = statistics.median(run[side][1] for run in runs)
+        low, median, high = (x / 2**20 for x in (min(values), statistics.median(values), max(values)))
+        print(f"{side:12} {median:9.1f} MiB ({low:.1f} to {high:.1f}) beyond the model, {whole / 2**20:.1f} in all")
+    for other in (STOCK, FLOOR):
+        print(f"memory beyond the model, {OURS} / {other}: {ratio(above[OURS], above[other])}")
+        whole = ratio([run[OURS][1] for run in runs], [run[other][1] for run in runs])
+        print(f"memory in all, {OURS} / {other}: {whole}")
+    if args.adapter_bits == 32:  # a quantised weight is kept beside the one behind it
+        judge("memory", ratio(above[OURS], above[STOCK]), where)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {
-        "hidden": 768,
-        "layers": 12,
-        "heads": 12,
-        "batch": 8,
-        "steps": 20,
-        "rank": 8,
-        "ne": 3,
-        "adapter_bits": 32,
-        "accumulation": 1,
-    }.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+    add_vit_arguments(parser, steps=20, rank=8, ne=3, adapter_bits=32, accumulation=1, memory_runs=3)
+    add_dtype_argument(parser)
     parser.add_argument("--mask_scope", default="adapter")
     args = parser.parse_args()
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    sides = {
-        "stock LoRA": LoraConfig(r=args.rank, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"]),
-        "head-masked": HeadMaskedLoraConfig(
-            r=args.rank, ne=args.ne, mask_scope=args.mask_scope, adapter_bits=args.adapter_bits
-        ),
-    }
-    models = {name: make(config, args) for name, config in sides.items()}
-    masked = models["head-masked"][0]
-    masks = get_head_masks(masked)
-    for mask in masks.values():
-        mask[: args.ne] = False
-    set_head_masks(masked, masks)
-    batch = {"pixel_values": torch.randn(args.batch, 3, 224, 224), "labels": torch.arange(args.batch)}
-    batch = {name: value.to(device) for name, value in batch.items()}
-    for model, _ in models.values():
-        model.to(device)
-
-    times = {name: [] for name in models}
-    for index in range(args.steps + 2):
-        order = list(models) if index % 2 else list(reversed(models))
-        for name in order:
-            seconds = step(*models[name], batch, args.accumulation)
-            if index >= 2:  # warm-up
-                times[name].append(seconds)
-
+    where = f"{short(chosen_dtype(args))}, {args.device}, r={args.rank}"
     print(
-        f"ViT, hidden {args.hidden}, {args.layers} layers, {args.heads} heads, batch {args.batch}, r={args.rank}, "
-        f"ne={args.ne}, mask_scope={args.mask_scope}, adapter_bits={args.adapter_bits}, "
-        f"accumulation={args.accumulation}, {device}, {torch.get_num_threads()} threads"
+        f"{describe_vit(args)}, r={args.rank}, ne={args.ne}, mask_scope={args.mask_scope}, "
+        f"adapter_bits={args.adapter_bits}, accumulation={args.accumulation}, {short(chosen_dtype(args))}, "
+        f"{device_name(args.device)}"
     )
-    for name, seconds in times.items():
-        print(f"{name:12}  median {statistics.median(seconds) * 1e3:8.1f} ms   min {min(seconds) * 1e3:8.1f} ms")
-    ratios = sorted(b / a for a, b in zip(times["stock LoRA"], times["head-masked"], strict=True))
-    quarter = len(ratios) // 4
-    ratio = statistics.median(times["head-masked"]) / statistics.median(times["stock LoRA"])
-    print(
-        f"ratio of medians {ratio:.3f}; step by step: median {statistics.median(ratios):.3f}, "
-        f"middle half {ratios[quarter]:.3f} to {ratios[-quarter - 1]:.3f}"
-    )
+    if args.memory_runs:
+        print_memory(args, where)
+    times = interleaved({side: stepper(side, args) for side in (FLOOR, STOCK, OURS)}, args.steps, args.device)
+    for side, seconds in times.items():
+        print(describe(side, seconds))
+    for one, other in ((OURS, STOCK), (OURS, FLOOR), (STOCK, FLOOR)):
+        print(f"step, {one} / {other}: {ratio(times[one], times[other])}")
+    target = {32: "step", 1: "1-bit step"}.get(args.adapter_bits)
+    if target is not None:
+        judge(target, ratio(times[OURS], times[STOCK]), where)
 
 
 if __name__ == "__main__":

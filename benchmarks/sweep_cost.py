@@ -2,22 +2,24 @@
 
 A tree in VTAB-1K's layout is made of scikit-learn's digits, as JPEG: a tenth of VTAB's images, 20 test images for every
 training image as in VTAB-1K (387,904 for 19 tasks), in 224 x 224 pixels. The model is the small ViT that ships with the
-package. Everything is run in one process, one after the other; every part is repeated and the spread is printed. One
-seed of one task: the ratios are what matters.
+package. Everything is run in one process and thread, in turns; every part is repeated and the spread is printed. Of
+separate runs that are tested while they train, (b) and (c), one is run and its time multiplied by their number. One seed
+of one task: the ratios are what matters.
 
-    python benchmarks/sweep_cost.py [--epochs 100 --images 100 --test_images 2000 --repeat 3]
+    python benchmarks/sweep_cost.py [--epochs 100 --images 100 --test_images 2000 --repeat 3 --ne 1 3 6]
 """
+
+from __future__ import annotations
 
 import argparse
 import logging
 import shutil
-import statistics
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from measure import describe, device_name, interleaved, ratio, timed
 
 from peft_heads.benchmark.recipes import RECIPES
 from peft_heads.benchmark.sweep import Outcome, Sweep, execute
@@ -30,7 +32,7 @@ from peft_heads.demo.digits import load_digits_dataset
 from peft_heads.demo.model import DEMO_MODEL_PATH
 
 
-METHOD = {"name": "head-masked-lora", "r": 8, "ne": [1, 3, 6], "criterion": ["absolute", "positive", "negative"]}
+METHOD = {"name": "head-masked-lora", "r": 8, "criterion": ["absolute", "positive", "negative"]}
 
 
 def write_tree(root, images, test_images):
@@ -50,24 +52,11 @@ def write_tree(root, images, test_images):
         (home / f"{split}.txt").write_text("".join(lines))
 
 
-def seconds(call):
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def describe(name, times, base=None):
-    line = f"{name:52} median {statistics.median(times):7.1f} s ({min(times):.1f} to {max(times):.1f})"
-    if base is not None:
-        ratios = [a / b for a, b in zip(times, base, strict=True)]
-        line += f"   {statistics.median(ratios):6.3f} x ({min(ratios):.3f} to {max(ratios):.3f})"
-    print(line, flush=True)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {"epochs": 100, "images": 100, "test_images": 2000, "repeat": 3}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--ne", type=int, nargs="+", default=[1, 3, 6])
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
@@ -79,10 +68,10 @@ def measure(args, root):
     write_tree(root / "data", args.images, args.test_images)
     task = find_task("svhn", "vtab")
     recipe = replace(RECIPES["vtab"], epochs=args.epochs, batch_size=20)
-    sweep = Sweep((task,), METHOD, recipe, str(DEMO_MODEL_PATH), seeds=(0,))
+    sweep = Sweep((task,), METHOD | {"ne": args.ne}, recipe, str(DEMO_MODEL_PATH), seeds=(0,))
     specs = sweep.runs(sweep.methods(), (0,), final=True)
     print(
-        f"{len(specs)} runs of {args.epochs} epochs, {args.images} training and {args.test_images} test images, one thread"
+        f"{len(specs)} runs of {args.epochs} epochs, {args.images} training and {args.test_images} test images, {device_name('cpu')}"
     )
 
     def run(specs, **options):
@@ -94,22 +83,22 @@ def measure(args, root):
         assert len(outcome.runs) == len(specs) and not outcome.failed
         shutil.rmtree(out)
 
+    def one_run(**options):
+        return timed(lambda: run(specs[:1], share_warmup=False, **options))[0]
+
     ways = {
         "sweep (warm-up shared, tested once)": lambda: run(specs),
         "(a) separate runs, tested once": lambda: run(specs, share_warmup=False),
-        "(b) separate runs, tested every ten epochs": lambda: run(specs, share_warmup=False, test_every=10),
-        "(c) separate runs, tested every epoch (one run x 9)": lambda: run(
-            specs[:1], share_warmup=False, test_every=1
-        ),
+        "(b) separate runs, tested every ten epochs": lambda: len(specs) * one_run(test_every=10),
+        "(c) separate runs, tested every epoch": lambda: len(specs) * one_run(test_every=1),
     }
     run(specs[:1], share_warmup=False)  # makes the cache's entries
-    times = {name: [] for name in ways}
-    for _ in range(args.repeat):
-        for name, way in ways.items():
-            times[name].append(seconds(way) * (len(specs) if name.startswith("(c)") else 1))
+    times = interleaved(ways, args.repeat, warm_up=0)
     base = next(iter(times.values()))
     for name, values in times.items():
-        describe(name, values, None if values is base else base)
+        print(describe(name, values, "s", width=44))
+        if values is not base:
+            print(f"    / sweep: {ratio(values, base)}")
 
     split = load_split(root / "data", task, "train800val200", check_sizes=False)
     preprocessing = Preprocessing(size=224)
@@ -117,17 +106,17 @@ def measure(args, root):
     cached = CachedImages(split, preprocessing, cache_dir=root / "cache224")
     streamed = StreamedImages(split, preprocessing)
     order = list(range(len(cached)))
-    reads = {"decoded anew": [], "from the cache": []}
-    for _ in range(10):
-        reads["decoded anew"].append(seconds(lambda: streamed.__getitems__(order)))
-        reads["from the cache"].append(seconds(lambda: cached.__getitems__(order)))
+    reads = interleaved(
+        {
+            "decoded anew": lambda: streamed.__getitems__(order),
+            "from the cache": lambda: cached.__getitems__(order),
+        },
+        rounds=10,
+    )
     print(f"cache: {cached.entry.size / 2**20:.1f} MiB")
     for name, values in reads.items():
-        ratios = [a / b for a, b in zip(reads["decoded anew"], values, strict=True)]
-        print(
-            f"{name:16} median {1e3 * statistics.median(values):8.1f} ms   {statistics.median(ratios):.1f} times as fast "
-            f"({min(ratios):.1f} to {max(ratios):.1f})"
-        )
+        print(describe(name, values))
+    print(f"decoded anew / from the cache: {ratio(reads['decoded anew'], reads['from the cache'])}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,215 @@
+"""What the benchmarks share: sides timed in turns, ratios with their spread, peak memory, and the targets.
+
+A target is printed as one line, which `run_all.py` gathers: `target | what | limit | figure | met`.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import platform
+import random
+import re
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peft_heads._compat import silence_known_warnings
+
+
+silence_known_warnings()
+
+
+@dataclass(frozen=True)
+class Target:
+    """A limit, "≤" or "≥", which a figure keeps if it does so to two decimals, those that the limit has."""
+
+    what: str
+    sign: str
+    limit: float
+    unit: str
+
+    def is_met(self, figure: float) -> bool:
+        figure = round(figure, 2)
+        return figure <= self.limit if self.sign == "≤" else figure >= self.limit
+
+    def __str__(self) -> str:
+        return f"{self.sign} {self.limit:.2f} {self.unit}"
+
+
+TARGETS = {
+    "step": Target("training step, masks on, against stock LoRA", "≤", 1.00, "×"),
+    "memory": Target("peak memory of training, masks on, against stock LoRA", "≤", 1.00, "×"),
+    "1-bit step": Target("1-bit training step against stock LoRA of the same rank", "≤", 1.05, "×"),
+    "scoring": Target("scoring and selection of heads, of the warm-up", "≤", 1.00, "%"),
+    "epoch": Target("epoch of 1,000 images, plain script against ours", "≥", 3.00, "×"),
+    "pruned": Target("pruned inference, of the arithmetic bound", "≥", 95.00, "%"),
+    "suite": Target("all 19 tasks of VTAB-1K, ViT-B/16, 100 epochs each, on one GPU", "≤", 15.00, "min"),
+}
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Of two sides that were timed in turns: the median of the ratios round by round.
+
+    Attributes:
+        middle_half: The quartiles of the ratios.
+        interval: Where the median lies with 95 % confidence (order statistics; all the range below seven rounds).
+        of_medians: The ratio of the medians instead.
+    """
+
+    median: float
+    middle_half: tuple[float, float]
+    interval: tuple[float, float]
+    of_medians: float
+
+    def map(self, function: Callable[[float], float]) -> Ratio:
+        """What an increasing function makes of it."""
+        middle_half, interval = (tuple(map(function, pair)) for pair in (self.middle_half, self.interval))
+        return Ratio(function(self.median), middle_half, interval, function(self.of_medians))
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return (
+            f"{self.median:.3f} (95 % of the median: {low:.3f} to {high:.3f}; middle half: {self.middle_half[0]:.3f} "
+            f"to {self.middle_half[1]:.3f}; of medians: {self.of_medians:.3f})"
+        )
+
+
+def ratio(numerators: list[float], denominators: list[float]) -> Ratio:
+    """Of one side to another, which were timed in the same rounds."""
+    ratios = sorted(a / b for a, b in zip(numerators, denominators, strict=True))
+    count = len(ratios)
+    quarter, outside = count // 4, max(0, math.floor((count - 1.96 * math.sqrt(count)) / 2))
+    return Ratio(
+        median=statistics.median(ratios),
+        middle_half=(ratios[quarter], ratios[-quarter - 1]),
+        interval=(ratios[outside], ratios[-outside - 1]),
+        of_medians=statistics.median(numerators) / statistics.median(denominators),
+    )
+
+
+def interleaved(
+    sides: dict[str, Callable[[], Any]], rounds: int, device: torch.device | str = "cpu", warm_up: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of every side, round by round, so that all see the same machine; in an order drawn anew every round.
+
+    Args:
+        sides: A side that gives a float has timed itself, for instance without what had to be prepared.
+        warm_up: Rounds before those that count.
+    """
+    order, times = random.Random(0), {name: [] for name in sides}
+    for index in range(warm_up + rounds):
+        for name in order.sample(list(sides), len(sides)):
+            seconds, result = timed(sides[name], device)
+            if index >= warm_up:
+                times[name].append(result if isinstance(result, float) else seconds)
+    return times
+
+
+def timed(call: Callable[[], Any], device: torch.device | str = "cpu") -> tuple[float, Any]:
+    """Seconds of a call, with all that it leaves to an accelerator, and what it gives."""
+    synchronize(device)
+    start = time.perf_counter()
+    result = call()
+    synchronize(device)
+    return time.perf_counter() - start, result
+
+
+def synchronize(device: torch.device | str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def describe(name: str, times: list[float], unit: str = "ms", width: int = 24) -> str:
+    """The median and the range of a side."""
+    low, median, high = (1e3 * x if unit == "ms" else x for x in (min(times), statistics.median(times), max(times)))
+    return f"{name:{width}} median {median:9.2f} {unit} ({low:.2f} to {high:.2f})"
+
+
+def judge(name: str, figure: float | Ratio, where: str) -> bool:
+    """Print a target's line. Missed, but not beyond chance, is "undecided": the interval reaches the limit.
+
+    Returns:
+        Whether it is met.
+    """
+    target, shown = TARGETS[name], figure
+    if isinstance(figure, Ratio):
+        low, high = figure.interval
+        shown, best = figure.median, low if target.sign == "≤" else high
+        met = "yes" if target.is_met(shown) else "undecided" if target.is_met(best) else "no"
+        text = f"{shown:.3f} {target.unit} ({low:.3f} to {high:.3f})"
+    else:
+        met = "yes" if target.is_met(shown) else "no"
+        text = f"{shown:.3f} {target.unit}"
+    print(f"target | {target.what} ({where}) | {target} | {text} | {met}", flush=True)
+    return met == "yes"
+
+
+def in_own_process(function: Callable, *arguments: Any) -> Any:
+    """What a function of the script's top level gives in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def peak_memory(call: Callable[[], Any], device: torch.device | str) -> tuple[int, int]:
+    """Bytes in use before a call, and at its peak; to be asked in a process of its own.
+
+    On an accelerator what PyTorch has allocated. On a CPU the resident memory of the process as Linux counts it
+    (VmRSS, VmHWM), because that is what a machine must have: it knows the libraries' scratch space and what their
+    allocators keep, which PyTorch's profiler does not. `ru_maxrss` would not do: a child inherits its parent's peak.
+
+    Raises:
+        RuntimeError: The peak cannot be told from an earlier one, or there is no Linux to ask.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return before, torch.cuda.max_memory_allocated()
+    if not Path("/proc/self/status").exists():
+        raise RuntimeError("the resident memory of a process is read from /proc/self/status, which Linux alone has")
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
+    except OSError:
+        pass
+    before, earlier = _status("VmRSS"), _status("VmHWM")
+    call()
+    peak = _status("VmHWM")
+    if peak == earlier > before:
+        raise RuntimeError(f"the peak of {peak:,} bytes is that of what went before; choose a larger batch")
+    return before, peak
+
+
+def _status(key: str) -> int:
+    return 1024 * int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def add_arguments(parser, **defaults: int) -> None:
+    """Whole numbers with their defaults, and `--device`."""
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name(device: torch.device | str) -> str:
+    """A device in words, with what its speed depends on."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_model()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()

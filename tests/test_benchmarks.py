@@ -1,0 +1,294 @@
+"""The benchmark scripts run and print what they should; no test looks at a time."""
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import ViTConfig, ViTForImageClassification
+
+from peft_heads import HeadMaskedLoraConfig
+from peft_heads.heads import resolve_heads
+
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+NUMBER = r"-?\d+\.\d+"
+# what each script must print in its short form
+PRINTED = {
+    "step_time": [
+        f"memory beyond the model, head-masked / stock LoRA: {NUMBER}",
+        f"memory in all, head-masked / floor: {NUMBER}",
+        f"step, head-masked / stock LoRA: {NUMBER}",
+        f"step, head-masked / floor: {NUMBER}",
+    ],
+    "step_time_1_bit": ["adapter_bits=1", f"step, head-masked / stock LoRA: {NUMBER}"],
+    "rlrr_cost": [
+        f"step, RLRR / LoRA q, v: {NUMBER}.*; memory {NUMBER}",
+        f"step, RLRR r=8 / floor: {NUMBER}",
+        f"step, LoRA all layers / LoRA q, v: {NUMBER}",
+        r"SSF .* trained, \d+\.\d MiB of memory",
+    ],
+    "scoring_cost": [f"step, with scoring / without: {NUMBER}", f"selection, beside the steps: {NUMBER} s"],
+    "epoch_time": [
+        r"differs by 0\.0e\+00",
+        f"first epoch, plain / ours: {NUMBER}",
+        f"later epochs, plain / ours: {NUMBER}",
+        f"reading takes {NUMBER}% of a plain epoch",
+    ],
+    "epoch_time_500_pixels": [f"later epochs, plain / ours: {NUMBER}"],
+    "pruned_inference": [
+        f"unmerged / merged: {NUMBER}",
+        f"merged / pruned: {NUMBER} .*; by arithmetic 1\\.121, of which {NUMBER}%",
+    ],
+    "load_time": [
+        f"import, peft_heads / peft: {NUMBER}",
+        f"load, head-masked / stock LoRA: {NUMBER}",
+        f"switch, the same, packed / stock LoRA: {NUMBER}",
+    ],
+    "adapter_size": ["stock LoRA, r=8: 1,18"],
+    "sweep_cost": [rf"\(c\).*\n +/ sweep: {NUMBER}", f"decoded anew / from the cache: {NUMBER}"],
+    "gpu_suite": [
+        rf"cifar .* s +train +\d+ images/s, +{NUMBER}% of the peak .* accuracy",
+        "2 of 19 tasks: .* min",
+        "not judged",
+    ],
+}
+TARGETS = {  # how many it judges
+    "step_time": 2,
+    "step_time_1_bit": 1,
+    "scoring_cost": 1,
+    "epoch_time": 1,
+    "epoch_time_500_pixels": 1,
+    "pruned_inference": 2,
+}
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Imports one of the scripts, whose folder is on the path when they run."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRINTED)
+def test_script(name, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(BENCHMARKS / "run_all.py"), "--quick", "--device", "cpu", "--only", name]
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path)], env=environment, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    printed = (tmp_path / f"{name}.txt").read_text("utf-8")
+    for pattern in PRINTED[name]:
+        assert re.search(pattern, printed), (pattern, printed)
+    rows = [line for line in (tmp_path / "targets.md").read_text("utf-8").splitlines() if line.endswith(" |")]
+    assert len(rows) == 1 + TARGETS.get(name, 0), rows
+    assert (tmp_path / "machine.json").exists()
+
+
+def test_every_script_is_run(script):
+    """By the one command, and by the test above."""
+    run_all = script("run_all")
+    assert set(PRINTED) == set(run_all.RUNS)
+    scripts = {path.stem for path in BENCHMARKS.glob("*.py")} - {"run_all", "measure", "random_vit"}
+    assert {run.script for run in run_all.RUNS.values()} == scripts
+    assert run_all.RUNS["gpu_suite"].command("cpu") is None
+    assert run_all.RUNS["load_time"].command("cuda") is None
+    assert run_all.RUNS["epoch_time"].command("cuda") == [
+        "python",
+        "benchmarks/epoch_time.py",
+        *("--device", "cuda", "--num_workers", "8"),
+    ]
+
+
+@pytest.mark.slow
+def test_a_script_that_fails(script, tmp_path):
+    """Is reported, with what it has printed."""
+    path = tmp_path / "out.txt"
+    command = ["python", "benchmarks/adapter_size.py", "--no_such_option"]
+    code, others = script("run_all").run(command, path)
+    assert code == 2 and (others is None or 0 <= others <= 1)
+    printed = path.read_text("utf-8")
+    assert printed.startswith("$ python benchmarks/adapter_size.py --no_such_option") and "exit code 2" in printed
+
+
+def test_table(script):
+    """All that is missing is named, with its command; a quick run has no figures."""
+    run_all = script("run_all")
+    rows = [["step", "≤ 1.00 ×", "0.99 ×", "yes"]]
+    missing, disturbed = [["python", "x.py", "--device", "cuda"]], {"step_time": 0.123}
+    text = run_all.table(rows, missing, ["epoch_time"], disturbed, quick=False)
+    assert "| step | ≤ 1.00 × | 0.99 × | yes |\n" in text and "no figures: epoch_time." in text
+    assert "- `python x.py --device cuda`\n" in text
+    assert "figures in doubt: step_time (12%)." in text
+    assert text.startswith("| target |")
+    text = run_all.table(rows, [], [], {}, quick=False)
+    assert "in doubt" not in text and "Not taken" not in text
+    assert run_all.table(rows, [], [], {}, quick=True).startswith("A few steps of tiny models: these are no figures.")
+
+
+@pytest.mark.parametrize(
+    ("code", "others", "figures", "doubts"), [(0, 0.01, True, False), (0, 0.2, True, True), (1, None, False, False)]
+)
+def test_what_gets_into_the_table(script, tmp_path, monkeypatch, code, others, figures, doubts):
+    """Nothing of a script that has failed, although it had printed a target; doubts, if the machine was not alone."""
+    run_all = script("run_all")
+
+    def run(command, path):
+        path.write_text("target | a step | ≤ 1.00 × | 0.990 × | yes\n", "utf-8")
+        return code, others
+
+    monkeypatch.setattr(run_all, "run", run)
+    arguments = ["run_all.py", "--device", "cpu", "--only", "step_time", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert run_all.main() == code
+    text = (tmp_path / "targets.md").read_text("utf-8")
+    assert ("| a step | ≤ 1.00 × | 0.990 × | yes |" in text) is figures
+    assert ("no figures: step_time" in text) is (code != 0)
+    assert ("figures in doubt: step_time (20%)" in text) is doubts
+    assert "- `python benchmarks/step_time.py --device cuda" in text
+
+
+def test_nothing_to_be_taken_here(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["run_all.py", "--device", "cpu", "--only", "gpu_suite", "--output", str(tmp_path)]
+    )
+    assert script("run_all").main() == 0
+    assert "- `python benchmarks/gpu_suite.py --device cuda`" in (tmp_path / "targets.md").read_text("utf-8")
+
+
+def test_what_others_take(script, tmp_path):
+    """What keeps the machine busy, without idling and waiting for disks; what ended children of this process took."""
+    run_all, stat = script("run_all"), tmp_path / "stat"
+    stat.write_text("cpu  1000 200 30 5000 600 4 5 60 9 9\ncpu0 1 1 1 1 1 1 1 1 1 1\n")
+    assert run_all.busy_seconds(stat) == 1299 / os.sysconf("SC_CLK_TCK")
+    assert run_all.busy_seconds(tmp_path / "nothing") is None
+    own, began = run_all.children_seconds(), time.process_time()
+    while time.process_time() - began < 0.1:
+        pass
+    assert run_all.children_seconds() == own
+    subprocess.run([sys.executable, "-c", "sum(range(10**7))"], check=True)
+    assert run_all.children_seconds() > own
+
+
+def test_memory_for_the_backward_pass(script):
+    """Of RLRR's benchmark: what a layer keeps, once, and no weight."""
+    rlrr_cost = script("rlrr_cost")
+
+    class Model(torch.nn.Linear):
+        def forward(self, pixel_values, labels):
+            x = super().forward(pixel_values).sigmoid()  # keeps its output, 32 floats; the layer its input, 24
+            return SimpleNamespace(loss=(x * x).sum())
+
+    model = Model(3, 4)
+    batch = {"pixel_values": torch.ones(8, 3), "labels": torch.zeros(8)}
+    optimizer = torch.optim.SGD(model.parameters())
+    assert rlrr_cost.memory(model, optimizer, batch, torch.float32) == 4 * (32 + 24)
+    model.requires_grad_(False)
+    batch["pixel_values"].requires_grad_(True)  # its gradient needs the weight alone
+    assert rlrr_cost.memory(model, optimizer, batch, torch.float32) == 4 * 32
+
+
+def test_ratio(script):
+    measure = script("measure")
+    ones = [1.0] * 20
+    ratio = measure.ratio([float(x) for x in range(1, 21)], ones)
+    assert (ratio.median, ratio.of_medians, ratio.middle_half) == (10.5, 10.5, (6, 15))
+    assert ratio.interval == (6, 15)  # ranks of the exact binomial interval of 95 %, for 20 values
+    assert measure.ratio([2.0, 4.0, 9.0], [1.0, 2.0, 3.0]).interval == (2, 3)  # too few: the whole range
+    paired = measure.ratio([1.0, 20.0, 30.0], [1.0, 2.0, 30.0])  # in two of three rounds both took the same
+    assert (paired.median, paired.of_medians) == (1, 10)
+    assert ratio.map(lambda x: 10 * x).interval == (60, 150)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "met"),
+    [
+        ("step", [1.004, 1.004, 1.004], "yes"),  # 1.00 to the target's two decimals
+        ("step", [1.006, 1.006, 1.006], "no"),
+        ("step", [0.99, 1.02, 1.03], "undecided"),
+        ("epoch", [3.0, 3.1, 3.2], "yes"),
+        ("epoch", [2.9, 2.94, 2.99], "no"),
+        ("epoch", [2.9, 2.94, 3.01], "undecided"),
+    ],
+)
+def test_judge(script, capsys, name, values, met):
+    measure = script("measure")
+    assert measure.judge(name, measure.ratio(values, [1.0] * len(values)), "here") is (met == "yes")
+    line = capsys.readouterr().out
+    what, _, figure, found = line.strip().removeprefix("target | ").split(" | ")
+    assert found == met and "(here)" in what and figure.startswith(f"{values[1]:.3f} × ({values[0]:.3f} to")
+
+
+def test_interleaved(script):
+    """Warm-up is left out, every round has every side, and in more than one order; a side may time itself."""
+    measure, calls = script("measure"), []
+    sides = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b"), "c": lambda: calls.append("c") or 7.0}
+    times = measure.interleaved(sides, rounds=6, warm_up=2)
+    rounds = [tuple(calls[i : i + 3]) for i in range(0, len(calls), 3)]
+    assert len(rounds) == 8 and {tuple(sorted(order)) for order in rounds} == {("a", "b", "c")}
+    assert len(set(rounds)) > 1
+    assert [len(seconds) for seconds in times.values()] == [6, 6, 6]
+    assert times["c"] == [7.0] * 6 and max(times["a"]) < 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux")
+def test_peak_memory(script):
+    """Sees what is freed again, and not what was there before."""
+    measure = script("measure")
+    kept = torch.ones(64 * 2**20, dtype=torch.uint8)
+    before, peak = measure.peak_memory(lambda: torch.ones(64 * 2**20).sum(), "cpu")
+    assert 255 < (peak - before) / 2**20 < 300
+    assert before > kept.nbytes
+
+
+@pytest.mark.parametrize(("rank", "labels"), [(4, 7), (2, 100)])
+def test_operations_of_a_training_step(script, rank, labels):
+    """The formulas are what PyTorch counts, attention in plain matrix products."""
+    gpu_suite = script("gpu_suite")
+    config = ViTConfig(**gpu_suite.QUICK_VIT, num_labels=labels, attn_implementation="eager")
+    model = get_peft_model(ViTForImageClassification(config), HeadMaskedLoraConfig(r=rank, ne=1)).train()
+    with FlopCounterMode(display=False) as forward:
+        loss = model(pixel_values=torch.randn(1, 3, 32, 32), labels=torch.tensor([1])).loss
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    assert gpu_suite.forward_flops(config, rank, labels) == forward.get_total_flops()
+    total = forward.get_total_flops() + backward.get_total_flops()
+    assert gpu_suite.training_flops(config, rank, labels) == total
+
+
+def test_floor(script):
+    """The frozen model's numbers; gradients of activations from the first adapted projections on, none of weights."""
+    vit = ViTForImageClassification(ViTConfig(**script("gpu_suite").QUICK_VIT, num_labels=3))
+    images = torch.randn(2, 3, 32, 32)
+    expected = vit.eval()(images).logits
+    model = script("step_time").floor(vit)
+    assert torch.equal(model.eval()(images).logits, expected)
+
+    needs = {}
+    for name in adapted_projections(model):
+        module = model.get_submodule(name)
+        module.register_forward_hook(
+            lambda module, inputs, output, name=name: needs.update(
+                {name: (inputs[0].requires_grad, output.requires_grad)}
+            )
+        )
+    model(images, labels=torch.tensor([0, 1])).loss.backward()
+    assert list(needs.values()) == [(False, True)] * 2 + [(True, True)] * 2
+    trained = {name for name, param in model.named_parameters() if param.grad is not None}
+    assert trained == {"classifier.weight", "classifier.bias"}
+
+
+def adapted_projections(model):
+    roles = {name: layout.parts[0].role for name, layout in resolve_heads(model).items()}
+    return [name for name, role in roles.items() if role in ("query", "value")]
