@@ -3,13 +3,13 @@
 Ours: images from the cache (`peft_heads.data.cache`), Trainer, head-masked LoRA, whose heads are selected after the first
 epoch. The plain script: transformers' Trainer, stock LoRA of the same rank, and a `datasets` image folder whose
 set_transform decodes and resizes every image anew with the checkpoint's image processor, as transformers' example does.
-Both with Trainer's defaults otherwise (no worker processes unless --num_workers asks for them, for both).
+Both with Trainer's defaults otherwise (no worker processes unless --num_workers asks for them, for both). Reading is timed
+in the training itself, where no workers do it: the rest is what no way of reading could save.
 
 Whole trainings in turns, in an order drawn anew every round; each of ours with a cache of its own, and its first epoch,
-which fills the cache, is printed apart; the ratios are those of the medians of the rounds. What reading the images
-takes of a plain epoch says what any cache could save. The images are crops of the two photographs that ship with scikit-learn, as JPEG of
---image_size pixels (VTAB's are of varying size). On a CPU the model is the small ViT that ships with the package; on a
-GPU ViT-B/16 with random weights, in bf16.
+which fills the cache, is printed apart; the ratios are those of the medians of the rounds. The images are crops of the
+two photographs that ship with scikit-learn, as JPEG of --image_size pixels (VTAB's are of varying size). On a CPU the
+model is the small ViT that ships with the package; on a GPU ViT-B/16 with random weights, in bf16.
 
     python benchmarks/epoch_time.py [--images 1000 --image_size 224 --epochs 4 --rounds 5 --batch 64]
     python benchmarks/epoch_time.py --device cuda --num_workers 8
@@ -22,6 +22,7 @@ import statistics
 import tempfile
 import time
 from itertools import pairwise
+from operator import truediv
 from pathlib import Path
 
 import datasets
@@ -55,20 +56,42 @@ TASK = "photographs"
 PLAIN, OURS = "plain script", "ours"
 
 
-class EpochTimes(TrainerCallback):
-    """Seconds of every epoch, from the end of the one before."""
+class TimedImages(torch.utils.data.Dataset):
+    """Counts the seconds in which images are read, where no worker processes do it."""
 
-    def __init__(self, began):
-        self.ends = [began]
+    def __init__(self, data):
+        self.data, self.seconds = data, 0.0
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitems__(self, indices):
+        start = time.perf_counter()
+        items = self.data.__getitems__(indices)
+        self.seconds += time.perf_counter() - start
+        return items
+
+
+class EpochTimes(TrainerCallback):
+    """Seconds of every epoch, from the end of the one before, and those of reading in it."""
+
+    def __init__(self, began, images):
+        self.images = images
+        self.ends, self.read = [began], [0.0]
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if args.device.type == "cuda":
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
+        self.read.append(self.images.seconds)
 
     @property
     def seconds(self):
-        return [end - begin for begin, end in pairwise(self.ends)]
+        """`(seconds, of which reading)` of every epoch."""
+        return [
+            (end - begin, stop - start)
+            for (begin, end), (start, stop) in zip(pairwise(self.ends), pairwise(self.read), strict=True)
+        ]
 
 
 def write_images(root, count, size):
@@ -129,20 +152,8 @@ def check_same_images(args):
     print(f"the same image differs by {difference:.1e} at most between the two sides")
 
 
-def time_images(args):
-    """Seconds in which each side reads all images as a training does, batch by batch, and nothing else."""
-
-    def read(data):
-        for begin in range(0, args.images, args.batch):
-            data.__getitems__(list(range(begin, min(begin + args.batch, args.images))))
-
-    with tempfile.TemporaryDirectory() as cache:
-        plain, ours = plain_data(args), our_data(args, cache)
-        return interleaved({PLAIN: lambda: read(plain), OURS: lambda: read(ours)}, args.rounds, warm_up=1)
-
-
 def train_plain(args):
-    """Seconds of every epoch of the plain script."""
+    """`(seconds, of which reading)` of every epoch of the plain script."""
     began = time.perf_counter()
 
     def collate_fn(examples):
@@ -155,7 +166,7 @@ def train_plain(args):
 
 
 def train_ours(args):
-    """Seconds of every epoch of ours; the first one fills the cache."""
+    """The same of ours; the first epoch fills the cache."""
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as cache:
         model = get_peft_model(load_model(args), HeadMaskedLoraConfig(r=args.rank, ne=args.ne))
@@ -163,7 +174,8 @@ def train_ours(args):
 
 
 def train(args, model, data, collator, callbacks, began):
-    times = EpochTimes(began)
+    images = TimedImages(data)
+    times = EpochTimes(began, images)
     on_cpu = torch.device(args.device).type == "cpu"
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -181,7 +193,7 @@ def train(args, model, data, collator, callbacks, began):
             report_to="none",
             disable_tqdm=True,
         )
-        trainer = Trainer(model, arguments, collator, train_dataset=data, callbacks=[*callbacks, times])
+        trainer = Trainer(model, arguments, collator, train_dataset=images, callbacks=[*callbacks, times])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return times.seconds
@@ -209,27 +221,33 @@ def measure(args):
         f"{args.num_workers} workers, {device_name(args.device)}"
     )
     check_same_images(args)
-    images = time_images(args)
     epochs = {PLAIN: [], OURS: []}
     sides = {
         PLAIN: lambda: epochs[PLAIN].append(train_plain(args)),
         OURS: lambda: epochs[OURS].append(train_ours(args)),
     }
     interleaved(sides, args.rounds, args.device, warm_up=0)
-    first = {side: [seconds[0] for seconds in rounds] for side, rounds in epochs.items()}
+    first = {side: [training[0][0] for training in rounds] for side, rounds in epochs.items()}
     # epochs of one training are no independent measurements
-    later = {side: [statistics.median(seconds[1:]) for seconds in rounds] for side, rounds in epochs.items()}
+    later, reading = (
+        {side: [statistics.median(epoch[i] for epoch in t[1:]) for t in rounds] for side, rounds in epochs.items()}
+        for i in range(2)
+    )
     for side in epochs:
         print(describe(f"{side}, first epoch", first[side], "s"))
         print(describe(f"{side}, later epochs", later[side], "s"))
-        print(describe(f"{side}, images alone", images[side], "s"))
+        if not args.num_workers:
+            print(describe(f"{side}, reading", reading[side], "s"))
     print("the first: with everything before it, model, data and, in ours, the cache")
     print(f"first epoch, plain / ours: {ratio(first[PLAIN], first[OURS])}")
     print(f"later epochs, plain / ours: {ratio(later[PLAIN], later[OURS])}")
     where = f"{model}, JPEGs of {args.image_size} pixels, {args.device}"
     if not args.num_workers:  # which read while others train
-        share = statistics.median(images[PLAIN]) / statistics.median(later[PLAIN])
-        print(f"reading takes {share:.1%} of a plain epoch; if it took nothing, plain / ours: {1 / (1 - share):.3f}")
+        share = statistics.median(map(truediv, reading[PLAIN], later[PLAIN]))
+        bare = [whole - read for whole, read in zip(later[OURS], reading[OURS], strict=True)]
+        print(
+            f"reading takes {share:.1%} of a plain epoch; if ours took nothing, plain / ours: {ratio(later[PLAIN], bare)}"
+        )
         where += f"; reading takes {share:.0%} of the plain epoch"
     judge("epoch", ratio(later[PLAIN], later[OURS]), where)
 

@@ -1,6 +1,6 @@
 """All figures with one command: every benchmark, one after the other, with the settings of the README's figures.
 
-Takes about 25 minutes on two CPU cores. Leave the machine alone meanwhile: what others take of its cores is measured
+Takes about half an hour on two CPU cores. Leave the machine alone meanwhile: what others take of its cores is measured
 beside each script, and said in the table where it is too much.
 
 Writes to a folder what every script prints (`NAME.txt`, with the command), the machine (`machine.json`), and the table of
@@ -61,11 +61,11 @@ class Run:
 
 RUNS = {
     "step_time": Run(
-        "step_time", "--batch 8 --steps 20", "--batch 64 --steps 100", f"{TINY} --steps 3 --ne 1 --memory_runs 1"
+        "step_time", "--batch 4 --steps 60", "--batch 64 --steps 100", f"{TINY} --steps 3 --ne 1 --memory_runs 1"
     ),
     "step_time_1_bit": Run(
         "step_time",
-        "--batch 4 --rank 32 --adapter_bits 1 --steps 20 --memory_runs 1",
+        "--batch 4 --rank 32 --adapter_bits 1 --steps 24",
         "--batch 64 --rank 32 --adapter_bits 1 --steps 100",
         f"{TINY} --rank 4 --adapter_bits 1 --steps 3 --ne 1 --memory_runs 0",
     ),

@@ -50,14 +50,10 @@ def match_renamed(saved: Iterable[str], present: Iterable[str]) -> dict[str, str
         Names that the model has are left out, and so are those for which it has nothing at the same place, or more
         than one thing.
     """
-    present = list(present)
-    known = set(present)
+    present = dict.fromkeys(present)
+    unknown = [name for name in saved if name not in present]
     by_place: dict[tuple, list[str]] = {}
-    for name in present:
+    for name in present if unknown else ():
         by_place.setdefault(place_of(name), []).append(name)
-    renamed = {}
-    for name in saved:
-        candidates = [] if name in known else by_place.get(place_of(name), [])
-        if len(candidates) == 1:
-            renamed[name] = candidates[0]
-    return renamed
+    candidates = {name: by_place.get(place_of(name), []) for name in unknown}
+    return {name: found[0] for name, found in candidates.items() if len(found) == 1}
