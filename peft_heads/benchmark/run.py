@@ -208,8 +208,11 @@ def training_key(spec: RunSpec) -> str:
 
 
 def trunk_key(spec: RunSpec) -> str:
-    """Equal for runs that train alike until heads are scored."""
-    settings = spec.to_json()
+    """Equal for runs that train alike until heads are scored; where nothing can be shared, for those that do to the end."""
+    epochs = trunk_epochs(spec)
+    if epochs == 0:
+        return training_key(spec)
+    settings = spec.to_json() | {"trunk_epochs": epochs}
     del settings["eval_split"]
     settings["method"] = {name: value for name, value in spec.method.items() if name not in SELECTION}
     return json.dumps(settings, sort_keys=True)
@@ -220,10 +223,8 @@ def trunk_epochs(spec: RunSpec) -> int:
 
     0 where they can share none.
     """
-    if spec.method["name"] != "head-masked-lora":
-        return 0
     args = method_arguments(spec.method, spec.recipe)
-    if args.head_select_at is not None or args.head_window not in (None, "last_epoch"):
+    if args.head_warmup_epochs is None or args.head_window not in (None, "last_epoch"):
         return 0
     return max(0, math.ceil(args.head_warmup_epochs) - 1)
 

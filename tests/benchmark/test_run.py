@@ -283,6 +283,15 @@ def test_a_branch_is_a_run_of_its_own(bench, name):
     assert train_trunk(spec_of(bench, HEADS | {"bottleneck_dropout": 0.1}), bench.places("branch")) == trunk
 
 
+def test_a_branch_of_rlrr(bench):
+    masked = {"name": "rlrr", "ne": 1}
+    variant = spec_of(bench, masked | {"ne": 2, "criterion": "negative"})
+    trunk = train_trunk(spec_of(bench, masked), bench.places("branch"))
+    branch, _ = run(variant, bench.places("branch"), begin_with=trunk)
+    alone, _ = run(variant, bench.places("alone"))
+    assert plain(branch.result) == plain(alone.result)
+
+
 def test_a_killed_trunk_goes_on(bench, kill_at):
     expected = train_trunk(spec_of(bench), bench.places("whole"))
     kill_at(4)
@@ -306,6 +315,12 @@ def test_what_runs_can_share(bench):
         spec_of(bench, head_warmup_epochs=2),
     ):
         assert trunk_key(base) != trunk_key(other)
+    rlrr = spec_of(bench, {"name": "rlrr", "ne": 1})
+    assert trunk_epochs(rlrr) == 2
+    assert trunk_key(rlrr) == trunk_key(spec_of(bench, {"name": "rlrr", "ratio": 0.5, "criterion": "front"}))
+    for settings in ({}, {"ne": 0}):  # which has no head scored, and no masks in its file
+        other = spec_of(bench, {"name": "rlrr"} | settings)
+        assert trunk_epochs(other) == 0 and trunk_key(other) != trunk_key(rlrr)
     assert trunk_epochs(spec_of(bench, {"name": "lora"})) == 0
     assert trunk_epochs(spec_of(bench, HEADS | {"head_window": "all"})) == 0
     assert trunk_epochs(spec_of(bench, HEADS | {"head_select_at": 0.5})) == 0
