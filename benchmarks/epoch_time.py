@@ -11,7 +11,7 @@ which fills the cache, is printed apart; the ratios are those of the medians of 
 two photographs that ship with scikit-learn, as JPEG of --image_size pixels (VTAB's are of varying size). On a CPU the
 model is the small ViT that ships with the package; on a GPU ViT-B/16 with random weights, in bf16.
 
-    python benchmarks/epoch_time.py [--images 1000 --image_size 224 --epochs 4 --rounds 5 --batch 64]
+    python benchmarks/epoch_time.py [--images 1000 --image_size 224 --epochs 4 --rounds 6 --batch 64]
     python benchmarks/epoch_time.py --device cuda --num_workers 8
 """
 
@@ -201,7 +201,7 @@ def train(args, model, data, collator, callbacks, began):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, images=1000, image_size=224, epochs=4, rounds=5, batch=64, rank=8, ne=3, num_workers=0)
+    add_arguments(parser, images=1000, image_size=224, epochs=4, rounds=6, batch=64, rank=8, ne=3, num_workers=0)
     args = parser.parse_args()
     if args.epochs < 2:
         parser.error("--epochs must be at least 2: the first is another matter")

@@ -61,25 +61,33 @@ class Ratio:
 
     Attributes:
         middle_half: The quartiles of the ratios.
-        interval: Where the median lies with 95 % confidence (order statistics; all the range below seven rounds).
+        interval: Where the median lies with at least 95 % confidence (order statistics); of less than six rounds, with
+            which nothing is that certain, all the range.
         of_medians: The ratio of the medians instead.
+        rounds: How many there were.
     """
 
     median: float
     middle_half: tuple[float, float]
     interval: tuple[float, float]
     of_medians: float
+    rounds: int
 
     def map(self, function: Callable[[float], float]) -> Ratio:
         """What an increasing function makes of it."""
         middle_half, interval = (tuple(map(function, pair)) for pair in (self.middle_half, self.interval))
-        return Ratio(function(self.median), middle_half, interval, function(self.of_medians))
+        return Ratio(function(self.median), middle_half, interval, function(self.of_medians), self.rounds)
+
+    @property
+    def span(self) -> str:
+        """The interval, with what it is."""
+        what = "95 % of the median" if self.rounds >= 6 else f"range of {self.rounds}"
+        return f"{what}: {self.interval[0]:.3f} to {self.interval[1]:.3f}"
 
     def __str__(self) -> str:
-        low, high = self.interval
+        low, high = self.middle_half
         return (
-            f"{self.median:.3f} (95 % of the median: {low:.3f} to {high:.3f}; middle half: {self.middle_half[0]:.3f} "
-            f"to {self.middle_half[1]:.3f}; of medians: {self.of_medians:.3f})"
+            f"{self.median:.3f} ({self.span}; middle half: {low:.3f} to {high:.3f}; of medians: {self.of_medians:.3f})"
         )
 
 
@@ -87,13 +95,25 @@ def ratio(numerators: list[float], denominators: list[float]) -> Ratio:
     """Of one side to another, which were timed in the same rounds."""
     ratios = sorted(a / b for a, b in zip(numerators, denominators, strict=True))
     count = len(ratios)
-    quarter, outside = count // 4, max(0, math.floor((count - 1.96 * math.sqrt(count)) / 2))
+    quarter, outside = count // 4, ranks_outside(count)
     return Ratio(
         median=statistics.median(ratios),
         middle_half=(ratios[quarter], ratios[-quarter - 1]),
         interval=(ratios[outside], ratios[-outside - 1]),
         of_medians=statistics.median(numerators) / statistics.median(denominators),
+        rounds=count,
     )
+
+
+def ranks_outside(count: int) -> int:
+    """How many of the lowest, and of the highest, values a 95 % interval of the median leaves out.
+
+    The interval misses the median if at most that many values lie on one side of it: of coin tosses, heads.
+    """
+    outside, missed = 0, 2 / 2**count
+    while outside + 1 < count / 2 and (missed := missed + 2 * math.comb(count, outside + 1) / 2**count) <= 0.05:
+        outside += 1
+    return outside
 
 
 def interleaved(
@@ -145,7 +165,7 @@ def judge(name: str, figure: float | Ratio, where: str) -> bool:
         low, high = figure.interval
         shown, best = figure.median, low if target.sign == "≤" else high
         met = "yes" if target.is_met(shown) else "undecided" if target.is_met(best) else "no"
-        text = f"{shown:.3f} {target.unit} ({low:.3f} to {high:.3f})"
+        text = f"{shown:.3f} {target.unit} ({figure.span})"
     else:
         met = "yes" if target.is_met(shown) else "no"
         text = f"{shown:.3f} {target.unit}"
@@ -153,18 +173,28 @@ def judge(name: str, figure: float | Ratio, where: str) -> bool:
     return met == "yes"
 
 
+# Without these glibc keeps freed memory for later, more or less of it from run to run.
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
 def in_own_process(function: Callable, *arguments: Any) -> Any:
-    """What a function of the script's top level gives in a fresh process."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+    """What a function of the script's top level gives in a fresh process, which gives freed memory back at once."""
+    before = {name: os.environ.get(name) for name in GIVES_BACK}
+    os.environ.update(GIVES_BACK)
+    try:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(function, *arguments).result()
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device | str) -> tuple[int, int]:
     """Bytes in use before a call, and at its peak; to be asked in a process of its own.
 
     On an accelerator what PyTorch has allocated. On a CPU the resident memory of the process as Linux counts it
-    (VmRSS, VmHWM), because that is what a machine must have: it knows the libraries' scratch space and what their
-    allocators keep, which PyTorch's profiler does not. `ru_maxrss` would not do: a child inherits its parent's peak.
+    (VmRSS, VmHWM), which knows the libraries' scratch space as well; it is to be asked where freed memory is given back
+    (`in_own_process`), or it is that of the allocator's habits. `ru_maxrss` would not do: a child inherits its parent's peak.
 
     Raises:
         RuntimeError: The peak cannot be told from an earlier one, or there is no Linux to ask.

@@ -52,7 +52,7 @@ class Run:
     has_device: bool = True
 
     def command(self, device: str, quick: bool = False) -> list[str] | None:
-        options = self.quick if quick else getattr(self, device)
+        options = self.quick if quick else getattr(self, torch.device(device).type)
         if options is None:
             return None
         chosen = ["--device", device] if self.has_device else []
@@ -74,7 +74,7 @@ RUNS = {
     "epoch_time": Run("epoch_time", "", "--num_workers 8", "--images 20 --batch 10 --epochs 2 --rounds 1"),
     "epoch_time_500_pixels": Run(
         "epoch_time",
-        "--image_size 500 --rounds 3",
+        "--image_size 500 --rounds 6",
         "--image_size 500 --num_workers 8",
         "--images 20 --batch 10 --epochs 2 --rounds 1 --image_size 300",
     ),
@@ -173,15 +173,16 @@ def main():
     parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS), metavar="NAME")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
-    device = torch.device(args.device).type
-    other = "cpu" if device == "cuda" else "cuda"
+    other = {"cpu": "cuda", "cuda": "cpu"}.get(torch.device(args.device).type)
+    if other is None:
+        parser.error(f"--device {args.device}: there are settings for cpu and cuda alone")
 
     args.output.mkdir(parents=True, exist_ok=True)
     write_atomically(args.output / "machine.json", json.dumps(describe_machine(args.device), indent=1))
     rows, failed, disturbed = [], [], {}
     missing = [command for name in args.only if (command := RUNS[name].command(other))]
     for name in args.only:
-        command, path = RUNS[name].command(device, args.quick), args.output / f"{name}.txt"
+        command, path = RUNS[name].command(args.device, args.quick), args.output / f"{name}.txt"
         if command is None:
             continue
         print(f"\n== {name}")

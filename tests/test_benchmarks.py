@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import get_peft_model
+from scipy.stats import binom
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -205,7 +206,12 @@ def test_ratio(script):
     ratio = measure.ratio([float(x) for x in range(1, 21)], ones)
     assert (ratio.median, ratio.of_medians, ratio.middle_half) == (10.5, 10.5, (6, 15))
     assert ratio.interval == (6, 15)  # ranks of the exact binomial interval of 95 %, for 20 values
-    assert measure.ratio([2.0, 4.0, 9.0], [1.0, 2.0, 3.0]).interval == (2, 3)  # too few: the whole range
+    assert ratio.span == "95 % of the median: 6.000 to 15.000"
+    few = measure.ratio([2.0, 4.0, 9.0], [1.0, 2.0, 3.0])
+    assert few.interval == (2, 3) and few.span == "range of 3: 2.000 to 3.000"
+    for count in range(6, 80):  # the narrowest that is at least so certain
+        outside = measure.ranks_outside(count)
+        assert 1 - 2 * binom.cdf(outside, count, 0.5) >= 0.95 > 1 - 2 * binom.cdf(outside + 1, count, 0.5)
     paired = measure.ratio([1.0, 20.0, 30.0], [1.0, 2.0, 30.0])  # in two of three rounds both took the same
     assert (paired.median, paired.of_medians) == (1, 10)
     assert ratio.map(lambda x: 10 * x).interval == (60, 150)
@@ -227,7 +233,9 @@ def test_judge(script, capsys, name, values, met):
     assert measure.judge(name, measure.ratio(values, [1.0] * len(values)), "here") is (met == "yes")
     line = capsys.readouterr().out
     what, _, figure, found = line.strip().removeprefix("target | ").split(" | ")
-    assert found == met and "(here)" in what and figure.startswith(f"{values[1]:.3f} × ({values[0]:.3f} to")
+    assert (
+        found == met and "(here)" in what and figure.startswith(f"{values[1]:.3f} × (range of 3: {values[0]:.3f} to")
+    )
 
 
 def test_interleaved(script):

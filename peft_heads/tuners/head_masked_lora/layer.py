@@ -49,10 +49,7 @@ class HeadMaskVariant(LoraVariant):
     ) -> torch.Tensor:
         if self.inner is None:
             hidden = self._down(module, active_adapter, module.lora_dropout[active_adapter](x))  # (…, r)
-            update = self._up(module, active_adapter, hidden)
-            # in place where the sum has this dtype: the same numbers, without another tensor of the output's size
-            in_place = torch.promote_types(result.dtype, update.dtype) == update.dtype
-            output = update.add_(result) if in_place else result + update
+            output = result + self._up(module, active_adapter, hidden)
         else:
             output = self.inner.forward(module, active_adapter=active_adapter, x=x, result=result, **kwargs)
             if active_adapter in module.lora_head_mask:
@@ -74,18 +71,17 @@ class HeadMaskVariant(LoraVariant):
 
     @staticmethod
     def _up(module: HeadMaskedLinear, active_adapter: str, hidden: torch.Tensor) -> torch.Tensor:
-        """`lora_B` without the rows of deactivated heads, times s: (…, r) to (…, out), a tensor that nobody else has."""
+        """`lora_B` without the rows of deactivated heads, times s: (…, r) to (…, out)."""
         lora_B, scaling = module.lora_B[active_adapter], module.scaling[active_adapter]
-        hooked = (
-            lora_B._forward_pre_hooks or lora_B._forward_hooks or "forward" in vars(lora_B)
-        )  # the last: Accelerate
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        hooked = "forward" in vars(lora_B) or any(getattr(lora_B, name) for name in hooks)  # the first: Accelerate
         is_quantized = active_adapter in module.lora_quantizer
         if is_quantized or (type(lora_B) is nn.Linear and not hooked):
             weight = module.quantized_up(active_adapter) if is_quantized else lora_B.weight
             bias = None if lora_B.bias is None else module.mask_rows(active_adapter, lora_B.bias)
             update = F.linear(hidden, module.mask_rows(active_adapter, weight), bias)
-            # a tensor after prepare_model_for_compiled_hotswap; with a bias F.linear gives a view
-            is_one = not isinstance(scaling, torch.Tensor) and scaling == 1 and bias is None
+            # one pass over an output less; a tensor after prepare_model_for_compiled_hotswap, which may change
+            is_one = not isinstance(scaling, torch.Tensor) and scaling == 1
             return update if is_one else update * scaling
         # It must be called: it is a unit of FSDP, which gathers its weight then, or is cast or moved by its hooks.
         update = lora_B(hidden)

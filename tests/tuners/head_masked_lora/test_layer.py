@@ -82,3 +82,12 @@ class Wrapper(torch.nn.Module):
     def forward(self, x):
         self.calls.append(1)
         return self.module(x)
+
+
+def test_base_parameters_under_vmap(model):
+    """As of an ensemble: the layer's output has a dimension that the update has not."""
+    layer = layer_of(model)
+    x, bias = torch.randn(3, layer.in_features), layer.base_layer.bias.detach()
+    biases = torch.stack([bias, 2 * bias])
+    outputs = torch.vmap(lambda b: torch.func.functional_call(layer, {"base_layer.bias": b}, (x,)))(biases)
+    torch.testing.assert_close(outputs[1] - outputs[0], bias.expand(3, -1))
