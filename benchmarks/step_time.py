@@ -5,9 +5,9 @@ activations down to the first adapted projections, the classifier; no adapter. A
 the ratios step by step are printed. Peak memory is taken in processes of their own, one per side and run, because
 freed memory of one side would serve another; see `measure.peak_memory`. Random weights: nothing is downloaded.
 
-    python benchmarks/step_time.py [--batch 8 --steps 20 --rank 8 --ne 3 --adapter_bits 32 --accumulation 1]
-    python benchmarks/step_time.py --batch 4 --rank 32 --adapter_bits 1 --steps 30
-    python benchmarks/step_time.py --device cuda --batch 64 --steps 50
+    python benchmarks/step_time.py [--batch 4 --steps 60 --rank 8 --ne 3 --adapter_bits 32 --accumulation 1]
+    python benchmarks/step_time.py --batch 4 --rank 32 --adapter_bits 1 --steps 24
+    python benchmarks/step_time.py --device cuda --batch 64 --steps 100
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def print_memory(args, where):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_vit_arguments(parser, steps=20, rank=8, ne=3, adapter_bits=32, accumulation=1, memory_runs=3)
+    add_vit_arguments(parser, batch=4, steps=60, rank=8, ne=3, adapter_bits=32, accumulation=1, memory_runs=3)
     add_dtype_argument(parser)
     parser.add_argument("--mask_scope", default="adapter")
     args = parser.parse_args()
