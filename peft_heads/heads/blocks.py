@@ -29,6 +29,7 @@ _BEFORE_BATCH_NORM = {
     for module in (
         *("ResNetConvLayer", "ResNetShortCut", "RegNetConvLayer", "RegNetShortCut"),
         *("MobileViTConvLayer", "MobileViTV2ConvLayer", "HGNetV2ConvLayer"),
+        *("MobileNetV1ConvLayer", "MobileNetV2ConvLayer"),
     )
 } | {("LevitConvEmbeddings", "convolution"): "batch_norm", ("MLPLayerWithBN", "linear"): "batch_norm"}
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

@@ -140,8 +140,15 @@ class RLRRLinear(HeadMaskedLayer, RLRRLayer):
         return {name: tensor.to(weight.dtype) for name, tensor in changed.items()}
 
 
+def _of_base_layer(name: str) -> property:
+    return property(lambda layer: getattr(layer.get_base_layer(), name))
+
+
 class RLRRConv2d(RLRRLinear):
     """A convolution whose kernels, laid out as a matrix (out·k, in·k), are rescaled."""
+
+    # what models read of their convolutions: MobileNet pads by it
+    kernel_size, stride, dilation = map(_of_base_layer, ("kernel_size", "stride", "dilation"))
 
     @property
     def in_features(self) -> int:

@@ -60,6 +60,11 @@ def hgnet():
     return hf.HGNetV2ForImageClassification(hf.HGNetV2Config(**sizes, num_labels=3))
 
 
+def mobilenet():
+    config = hf.MobileNetV2Config(image_size=32, depth_multiplier=0.25, num_labels=3)
+    return hf.MobileNetV2ForImageClassification(config)
+
+
 def regnet():
     config = hf.RegNetConfig(
         embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], groups_width=8, layer_type="y", num_labels=3
@@ -83,6 +88,7 @@ FAMILIES = (
 MAKERS = {name: backbones.FAMILIES[name].make for name in FAMILIES} | {
     "resnet": resnet,
     "regnet": regnet,
+    "mobilenet": mobilenet,
     "mobilevit": mobilevit,
     "levit": levit,
     "hgnet": hgnet,
