@@ -260,6 +260,13 @@ def test_peak_memory(script):
     assert before > kept.nbytes
 
 
+def test_a_process_of_its_own_gives_memory_back(script, monkeypatch):
+    """Or a peak is that of what glibc keeps; this process stays as it was."""
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+    assert script("measure").in_own_process(os.getenv, "MALLOC_TRIM_THRESHOLD_") == "65536"
+    assert "MALLOC_TRIM_THRESHOLD_" not in os.environ
+
+
 @pytest.mark.parametrize(("rank", "labels"), [(4, 7), (2, 100)])
 def test_operations_of_a_training_step(script, rank, labels):
     """The formulas are what PyTorch counts, attention in plain matrix products."""

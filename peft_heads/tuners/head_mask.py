@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from ..heads.layout import ProjectionLayout
-from ..heads.maskable import check_mask
+from ..heads.maskable import check_mask, deactivated_heads
+from .saved_config import SavedConfig
 
 
 class HeadMask(nn.Module):
@@ -64,3 +67,56 @@ class HeadMaskedLayer:
     def deactivated_rows(self, adapter_name: str) -> torch.Tensor:
         """bool (out,), True = the row belongs to a deactivated head."""
         return self.head_layout[adapter_name].deactivated_rows(self.get_head_mask(adapter_name))
+
+
+def check_saved_masks(
+    model: nn.Module,
+    config: SavedConfig,
+    adapter_name: str,
+    state_dict: dict[str, torch.Tensor],
+    *,
+    parameters: tuple[str, ...],
+    zero_rows: Callable[[ProjectionLayout, torch.Tensor], torch.Tensor],
+    way_out: str,
+) -> None:
+    """Raise ValueError unless a file's masks are there, fit the adapter, and agree with its weights.
+
+    Args:
+        model: The model with the adapter in it.
+        config: The adapter's configuration.
+        adapter_name: The adapter.
+        state_dict: The file's weights, by the names they have in the model.
+        parameters: What has rows by head, as named in a layer: `"lora_B.{adapter_name}.weight"`.
+        zero_rows: Of a layout and its mask, bool (out,): the rows that must be zero.
+        way_out: What may have happened, and what can be done, where a mask is missing.
+    """
+    created = f"ne={config.ne}, ratio={config.ratio}"
+    lost = [key for key, value in state_dict.items() if key.endswith("_head_mask.mask") and not value.all()]
+    if lost:
+        raise ValueError(
+            f"the adapter file deactivates heads ({lost[0]}, …), but adapter {adapter_name!r} carries no mask there: "
+            f"it was created with {created}; create it with the settings it was saved with"
+        )
+    for name, layer in masked_layers(model, adapter_name):
+        mask = state_dict.get(f"{name}.{layer.head_masks_name}.{adapter_name}.mask")
+        if mask is None:
+            raise ValueError(
+                f"the adapter file has no head mask for {name}, which an adapter with {created} must have; {way_out}"
+            )
+        layout = layer.head_layout[adapter_name]
+        check_mask(name, mask, layout.num_heads)
+        for parameter in parameters:
+            rows = state_dict.get(f"{name}.{parameter.format(adapter_name=adapter_name)}")
+            if rows is None or rows.shape[0] != layout.out_features:
+                continue  # PEFT reports missing keys and mismatched shapes
+            off = rows[zero_rows(layout, mask).to(rows.device)]
+            if off.count_nonzero():
+                masks = dict(zip(layout.named_parts(name), layout.split(mask), strict=True))
+                heads = [f"heads {heads} of {key}" for key, heads in deactivated_heads(masks).items()]
+                fused_parts = f" and fused_parts is {config.fused_parts!r}" if hasattr(config, "fused_parts") else ""
+                raise ValueError(
+                    f"the adapter file contradicts itself: in {name} the mask deactivates "
+                    f"{', '.join(heads) or 'nothing'}{fused_parts}; the deactivated rows of "
+                    f"{parameter.replace('.{adapter_name}', '')} must be zero, but {int(off.count_nonzero())} of "
+                    f"{off.numel()} entries are not; the mask or the weights were edited"
+                )

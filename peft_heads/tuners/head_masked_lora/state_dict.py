@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ...heads.maskable import check_mask, deactivated_heads
 from ...sharding import whole
-from ..head_mask import masked_layers
+from ..head_mask import check_saved_masks, masked_layers
 from ..task_heads import QuantizedLinear
 from .config import HeadMaskedLoraConfig
 from .layer import HeadMaskedLinear
@@ -66,33 +65,13 @@ def check_state_dict(
     model: nn.Module, config: HeadMaskedLoraConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
 ) -> None:
     """Raise ValueError unless the file's masks are there, fit the adapter, and agree with its weights."""
-    lost = [k for k, v in state_dict.items() if k.endswith("lora_head_mask.mask") and not v.all()]
-    if lost:
-        raise ValueError(
-            f"the adapter file deactivates heads ({lost[0]}, …), but adapter {adapter_name!r} carries no mask there: "
-            f"it was created with ne={config.ne}, ratio={config.ratio}; create it with the settings it was saved with"
-        )
-    for name, layer in masked_layers(model, adapter_name):
-        mask = state_dict.get(f"{name}.lora_head_mask.{adapter_name}.mask")
-        if mask is None:
-            raise ValueError(
-                f"the adapter file has no head mask for {name}, which an adapter with ne={config.ne}, "
-                f"ratio={config.ratio} must have; was it made by another method, or edited? A plain LoRA adapter is "
-                "loaded with config=HeadMaskedLoraConfig.from_lora(path)"
-            )
-        layout = layer.head_layout[adapter_name]
-        check_mask(name, mask, layout.num_heads)
-        for suffix in ("weight", "bias"):
-            rows = state_dict.get(f"{name}.lora_B.{adapter_name}.{suffix}")
-            if rows is None or rows.shape[0] != layout.out_features:
-                continue  # PEFT reports missing keys and mismatched shapes
-            off = ~layout.active_rows(mask).to(rows.device)
-            if rows[off].count_nonzero():
-                masks = dict(zip(layout.named_parts(name), layout.split(mask), strict=True))
-                off_heads = [f"heads {heads} of {key}" for key, heads in deactivated_heads(masks).items()]
-                raise ValueError(
-                    f"the adapter file contradicts itself: in {name} the mask deactivates "
-                    f"{', '.join(off_heads) or 'nothing'} and fused_parts is {config.fused_parts!r}; the deactivated "
-                    f"rows of lora_B.{suffix} must be zero, but {int(rows[off].count_nonzero())} of "
-                    f"{int(rows[off].numel())} entries are not; the mask or the weights were edited"
-                )
+    check_saved_masks(
+        model,
+        config,
+        adapter_name,
+        state_dict,
+        parameters=("lora_B.{adapter_name}.weight", "lora_B.{adapter_name}.bias"),
+        zero_rows=lambda layout, mask: ~layout.active_rows(mask),
+        way_out="was it made by another method, or edited? A plain LoRA adapter is loaded with "
+        "config=HeadMaskedLoraConfig.from_lora(path)",
+    )

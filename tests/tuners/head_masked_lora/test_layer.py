@@ -40,7 +40,7 @@ def test_compiled_forward_matches(model):
     torch.testing.assert_close(compiled(x), layer(x))
 
 
-@pytest.mark.parametrize("kind", ["pre-hook", "hook", "wrapper", "forward"])
+@pytest.mark.parametrize("kind", ["pre-hook", "hook", "backward pre-hook", "backward hook", "wrapper", "forward"])
 @pytest.mark.parametrize("scope", ["adapter", "head"])
 def test_lora_B_is_called_where_something_waits_for_the_call(kind, scope):
     """FSDP gathers a unit's weight, and layerwise casting casts it, when the module is called."""
@@ -62,6 +62,10 @@ def test_lora_B_is_called_where_something_waits_for_the_call(kind, scope):
         lora_B.register_forward_pre_hook(lambda *_: calls.append(1))
     elif kind == "hook":
         lora_B.register_forward_hook(lambda *_: calls.append(1))
+    elif kind == "backward pre-hook":
+        lora_B.register_full_backward_pre_hook(lambda *_: calls.append(1))
+    elif kind == "backward hook":
+        lora_B.register_full_backward_hook(lambda *_: calls.append(1))
     elif kind == "forward":  # as Accelerate offloads weights
         forward = lora_B.forward
         lora_B.forward = lambda x: calls.append(1) or forward(x)

@@ -265,8 +265,14 @@ def edit(folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rlrr_left": torch.ones_like}, "contradicts itself: in .* deactivates heads .2., whose rows of rlrr_left"),
-        ({"rlrr_shift": torch.ones_like}, "whose rows of rlrr_shift must be zero, but 4 of 4 entries are not"),
+        (
+            {"rlrr_left": torch.ones_like},
+            r"contradicts itself: in .* deactivates heads \[2\] of .*; the deactivated rows of rlrr_left must be zero, but",
+        ),
+        (
+            {"rlrr_shift": torch.ones_like},
+            "the deactivated rows of rlrr_shift must be zero, but 4 of 4 entries are not",
+        ),
         ({"head_mask.mask": lambda mask: None}, "has no head mask for"),
         ({"head_mask.mask": lambda mask: mask[:3]}, r"must be a bool tensor of shape \(6,\)"),
     ],
