@@ -10,13 +10,13 @@ weight in the term `W' = W + S_out S_in`, which is LoRA. With one factor alone t
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class LinearOperation:
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.linear(x, weight, bias)
 
-    def input_gradient(self, grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def input_gradient(self, grad: torch.Tensor, x_shape: torch.Size, weight: torch.Tensor) -> torch.Tensor:
         return grad @ weight
 
     def weight_gradient(self, grad: torch.Tensor, x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
@@ -177,8 +177,8 @@ class ConvolutionOperation:
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.conv2d(x, weight, bias, **self.settings)
 
-    def input_gradient(self, grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return nn.grad.conv2d_input(x.shape, weight, grad, **self.settings)
+    def input_gradient(self, grad: torch.Tensor, x_shape: torch.Size, weight: torch.Tensor) -> torch.Tensor:
+        return nn.grad.conv2d_input(x_shape, weight, grad, **self.settings)
 
     def weight_gradient(self, grad: torch.Tensor, x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         return nn.grad.conv2d_weight(x, shape, grad, **self.settings)
@@ -187,14 +187,26 @@ class ConvolutionOperation:
         return grad.sum(dim=(0, 2, 3))
 
 
+class Change(NamedTuple):
+    """What one adapter does to a weight.
+
+    Attributes:
+        left: `S_out` (out, r), of a convolution (out·k, r); or None.
+        right: `S_in` (r, in), of a convolution (r, in·k); or None.
+        variant: Which variant.
+    """
+
+    left: torch.Tensor | None
+    right: torch.Tensor | None
+    variant: Rescaling = Rescaling()
+
+
 def rescaled_operation(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    left: torch.Tensor | None,
-    right: torch.Tensor | None,
+    changes: list[Change],
     shift: torch.Tensor | None,
-    variant: Rescaling,
     operation: LinearOperation | ConvolutionOperation,
 ) -> torch.Tensor:
     """`operation(x, W', b + f)` with a frozen weight, of which nothing is kept for the backward pass.
@@ -207,58 +219,75 @@ def rescaled_operation(
         x: (…, in), or (batch, in, height, width).
         weight: The frozen weight, (out, in) or (out, in, k, k).
         bias: The frozen bias (out,), or None.
-        left: `S_out` (out, r), of a convolution (out·k, r); or None.
-        right: `S_in` (r, in), of a convolution (r, in·k); or None.
+        changes: Those of the active adapters, at least one; they add up.
         shift: `f` (out,), or None.
-        variant: Which variant.
         operation: What is done with the weight.
     """
     # What is multiplied is in the dtype of autocast if there is one, else in the weight's; W' is formed in the wider of
     # the weight's and the factors'.
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    with torch.autocast(device, enabled=False):
-        # Nothing to be differentiated is left to plain operations, which can be traced and exported.
-        apply = _Rescaled.apply if torch.is_grad_enabled() else _apply
-        return apply(operation.prepare(x).to(dtype), weight, bias, left, right, shift, variant, operation)
+    has_autocast = torch.amp.is_autocast_available(device)  # not on the meta device
+    autocast = has_autocast and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+    with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
+        x, factors = operation.prepare(x).to(dtype), [factor for change in changes for factor in change[:2]]
+        variants = [change.variant for change in changes]
+        # Nothing to be differentiated is left to plain operations, which can be traced and exported, and so are the
+        # transforms of torch.func, of which the function below knows nothing.
+        if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            return _apply(x, weight, bias, shift, operation, variants, factors)
+        return _Rescaled.apply(x, weight, bias, shift, operation, variants, *factors)
 
 
 class _Rescaled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, left, right, shift, variant: Rescaling, operation: Any) -> torch.Tensor:
-        ctx.save_for_backward(x, weight, left, right)
-        ctx.variant, ctx.operation, ctx.shift_dtype = variant, operation, None if shift is None else shift.dtype
-        return _apply(x, weight, bias, left, right, shift, variant, operation)
+    def forward(ctx: Any, x, weight, bias, shift, operation: Any, variants: list[Rescaling], *factors) -> torch.Tensor:
+        needs_x = any(factor is not None and factor.requires_grad for factor in factors)
+        ctx.save_for_backward(x if needs_x else None, weight, *factors)
+        ctx.operation, ctx.variants, ctx.x_shape = operation, variants, x.shape
+        ctx.shift_dtype = None if shift is None else shift.dtype
+        return _apply(x, weight, bias, shift, operation, variants, factors)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor):
-        x, weight, left, right = ctx.saved_tensors
-        variant, operation = ctx.variant, ctx.operation
-        needs_x, _, _, needs_left, needs_right, needs_shift = ctx.needs_input_grad[:6]
-        of_x = of_left = of_right = of_shift = None
-        with torch.autocast(x.device.type, enabled=False):
+        x, weight, *factors = ctx.saved_tensors
+        operation, variants = ctx.operation, ctx.variants
+        needs_x, _, _, needs_shift, _, _, *needs_factors = ctx.needs_input_grad
+        of_x = of_shift = None
+        of_factors = [None] * len(factors)
+        with torch.autocast(grad.device.type, enabled=False):
             if needs_x:
-                acting = _acting_weight(x, weight, left, right, variant, operation)
-                of_x = operation.input_gradient(grad, x, acting)
+                acting = _acting_weight(grad.dtype, weight, operation, variants, factors)
+                of_x = operation.input_gradient(grad, ctx.x_shape, acting)
                 del acting
-            if needs_left or needs_right:
+            if any(needs_factors):
                 dense = operation.matrix(operation.weight_gradient(grad, x, weight.shape))
-                of_left, of_right = factor_gradients(dense, operation.matrix(weight), left, right, variant)
-                del dense
+                for i, change in enumerate(_changes(variants, factors)):
+                    is_last = i == len(variants) - 1
+                    memory = dense if is_last else dense.clone()
+                    of_factors[2 * i : 2 * i + 2] = factor_gradients(memory, operation.matrix(weight), *change)
+                del dense, memory
             if needs_shift:
                 of_shift = operation.bias_gradient(grad).to(ctx.shift_dtype)
-        return of_x, None, None, of_left, of_right, of_shift, None, None
+        return of_x, None, None, of_shift, None, None, *of_factors
 
 
-def _apply(x, weight, bias, left, right, shift, variant: Rescaling, operation: Any) -> torch.Tensor:
+def _apply(x, weight, bias, shift, operation: Any, variants: list[Rescaling], factors) -> torch.Tensor:
     if shift is not None:
         bias = shift if bias is None else bias + shift
-    return operation(x, _acting_weight(x, weight, left, right, variant, operation), _cast(bias, x.dtype))
+    return operation(x, _acting_weight(x.dtype, weight, operation, variants, factors), _cast(bias, x.dtype))
 
 
-def _acting_weight(x, weight, left, right, variant: Rescaling, operation: Any) -> torch.Tensor:
-    return operation.weight(rescale(operation.matrix(weight), left, right, variant).to(x.dtype), weight.shape)
+def _acting_weight(dtype: torch.dtype, weight, operation: Any, variants: list[Rescaling], factors) -> torch.Tensor:
+    matrix, (first, *rest) = operation.matrix(weight), _changes(variants, factors)
+    acting = rescale(matrix, *first)
+    for change in rest:
+        acting = acting + delta(matrix, *change)
+    return operation.weight(acting.to(dtype), weight.shape)
+
+
+def _changes(variants: list[Rescaling], factors) -> list[Change]:
+    return [Change(*pair) for pair in zip(factors[::2], factors[1::2], variants, strict=True)]
 
 
 def _cast(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:

@@ -15,13 +15,14 @@ def acting(base, adapter, variant=(True, True), off=None):
     result = dict(base)
     modules = {key.rpartition(".rlrr_")[0] for key in adapter if ".rlrr_" in key}
     for name in modules:
-        left, right, scale, shift = (
-            adapter.get(f"{name}.rlrr_{part}") for part in ("left", "right", "scale", "shift")
+        left, right, change_of_scale, shift = (
+            adapter.get(f"{name}.rlrr_{part}") for part in ("left", "right", "scale_delta", "shift")
         )
         weight, bias = base[f"{name}.weight"], base.get(f"{name}.bias")
         zeros = torch.zeros(weight.shape[0], dtype=weight.dtype)
         bias = zeros if bias is None else bias
-        if scale is not None:
+        if change_of_scale is not None:
+            scale = 1 + change_of_scale
             result[f"{name}.weight"] = torch.stack([row * s for row, s in zip(weight, scale, strict=True)])
             result[f"{name}.bias"] = bias * scale + shift
             continue

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from peft_heads.rescaling import (
+    Change,
     ConvolutionOperation,
     LinearOperation,
     Rescaling,
@@ -63,7 +64,7 @@ def test_gradients_of_a_linear_layer(variant, sides, r, bias):
     f = torch.randn(4, dtype=torch.float64, requires_grad=True)
 
     def apply(x, left, right, f):
-        return rescaled_operation(x, W, b, left, right, f, variant, LinearOperation())
+        return rescaled_operation(x, W, b, [Change(left, right, variant)], f, LinearOperation())
 
     left, right = factors(4, 3, r, sides)
     assert torch.autograd.gradcheck(apply, (x, left, right, f))
@@ -92,7 +93,7 @@ def test_gradients_of_a_convolution(sides, settings):
     operation = ConvolutionOperation(layer)
 
     def apply(x, left, right, f):
-        return rescaled_operation(x, layer.weight, layer.bias, left, right, f, Rescaling(), operation)
+        return rescaled_operation(x, layer.weight, layer.bias, [Change(left, right)], f, operation)
 
     assert torch.autograd.gradcheck(apply, (x, left, right, f))
     folded = copy.deepcopy(layer)
@@ -118,11 +119,74 @@ def test_rows_with_zero_factors_are_the_frozen_ones():
         assert torch.equal(rescale(W, left, right, variant)[10:20], W[10:20])
 
 
-def test_nothing_of_the_weights_size_is_kept():
-    """Of the frozen weight itself nothing is kept twice, and its rescaled form is not kept at all."""
+@pytest.mark.parametrize("variant", VARIANTS[::2], ids=str)
+def test_several_adapters(variant):
+    """Their changes add up, and each gets its gradient; one that is not trained gets none."""
+    W, b, f = (torch.randn(*shape, dtype=torch.float64) for shape in ((4, 3), (4,), (4,)))
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    of_first, of_second = factors(4, 3, 1, "both"), factors(4, 3, 2, "both")
+    third = torch.randn(4, 1, dtype=torch.float64)
+
+    def apply(x, *tensors):
+        changes = [Change(*tensors[:2], variant), Change(*tensors[2:], variant), Change(third, None, Rescaling())]
+        return rescaled_operation(x, W, b, changes, f, LinearOperation())
+
+    assert torch.autograd.gradcheck(apply, (x, *of_first, *of_second))
+    change = written_out(W, *of_first, variant) + written_out(W, *of_second, variant) - 2 * W
+    change = change + written_out(W, third, None, Rescaling()) - W
+    torch.testing.assert_close(apply(x, *of_first, *of_second), x @ (W + change).T + b + f)
+
+
+@pytest.mark.parametrize("operation", ["linear", "convolution"])
+def test_second_derivatives(operation):
+    layer = (nn.Linear(3, 4) if operation == "linear" else nn.Conv2d(2, 4, 2)).double().requires_grad_(False)
+    used = LinearOperation() if operation == "linear" else ConvolutionOperation(layer)
+    x = torch.randn(*((2, 3) if operation == "linear" else (2, 2, 3, 3)), dtype=torch.float64, requires_grad=True)
+    left, right = factors(*used.matrix(layer.weight).shape, 1, "both")
+
+    def apply(x, left, right):
+        return rescaled_operation(x, layer.weight, layer.bias, [Change(left, right)], None, used).tanh()
+
+    assert torch.autograd.gradgradcheck(apply, (x, left, right))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")  # jvp uses it
+def test_transforms():
+    """Gradients of every example by itself, and forward-mode derivatives."""
+    W, x = torch.randn(4, 3), torch.randn(5, 3)
+    left, right = factors(4, 3, 2, "both", torch.float32)
+
+    def loss(left, right, x):
+        return rescaled_operation(x, W, None, [Change(left, right)], None, LinearOperation()).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)), in_dims=(None, None, 0))(left, right, x)
+    for i in range(len(x)):
+        grads = torch.autograd.grad(loss(left, right, x[i]), (left, right))
+        for grad, expected in zip(each, grads, strict=True):
+            torch.testing.assert_close(grad[i], expected)
+    ones = torch.ones_like(left)
+    _, slope = torch.func.jvp(lambda left: loss(left, right, x), (left.detach(),), (ones,))
+    torch.testing.assert_close(slope, torch.autograd.grad(loss(left, right, x), left)[0].sum())
+
+
+def test_the_meta_device():
+    layer = nn.Linear(3, 4, device="meta")
+    left, right = (factor.to("meta") for factor in factors(4, 3, 1, "both"))
+    x = torch.empty(2, 3, device="meta")
+    y = rescaled_operation(x, layer.weight, layer.bias, [Change(left, right)], None, LinearOperation())
+    assert y.is_meta and y.shape == (2, 4)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("trained", [True, False])
+def test_nothing_of_the_weights_size_is_kept(number, trained):
+    """Of the frozen weight itself nothing is kept twice, its rescaled form not at all, the input where it is needed."""
     W = torch.randn(64, 48)
-    left, right = factors(64, 48, 1, "both", torch.float32)
     x = torch.randn(2, 48, requires_grad=True)
+    changes = [Change(*factors(64, 48, 1, "both", torch.float32)) for _ in range(number)]
+    for change in changes:
+        for factor in change[:2]:
+            factor.requires_grad_(trained)
     saved = []
 
     def pack(tensor):
@@ -130,7 +194,8 @@ def test_nothing_of_the_weights_size_is_kept():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        rescaled_operation(x, W, None, left, right, None, Rescaling(), LinearOperation())
+        rescaled_operation(x, W, None, changes, None, LinearOperation())
+    assert any(tensor.data_ptr() == x.data_ptr() for tensor in saved) == trained
     large = [tensor for tensor in saved if tensor.numel() >= W.numel()]
     assert [tensor.data_ptr() for tensor in large] == [W.data_ptr()]
 
@@ -140,7 +205,7 @@ def test_half_precision(dtype):
     """A frozen weight in half, factors in full: products in half, W' formed in full."""
     W, x = torch.randn(32, 24).to(dtype), torch.randn(5, 24).to(dtype)
     left, right = factors(32, 24, 1, "both", torch.float32)
-    y = rescaled_operation(x, W, None, left, right, None, Rescaling(), LinearOperation())
+    y = rescaled_operation(x, W, None, [Change(left, right)], None, LinearOperation())
     expected = x @ (W.float() + left @ right * W.float()).to(dtype).T
     assert y.dtype == dtype and torch.equal(y, expected)
     y.float().sum().backward()
@@ -151,7 +216,7 @@ def test_autocast():
     W, x = torch.randn(32, 24), torch.randn(5, 24, requires_grad=True)
     left, right = factors(32, 24, 1, "both", torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = rescaled_operation(x, W, None, left, right, None, Rescaling(), LinearOperation())
+        y = rescaled_operation(x, W, None, [Change(left, right)], None, LinearOperation())
     assert torch.equal(y, x.bfloat16() @ (W + left @ right * W).bfloat16().T)
     y.sum().backward()
     assert x.grad.dtype == left.grad.dtype == torch.float32
@@ -176,8 +241,8 @@ def test_without_gradients(operation):
     left, right = factors(*used.matrix(layer.weight).shape, 1, "both", torch.float32)
     f = torch.randn(4)
 
-    expected = rescaled_operation(x, layer.weight, layer.bias, left, right, f, Rescaling(), used)
+    expected = rescaled_operation(x, layer.weight, layer.bias, [Change(left, right)], f, used)
     assert expected.grad_fn is not None
     with torch.no_grad():
-        result = rescaled_operation(x, layer.weight, layer.bias, left, right, f, Rescaling(), used)
+        result = rescaled_operation(x, layer.weight, layer.bias, [Change(left, right)], f, used)
     assert torch.equal(result, expected)

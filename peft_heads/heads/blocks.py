@@ -68,7 +68,9 @@ def backbone_parts(model: nn.Module) -> BackboneParts:
     backbone = backbone_name(model)
     tower = f"{backbone}." if all(name.startswith(f"{backbone}.") for name in projections) else ""
     first = min(order.index(name) for name in inside)
-    after = [name for name in order[last + 1 :] if is_norm(modules[name])]
+    # an attention pooling (SigLIP's) is not the backbone's, and not called by every model that has one
+    pooling = tuple(f"{n}." for n, m in model.named_modules() if any(map(_is_attention, m.children())))
+    after = [name for name in order[last + 1 :] if is_norm(modules[name]) and not name.startswith(pooling)]
     return BackboneParts(
         tuple(name for name, m in inside.items() if isinstance(m, nn.Linear) and not _POSITION_NETWORKS.search(name)),
         (*(name for name, module in inside.items() if is_norm(module)), *_within(tower, after)),
@@ -143,6 +145,10 @@ def _patch_embedding(modules: dict[str, nn.Module], before: list[str], tower: st
         if found:
             return found[0]
     return None
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention)
 
 
 def _within(tower: str, names: list[str]) -> list[str]:

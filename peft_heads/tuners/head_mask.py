@@ -10,6 +10,7 @@ from torch import nn
 from ..heads.layout import ProjectionLayout
 from ..heads.maskable import check_mask, deactivated_heads
 from .saved_config import SavedConfig
+from .targets import module_patterns
 
 
 class HeadMask(nn.Module):
@@ -100,6 +101,9 @@ def check_saved_masks(
     for name, layer in masked_layers(model, adapter_name):
         mask = state_dict.get(f"{name}.{layer.head_masks_name}.{adapter_name}.mask")
         if mask is None:
+            owners = [key.rpartition(f".{layer.head_masks_name}.")[0] for key in state_dict if key.endswith(".mask")]
+            if owners and not {owner for owner, _ in masked_layers(model, adapter_name)} & set(owners):
+                way_out = f"its masks are those of {module_patterns(owners)}: is it an adapter of another model?"
             raise ValueError(
                 f"the adapter file has no head mask for {name}, which an adapter with {created} must have; {way_out}"
             )

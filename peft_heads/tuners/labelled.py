@@ -38,6 +38,9 @@ class LabelledTuner:
         if sum(config is peft_config for config in self.peft_config.values()) == 1:
             # what another model has left in a configuration that serves a second time is not this one's
             peft_config.adapter_files = AdapterFiles(labels_in_file=peft_config.adapter_files.labels_in_file)
+            for option, value in peft_config.chosen.items():
+                if getattr(peft_config, option) == value:
+                    setattr(peft_config, option, None)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapter(s); the model's labels become those of the adapter, or of the first of them."""
@@ -79,7 +82,7 @@ class LabelledTuner:
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names"):
-            check_mixed_batch(self.model, kwargs["adapter_names"])
+            check_mixed_batch(self.model, kwargs["adapter_names"], self.peft_config)
         with super()._enable_peft_forward_hooks(*args, **kwargs):
             yield
 

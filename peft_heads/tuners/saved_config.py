@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any
 
@@ -23,17 +24,25 @@ class SavedConfig:
     Attributes:
         adapter_files: What `save_pretrained` writes beside the configuration, filled when the weights are collected.
         card: What the model card says of the method.
+        chosen: Values of options that were not given and that a model's parts have answered, by option.
         source: Where a saved configuration comes from, as arguments of `hf_hub_download`; None once it was read.
     """
 
     card: CardText
     adapter_files: AdapterFiles
+    chosen: dict[str, Any]
     source: dict[str, Any] | None
 
     def begin_files(self) -> None:
         """Of a new configuration: nothing is known yet."""
         self.adapter_files = AdapterFiles()
         self.source = None
+        self.chosen: dict[str, Any] = {}
+
+    def choose(self, option: str, value: Any) -> None:
+        """Answer an option that was not given from the model's parts; for another model it is chosen anew."""
+        setattr(self, option, value)
+        self.chosen[option] = copy.copy(value)
 
     @property
     def masks_heads(self) -> bool:

@@ -5,7 +5,7 @@ PEFT copies the base model's head for every adapter and fails to load a file wit
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -114,17 +114,27 @@ def fit_task_heads(model: nn.Module, adapter_name: str, state_dict: dict[str, to
     return outputs
 
 
-def check_mixed_batch(model: nn.Module, adapter_names: Iterable[str]) -> None:
-    """Raise ValueError if the adapters of a mixed batch have trained heads of different sizes.
+def check_mixed_batch(model: nn.Module, adapter_names: Iterable[str], existing: Container[str]) -> None:
+    """Raise ValueError if one of the adapters of a mixed batch has no trained head, or theirs differ in size.
 
-    Their outputs would not fit into one tensor.
+    Outputs of different sizes would not fit into one tensor.
+
+    Args:
+        model: The model with the adapters in it.
+        adapter_names: One name per image, or `__base__`.
+        existing: The model's adapters.
     """
     for name, wrapper in _wrappers(model):
         shapes: dict[str, list[tuple[int, ...]]] = {}
         for adapter_name in dict.fromkeys(adapter_names):
             in_base = adapter_name == "__base__"
             if not in_base and adapter_name not in wrapper.modules_to_save:
-                continue  # one that does not exist is PEFT's to report
+                if adapter_name not in existing:
+                    continue  # PEFT's to report
+                raise ValueError(
+                    f"a mixed batch needs adapters that all train {name}, but {adapter_name!r} does not (those that do: "
+                    f"{', '.join(wrapper.modules_to_save)}); predict with one adapter at a time (set_adapter)"
+                )
             module = wrapper.original_module if in_base else wrapper.modules_to_save[adapter_name]
             shapes[adapter_name] = [tuple(param.shape) for param in module.parameters()]
         if len({str(shape) for shape in shapes.values()}) > 1:

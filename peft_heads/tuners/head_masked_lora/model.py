@@ -58,12 +58,12 @@ class HeadMaskedLoraModel(LabelledTuner, LoraModel):
             follow_file(peft_config, self.model)
         if peft_config.target_modules is None and not peft_config.target_parameters:
             # PEFT's own table of defaults is asked for architectures without a recognisable attention layer
-            peft_config.target_modules = set(self._default_targets(peft_config)) or None
+            peft_config.choose("target_modules", set(self._default_targets(peft_config)) or None)
             model_type = self.get_model_config(self.model).get("model_type")
             if not peft_config.target_modules and model_type not in self.target_module_mapping:
                 raise unknown_architecture(self.model)
         if peft_config.modules_to_save is None:
-            peft_config.modules_to_save = task_head_names(self.model) or None
+            peft_config.choose("modules_to_save", task_head_names(self.model) or None)
         if peft_config.classifier_bits != FULL_PRECISION:
             check_quantizable(self.model, peft_config.modules_to_save, peft_config.classifier_bits)
         peft_config = super()._prepare_adapter_config(peft_config, model_config)

@@ -21,7 +21,7 @@ class RLRRLayer(nn.Module, BaseTunerLayer):
     """
 
     # All names of layers that may contain adapter (trainable) weights
-    adapter_layer_names: tuple[str, ...] = ("rlrr_left", "rlrr_right", "rlrr_scale", "rlrr_shift")
+    adapter_layer_names: tuple[str, ...] = ("rlrr_left", "rlrr_right", "rlrr_scale_delta", "rlrr_shift")
     # All names of other parameters that may contain adapter-related parameters
     other_param_names: tuple[str, ...] = ("rlrr_head_mask", "head_layout", "rlrr_variant")
 
@@ -30,7 +30,8 @@ class RLRRLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.rlrr_left = nn.ParameterDict({})  # S_out (out, r)
         self.rlrr_right = nn.ParameterDict({})  # S_in (r, in)
-        self.rlrr_scale = nn.ParameterDict({})  # γ (channels,)
+        # γ - 1 (channels,): weight decay pulls it towards the pre-trained model, and half precision resolves it
+        self.rlrr_scale_delta = nn.ParameterDict({})
         self.rlrr_shift = nn.ParameterDict({})  # f (out,), or β (channels,)
         self.rlrr_head_mask = nn.ModuleDict({})
         self.head_layout: dict[str, ProjectionLayout] = {}
@@ -84,12 +85,12 @@ class RLRRLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         adapter_names = kwargs.pop("adapter_names", None)
-        if adapter_names is not None:
-            return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
         active = [name for name in self.active_adapters if self.has_adapter(name)]
         if self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
@@ -118,7 +119,8 @@ class RLRRLayer(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the adapters into the base layer, which gets a bias if it has none; see PEFT's layers.
 
-        The overwritten tensors are kept, so that `unmerge` restores them bit for bit.
+        The overwritten tensors are kept, so that `unmerge` restores them bit for bit: the adapted weights are held twice
+        meanwhile (not after `merge_and_unload`).
         """
         adapter_names = [name for name in check_adapters_to_merge(self, adapter_names) if self.has_adapter(name)]
         if not adapter_names:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
 from peft.utils.other import ModulesToSaveWrapper
@@ -23,7 +24,7 @@ def check_summands(
         raise ValueError(f"Adapter {', '.join(missing) or '(none given)'} does not exist")
     if len(adapters) != len(weights):
         raise ValueError(f"one weight per adapter is needed; got {len(adapters)} adapters, {len(weights)} weights")
-    if not all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in weights):
+    if not all(_is_finite(weight) for weight in weights):
         raise ValueError(f"weights must be finite numbers, one per adapter; got {weights}")
     for option in ("r", "left", "right", "residual", "rescale_weight", "patch_embedding", "shift_without_bias"):
         values = {name: getattr(configs[name], option) for name in adapters}
@@ -47,6 +48,14 @@ def check_summands(
                     f"adapters with other heads (num_heads) cannot be combined; in {name} they have "
                     f"{' and '.join(map(str, layouts))}"
                 )
+
+
+def _is_finite(weight: Any) -> bool:
+    """Of Python's numbers, NumPy's and tensors of one number."""
+    try:
+        return math.isfinite(weight)
+    except (TypeError, ValueError, RuntimeError):
+        return False
 
 
 def modules_of(model: nn.Module, adapters: list[str]) -> set[str]:
@@ -78,13 +87,12 @@ def sum_into(layer: RLRRLayer, adapters: list[str], weights: list[float], adapte
             params = getattr(layer, key)
             if adapter_name not in params:
                 continue
-            offset = 1 if key == "rlrr_scale" else 0
             by_head = key in ("rlrr_left", "rlrr_shift")
-            total = torch.full_like(params[adapter_name], offset)
+            total = torch.zeros_like(params[adapter_name])
             for name, weight in summands:
                 if name in params:
                     tensor = rows(name, params[name]) if by_head else params[name]
-                    total += weight * (tensor - offset)
+                    total += weight * tensor
             params[adapter_name].copy_(total)
     masks = [layer.get_head_mask(name) for name, _ in summands if name in layer.head_layout]
     if adapter_name in layer.rlrr_head_mask and masks:

@@ -29,7 +29,7 @@ class RLRRConfig(SavedConfig, PeftConfig):
     (`modules_to_save=[]` opts out).
 
     Which initialisation: the paper's, `"kaiming"`, does *not* begin with the pre-trained model (the factors' product
-    reaches ±0.2 at a width of 768); its accuracies are those of this start. `"zero"` begins exactly with the
+    reaches ±0.2 at a width of 768; with `S_out` alone ±2.4); its accuracies are those of this start. `"zero"` begins exactly with the
     pre-trained model, as LoRA does: choose it where the start must not disturb what the model knows (few steps, large
     models, comparisons with LoRA).
 
@@ -53,8 +53,8 @@ class RLRRConfig(SavedConfig, PeftConfig):
             is off, it is rescaled like any other convolution.
         init (`"kaiming"`, `"normal"`, `"zero"`, `"constant"` or `"uniform"`):
             Kaiming-uniform (fan-in) factors; normal with deviation 0.02; `S_out` zero and `S_in` Kaiming-uniform (both
-            zero would have no gradient; with one factor alone that one is zero); all 0.02, or without residual such
-            that the product is 1; uniform in ±0.02. f is 0 always. γ ~ N(1, 0.02) and β ~ N(0, 0.02), but 1 and 0 with
+            zero would have no gradient; with one factor alone that one is zero); all 0.02, or without residual 1 (rank 1
+            alone); uniform in ±0.02. f is 0 always. γ ~ N(1, 0.02) and β ~ N(0, 0.02), but 1 and 0 with
             `"zero"`.
         shift_without_bias (`bool`):
             Whether layers without a bias get f as well. It becomes a bias when the adapter is merged, for which not
@@ -166,7 +166,12 @@ class RLRRConfig(SavedConfig, PeftConfig):
         if not self.residual and self.init == "zero":
             raise ValueError(
                 "init='zero' with residual=False: training would begin with zero weights; choose another init "
-                "('constant' begins with the pre-trained weights), or residual=True"
+                "('constant' with r=1 begins with the pre-trained weights), or residual=True"
+            )
+        if self.init == "constant" and self.r > 1:
+            raise ValueError(
+                f"init='constant' with r={self.r}: equal factors have equal gradients, and their product would keep rank "
+                "1 for ever; choose another init ('kaiming', 'normal', 'uniform', 'zero'), or r=1"
             )
         if self.masks_heads and not self.residual:
             raise ValueError(

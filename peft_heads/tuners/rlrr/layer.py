@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...rescaling import ConvolutionOperation, LinearOperation, delta, rescaled_operation
+from ...rescaling import Change, ConvolutionOperation, LinearOperation, delta, rescaled_operation
 from ...sharding import on_gradient
 from ..head_mask import HeadMask, HeadMaskedLayer
 from .base_layer import RLRRLayer
@@ -65,7 +64,7 @@ class RLRRLinear(HeadMaskedLayer, RLRRLayer):
             elif config.init == "uniform":
                 nn.init.uniform_(factor, -FACTOR_SIZE, FACTOR_SIZE)
             elif config.init == "constant":
-                nn.init.constant_(factor, FACTOR_SIZE if config.residual else 1 / math.sqrt(config.r))
+                nn.init.constant_(factor, FACTOR_SIZE if config.residual else 1.0)
             else:
                 nn.init.kaiming_uniform_(factor)
         if config.init == "zero":
@@ -109,6 +108,11 @@ class RLRRLinear(HeadMaskedLayer, RLRRLayer):
             return None
         return self.mask_rows(adapter_name, self.rlrr_shift[adapter_name])
 
+    def summed_shift(self, adapter_names: list[str]) -> torch.Tensor | None:
+        """The f of several adapters together."""
+        shifts = [shift for name in adapter_names if (shift := self.shift(name)) is not None]
+        return sum(shifts[1:], start=shifts[0]) if shifts else None
+
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """What the adapter adds to the frozen weight, of its shape, in the wider dtype of the two."""
         weight = self.frozen_weight()
@@ -121,10 +125,9 @@ class RLRRLinear(HeadMaskedLayer, RLRRLayer):
         is_frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
         if self.must_be_called:
             return self.call_base_layer(x, adapter_names)
-        if len(adapter_names) == 1 and is_frozen:
-            (name,) = adapter_names
-            shift, variant = self.shift(name), self.rlrr_variant[name]
-            return rescaled_operation(x, weight, bias, *self.factors(name), shift, variant, self.operation)
+        if is_frozen:
+            changes = [Change(*self.factors(name), self.rlrr_variant[name]) for name in adapter_names]
+            return rescaled_operation(x, weight, bias, changes, self.summed_shift(adapter_names), self.operation)
         changed = self.changed_tensors(adapter_names)
         operation = self.operation
         return operation(operation.prepare(x), changed["weight"], changed.get("bias"))
@@ -132,9 +135,9 @@ class RLRRLinear(HeadMaskedLayer, RLRRLayer):
     def changed_tensors(self, adapter_names: list[str]) -> dict[str, torch.Tensor]:
         weight, bias = self.frozen_weight(), self.frozen_bias()
         changed = {"weight": sum((self.get_delta_weight(name) for name in adapter_names), start=weight)}
-        shifts = [shift for name in adapter_names if (shift := self.shift(name)) is not None]
-        if shifts:
-            changed["bias"] = sum(shifts, start=0 if bias is None else bias)
+        shift = self.summed_shift(adapter_names)
+        if shift is not None:
+            changed["bias"] = shift if bias is None else bias + shift
         elif bias is not None:
             changed["bias"] = bias
         return {name: tensor.to(weight.dtype) for name, tensor in changed.items()}
@@ -176,18 +179,17 @@ class RLRRScale(RLRRLayer):
 
     def create_parameters(self, adapter_name: str, config: RLRRConfig, target_name: str) -> None:
         channels = self.get_base_layer().weight.shape[0]
-        self.rlrr_scale[adapter_name] = nn.Parameter(torch.ones(channels))
+        self.rlrr_scale_delta[adapter_name] = nn.Parameter(torch.zeros(channels))
         if config.shift_without_bias or self.frozen_bias() is not None:
             self.rlrr_shift[adapter_name] = nn.Parameter(torch.zeros(channels))
         if config.init != "zero":
-            nn.init.normal_(self.rlrr_scale[adapter_name], mean=1.0, std=SCALE_STD)
+            nn.init.normal_(self.rlrr_scale_delta[adapter_name], std=SCALE_STD)
             if adapter_name in self.rlrr_shift:
                 nn.init.normal_(self.rlrr_shift[adapter_name], std=SCALE_STD)
 
     def scale_and_shift(self, adapter_names: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """γ and β, (channels,), of the adapters together; None where no adapter has a β."""
-        first, *rest = adapter_names
-        scale = sum((self.rlrr_scale[name] - 1 for name in rest), start=self.rlrr_scale[first])
+        scale = sum((self.rlrr_scale_delta[name] for name in adapter_names), start=1)
         shifts = [self.rlrr_shift[name] for name in adapter_names if name in self.rlrr_shift]
         return scale, sum(shifts[1:], start=shifts[0]) if shifts else None
 

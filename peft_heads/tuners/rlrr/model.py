@@ -96,11 +96,10 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
         parts = backbone_parts(self.model)
         peft_config.patch_embedding_name = parts.patch_embedding
         if peft_config.modules_to_save is None:
-            peft_config.modules_to_save = task_head_names(self.model) or None
+            peft_config.choose("modules_to_save", task_head_names(self.model) or None)
         if peft_config.target_modules is None:
-            peft_config.target_modules = self._default_targets(
-                peft_config, default_modules(self.model, peft_config, parts)
-            )
+            names = default_modules(self.model, peft_config, parts)
+            peft_config.choose("target_modules", self._default_targets(peft_config, names))
         peft_config = super()._prepare_adapter_config(peft_config, model_config)
         expand_all_linear(peft_config, self.model)
         modules = dict(named_targets(self.model))
@@ -131,7 +130,14 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
         if peft_config.layers_to_transform is not None:
             by_ending = copy.copy(peft_config)
             by_ending.target_modules = {name.rpartition(".")[2] for name in names}
-            names = [name for name in names if self._check_target_module_exists(by_ending, name)]
+            found = [name for name in names if self._check_target_module_exists(by_ending, name)]
+            if not found:
+                pattern = f" with layers_pattern={peft_config.layers_pattern}" if peft_config.layers_pattern else ""
+                raise ValueError(
+                    f"layers_to_transform={peft_config.layers_to_transform}{pattern}: no block of "
+                    f"{type(self.model).__name__} has such a number; it has {module_patterns(names)}"
+                )
+            names = found
         return set(shortest_names(names, self.model) if peft_config.layers_to_transform is None else names)
 
     def _create_and_replace(
@@ -194,7 +200,8 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
 
         `Ŝ_out Ŝ_in = (Σ w_i S_out^i)(Σ w_i S_in^i)` and `f̂ = Σ w_i f^i`. Of norms and the patch embedding, of which the
         paper says nothing, the changes are summed: `γ̂ = 1 + Σ w_i (γ^i - 1)`, `β̂ = Σ w_i β^i`, so that an adapter that
-        changes nothing adds nothing. A head is active in the sum where it is in any of the summands. The trained
+        changes nothing adds nothing there. To the factors' product it does add: one with `S_out = 0` alone changes
+        nothing, but its `S_in` meets the `S_out` of the others. A head is active in the sum where it is in any of the summands. The trained
         classification head, which only one of them may have, is copied.
 
         Args:

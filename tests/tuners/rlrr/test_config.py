@@ -1,4 +1,5 @@
 import copy
+import itertools
 import pickle
 import re
 
@@ -10,7 +11,7 @@ from peft import PeftConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 
-from peft_heads import RLRRConfig, RLRRModel
+from peft_heads import HeadMaskedLoraConfig, RLRRConfig, RLRRModel
 from peft_heads.rescaling import Rescaling
 
 
@@ -56,6 +57,7 @@ def test_round_trip(tmp_path):
             "left=False with rescale_weight=False: LoRA's update is the product",
         ),
         ({"right": False, "r": 2}, "right=False with r=2: one factor alone has rank 1"),
+        ({"init": "constant", "r": 2}, "init='constant' with r=2: .* keep rank 1"),
         ({"residual": False, "init": "zero"}, "training would begin with zero weights"),
         ({"ne": 1, "residual": False}, "head masks cannot be combined with residual=False"),
         ({"ne": 1, "left": False}, "head masks cannot be combined with left=False"),
@@ -162,13 +164,31 @@ def test_layers_to_transform():
     model = get_peft_model(tiny.make("vit"), RLRRConfig(layers_to_transform=[1]))
     modules = [name for name, module in model.get_base_model().named_modules() if hasattr(module, "rlrr_left")]
     assert len(modules) == 6 + 2 and all(name.startswith(tiny.now("vit.layers.1.")) for name in modules)
+    with pytest.raises(
+        ValueError, match=r"layers_to_transform=\[7\]: no block of ViT\w+ has such a number; it has vit"
+    ):
+        get_peft_model(tiny.make("vit"), RLRRConfig(layers_to_transform=[7]))
+
+
+@pytest.mark.parametrize("config_class", [RLRRConfig, HeadMaskedLoraConfig])
+def test_a_configuration_that_serves_a_second_model(config_class):
+    """What was chosen for the first model is chosen anew; what was given is not."""
+    config = config_class()
+    for make in (lambda: tiny.make("vit"), FusedViT, lambda: tiny.make("vit")):
+        model, fresh = get_peft_model(make(), config), get_peft_model(make(), config_class())
+        assert [name for name, _ in model.named_parameters()] == [name for name, _ in fresh.named_parameters()]
+    given = config_class(target_modules=tiny.now(["q_proj"]), modules_to_save=[])
+    for _ in range(2):
+        get_peft_model(tiny.make("vit"), given)
+    assert given.target_modules == set(tiny.now(["q_proj"])) and given.modules_to_save == []
 
 
 # Initialisation
 
 
-@pytest.mark.parametrize("init", ["kaiming", "normal", "zero", "constant", "uniform"])
-@pytest.mark.parametrize("r", [1, 4])
+@pytest.mark.parametrize(
+    ("init", "r"), [("constant", 1), *itertools.product(["kaiming", "normal", "zero", "uniform"], [1, 4])]
+)
 def test_initialisation(init, r):
     model = get_peft_model(tiny.make("vit"), RLRRConfig(init=init, r=r))
     params = {n: p for n, p in model.named_parameters() if ".fc2." in n or "intermediate" in n or "layernorm" in n}
@@ -177,7 +197,7 @@ def test_initialisation(init, r):
     columns = next(p.shape[1] for n, p in params.items() if "right" in n)
     shifts = torch.cat([p.flatten() for n, p in params.items() if "shift" in n and "norm" not in n])
     assert not shifts.any()
-    gamma = torch.cat([p.flatten() for n, p in params.items() if "scale" in n])
+    gamma = 1 + torch.cat([p.flatten() for n, p in params.items() if "scale" in n])
     beta = torch.cat([p.flatten() for n, p in params.items() if "shift" in n and "norm" in n])
     if init == "zero":
         assert not left.any() and right.any() and (gamma == 1).all() and not beta.any()
@@ -209,7 +229,7 @@ def logits(model):
         ({"init": "zero"}, True),
         ({"init": "zero", "left": False}, True),
         ({"init": "zero", "rescale_weight": False, "r": 4}, True),
-        ({"init": "constant", "residual": False, "r": 4, "norms": False, "patch_embedding": False}, True),
+        ({"init": "constant", "residual": False, "norms": False, "patch_embedding": False}, True),
     ],
     ids=str,
 )

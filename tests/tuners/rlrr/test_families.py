@@ -107,7 +107,7 @@ SIZES = {
     "clip classifier": (4, 6, 9),
     "dinov3": (4, 6, 9),
     "fused vit": (4, 2, 4),
-    "siglip2 classifier": (4, 6, 10),  # and that of the attention pooling
+    "siglip2 classifier": (4, 6, 9),  # not that of the attention pooling
     "vit without qkv bias": (4, 6, 9),
 }
 NO_PLACE = {
@@ -243,6 +243,15 @@ def test_a_setting_that_asks_for_more_biases_than_there_are(zeros, tmp_path):
     assert len(added) == 3 * loaded.config.num_hidden_layers
     assert sum(biases[key].count_nonzero() > 0 for key in added) == loaded.config.num_hidden_layers
     assert not any(merged.get_parameter(key).requires_grad for key in added)
+
+
+def test_a_pooling_is_not_the_backbones():
+    """SigLIP's classifier has an attention pooling that it does not call: what is adapted has a gradient."""
+    family = backbones.FAMILIES["siglip classifier"]
+    model = get_peft_model(family.make(), RLRRConfig(init="normal"))
+    output = backbones.output(model, **backbones.inputs(model.get_base_model()))
+    output.square().sum().backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
 def test_a_layer_under_two_names():

@@ -425,7 +425,7 @@ def test_add_weighted_adapter(case):
         name = key.rpartition(".rlrr_")[0]
         if "_left" in key or "_shift" in key:
             a[off["default"].get(name, [])], b[off["other"].get(name, [])] = 0, 0
-        expected = 1 + 0.7 * (a - 1) + 0.4 * (b - 1) if "_scale" in key else 0.7 * a + 0.4 * b
+        expected = 0.7 * a + 0.4 * b
         assert_close(value, expected)
     for name, rows in off["sum"].items():
         assert set(rows) == set(off["default"][name]) & set(off["other"][name])

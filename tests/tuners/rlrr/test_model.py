@@ -122,6 +122,15 @@ def test_a_trained_base_weight_has_a_gradient():
     assert layer.base_layer.weight.grad.any() and layer.rlrr_left["default"].grad.any()
 
 
+def test_weight_decay_pulls_towards_the_pre_trained_model():
+    """Whatever an optimizer exempts by name: with zeros for all that is trained the model is the checkpoint."""
+    model = get_peft_model(tiny.make("vit"), RLRRConfig())
+    for name, param in model.named_parameters():
+        if "rlrr_" in name:
+            param.data.zero_()
+    torch.testing.assert_close(logits(model), logits(tiny.make("vit")))
+
+
 def test_hooks_of_the_frozen_layer_are_called():
     """They see what the adapted layer gives, and what they change counts."""
     model = get_peft_model(tiny.make("vit"), RLRRConfig())
@@ -290,6 +299,18 @@ def test_edited_files(changes, message, tmp_path):
         PeftModel.from_pretrained(tiny.make("vit"), tmp_path)
 
 
+def test_masks_of_another_model(tmp_path):
+    names = tiny.now(["q_proj", "v_proj"])
+    model = get_peft_model(tiny.make("swin"), RLRRConfig(ne=1, target_modules=names, modules_to_save=[]))
+    with pytest.warns(UserWarning, match="none has been selected"):
+        model.save_pretrained(tmp_path)
+    with (
+        pytest.warns(UserWarning, match="weights for modules that the model has under no known name"),
+        pytest.raises(ValueError, match=r"its masks are those of base_model.model.swin\..*adapter of another model\?"),
+    ):
+        PeftModel.from_pretrained(tiny.make("vit"), tmp_path)
+
+
 def test_a_mask_that_has_no_place(tmp_path):
     model = get_peft_model(tiny.make("vit"), RLRRConfig(ne=1))
     set_head_masks(model, tiny.masks_off(model, 2))
@@ -315,7 +336,7 @@ def test_adapters_that_cannot_be_combined():
             model.add_weighted_adapter(adapters, [1.0, 1.0], "sum")
     with pytest.raises(ValueError, match="one weight per adapter"):
         model.add_weighted_adapter(["default"], [1.0, 1.0], "sum")
-    for weight in ("1", float("nan")):
+    for weight in ("1", float("nan"), torch.ones(2)):
         with pytest.raises(ValueError, match="weights must be finite numbers"):
             model.add_weighted_adapter(["default"], [weight], "sum")
     assert "sum" not in model.peft_config
@@ -327,7 +348,7 @@ def test_a_sum_of_one_is_the_adapter(tmp_path):
     randomize(model)
     set_head_masks(model, tiny.masks_off(model, 2))
     expected = logits(model)
-    model.add_weighted_adapter(["default"], [1.0], "same")
+    model.add_weighted_adapter(["default"], torch.ones(1), "same")
     model.set_adapter("same")
     assert torch.equal(logits(model), expected)
     model.save_pretrained(tmp_path, selected_adapters=["same"])
@@ -355,9 +376,21 @@ def test_unknown_adapter_in_a_mixed_batch():
     model = get_peft_model(tiny.make("vit"), RLRRConfig()).eval()
     with pytest.raises(ValueError, match=r"non-existing adapter\(s\): nobody"):
         model(tiny.images(), adapter_names=["nobody"] * 4)
+    model.add_adapter("headless", RLRRConfig(modules_to_save=[]))
+    with pytest.raises(ValueError, match=r"all train classifier, but 'headless' does not \(those that do: default\)"):
+        model(tiny.images(), adapter_names=["default", "headless"] * 2)
     model.merge_adapter()
     with pytest.raises(ValueError, match="when there are merged adapters"):
         model(tiny.images(), adapter_names=["default"] * 4)
+
+
+def test_disabled_adapters_are_disabled_in_a_mixed_batch_as_well():
+    model = get_peft_model(tiny.make("vit"), RLRRConfig(modules_to_save=[])).eval()
+    model.add_adapter("other", RLRRConfig(modules_to_save=[]))
+    model.base_model.disable_adapter_layers()
+    with torch.no_grad():
+        mixed = model(tiny.images(), adapter_names=["default", "other"] * 2).logits
+    assert torch.equal(mixed, logits(tiny.make("vit")))
 
 
 def test_a_second_adapter_on_half_precision_is_not_trained():
