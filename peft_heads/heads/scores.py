@@ -70,10 +70,12 @@ def all_head_statistics(
     layouts: dict[str, HeadLayout],
     loss_scale: float = 1.0,
 ) -> dict[str, torch.Tensor]:
-    """The statistics of one optimizer step of many projections: those of `head_statistics`, to the bit, in fewer calls.
+    """The statistics of one optimizer step of many projections: those of `head_statistics` in fewer calls.
 
     A head's statistics depend on its rows alone, so projections whose heads have equally many rows, and rows equally
-    many parameters, are computed one below the other as one projection with all their heads.
+    many parameters, are computed one below the other as one projection with all their heads. On the CPU the numbers
+    are the same to the bit, unless a projection has a single head of 2**15 numbers or more, whose sum threads share; a
+    GPU may add a head's numbers in another order if there are more heads.
 
     Args:
         params: `{projection: (num_rows, n)}`, as `head_statistics` takes them.
