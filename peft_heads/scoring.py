@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
+from .gradients import StepGradients
 from .heads.maskable import (
     HeadMaskable,
     describe_masks,
@@ -19,9 +19,9 @@ from .heads.maskable import (
     read_masks,
     write_masks,
 )
-from .heads.scores import CRITERIA, GRADIENT_CRITERIA, STATISTICS, head_scores, head_statistics
+from .heads.scores import CRITERIA, GRADIENT_CRITERIA, STATISTICS, all_head_statistics, head_scores
 from .heads.selection import groups_kept_whole, plan_groups, select_heads
-from .sharding import is_dtensor, whole, whole_shape, whole_value, zero_rows
+from .sharding import whole_shape, zero_rows
 
 
 # Which scorer listens to a layer's adapter: a second one would be a mistake nobody sees.
@@ -82,31 +82,23 @@ class HeadScorer:
         self.run: Any = None
         self.num_steps = 0
         self.num_skipped = 0
-        self._sums: dict[str, torch.Tensor] = {}
-        # of the current optimizer step; the values are those of its backward passes, as DeepSpeed steps by itself
-        self._grads: dict[nn.Parameter, torch.Tensor] = {}
-        self._values: dict[nn.Parameter, torch.Tensor] = {}
-        self._num_gradients = 0
-        self._handles: list[Any] = []
+        # float64 (3, heads of all projections), the statistics of the steps so far
+        self._sums: torch.Tensor | None = None
+        self._gradients = StepGradients(self.layers, adapter_name)
         self._attach()
         if recording:
             self.start()
 
     @property
     def recording(self) -> bool:
-        return bool(self._handles)
+        return self._gradients.listening
 
     def start(self) -> None:
         """Listen to the adapter's gradients from the next backward pass on."""
         if self.recording:
             return
         self.check()
-        # The hooks know the scorer weakly: one that is dropped without close() stops listening.
-        this = weakref.ref(self)
-        for layer in self.layers.values():
-            for param in layer.head_parameters(self.adapter_name):
-                hook = _accumulate_into(this, layer, param)
-                self._handles.append(layer.on_scored_gradient(self.adapter_name, param, hook))
+        self._gradients.listen()
 
     def check(self) -> None:
         """Raise ValueError, and let another scorer have the adapter, if its heads cannot be scored."""
@@ -119,10 +111,7 @@ class HeadScorer:
 
     def stop(self) -> None:
         """Stop listening; what has been gathered stays."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self._clear()
+        self._gradients.stop()
 
     def close(self) -> None:
         """Stop listening and let another scorer have the adapter."""
@@ -148,17 +137,19 @@ class HeadScorer:
         """
         if not self.recording:
             raise RuntimeError("HeadScorer.update() while it is not recording; call start() before the backward pass")
-        (grads, finite), values = self._global_gradients(), self._values_of_the_step()
+        (grads, finite), values = self._gradients.over_processes(self._trained), self._gradients.values()
         if finite:
-            for name, layout in self.layouts.items():
-                module = self._module_of[name]
-                grad = layout.rows(grads[module]) / loss_scale
-                step = head_statistics(layout.rows(values[module]).to(grad.device), grad, layout)  # (3, num_heads)
-                self._sums[name] = self._sums[name] + step if name in self._sums else step
+            step = all_head_statistics(
+                self._by_projection(values), self._by_projection(grads), self.layouts, loss_scale
+            )
+            # the layers of one model may be on several devices
+            device = next(iter(step.values())).device
+            step = torch.cat([statistics.to(device) for statistics in step.values()], dim=1)
+            self._sums = step if self._sums is None else self._sums.to(device) + step
             self.num_steps += 1
         else:
             self.num_skipped += 1
-        self._clear()
+        self._gradients.clear()
         return finite
 
     def scores(self, criterion: str | None = None) -> dict[str, torch.Tensor]:
@@ -184,8 +175,8 @@ class HeadScorer:
         return head_scores(
             criterion,
             self.layouts,
-            statistics={name: sums.cpu() / self.num_steps for name, sums in self._sums.items()},
-            params={name: self._params(name) for name in self.layouts},
+            statistics={name: sums / self.num_steps for name, sums in self._sums_by_name().items()},
+            params=self._by_projection(self._gradients.values(now=True)),
             seed=self.config.mask_seed,
         )
 
@@ -267,7 +258,7 @@ class HeadScorer:
         return {
             "num_steps": self.num_steps,
             "num_skipped": self.num_skipped,
-            "sums": {name: sums.tolist() for name, sums in self._sums.items()},
+            "sums": {name: sums.tolist() for name, sums in self._sums_by_name().items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -281,12 +272,19 @@ class HeadScorer:
         expected = {name: (len(STATISTICS), layout.num_heads) for name, layout in self.layouts.items()}
         if sums and shapes != expected:
             raise ValueError(f"the saved head scores are those of another model: they have {shapes}, not {expected}")
-        devices = {
-            name: _statistics_device(layer.head_parameters(self.adapter_name)[0].device)
-            for name, layer in self.layers.items()
-        }
-        self._sums = {name: values.to(devices[self._module_of[name]]) for name, values in sums.items()}
+        self._sums = torch.cat([sums[name] for name in self.layouts], dim=1) if sums else None
         self.num_steps, self.num_skipped = state["num_steps"], state["num_skipped"]
+
+    def _by_projection(self, of_modules: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """`{module name: (out_features, n)}` to `{projection: (num_rows, n)}`."""
+        return {name: layout.rows(of_modules[self._module_of[name]]) for name, layout in self.layouts.items()}
+
+    def _sums_by_name(self) -> dict[str, torch.Tensor]:
+        """`{projection: float64 (3, num_heads) on the CPU}`; empty before the first step."""
+        if self._sums is None:
+            return {}
+        num_heads = [layout.num_heads for layout in self.layouts.values()]
+        return dict(zip(self.layouts, self._sums.cpu().split(num_heads, dim=1), strict=True))
 
     def _attach(self) -> None:
         for layer in self.layers.values():
@@ -308,76 +306,6 @@ class HeadScorer:
             )
         return None
 
-    def _accumulate(self, layer: HeadMaskable, param: nn.Parameter, grad: torch.Tensor, is_total: bool) -> None:
-        self._num_gradients += 1
-        grad = grad.detach().float()
-        if param not in self._values:
-            self._values[param] = layer.scored_tensor(self.adapter_name, param).detach().clone()
-        self._grads[param] = grad.clone() if is_total or param not in self._grads else self._grads[param] + grad
-
-    def _clear(self) -> None:
-        self._grads, self._values = {}, {}
-        self._num_gradients = 0
-
-    def _value(self, layer: HeadMaskable, param: nn.Parameter) -> torch.Tensor:
-        """What is scored for a parameter, as it is now."""
-        return whole_value(layer.scored_tensor(self.adapter_name, param))
-
-    def _params(self, name: str) -> torch.Tensor:
-        """(num_rows, n): the head-wise parameters of a projection side by side, as they are now."""
-        layer = self.layers[self._module_of[name]]
-        params = _side_by_side(self._value(layer, param) for param in layer.head_parameters(self.adapter_name))
-        return self.layouts[name].rows(params)
-
-    def _values_of_the_step(self) -> dict[str, torch.Tensor]:
-        """`{module name: (out_features, n)}`, the parameters of which the gradients are."""
-        return {
-            name: _side_by_side(
-                whole(self._values[param]) if param in self._values else self._value(layer, param)
-                for param in layer.head_parameters(self.adapter_name)
-            )
-            for name, layer in self.layers.items()
-        }
-
-    def _global_gradients(self) -> tuple[dict[str, torch.Tensor], bool]:
-        """`{module name: float32 (out_features, n)}`, the mean over processes, and whether everything is finite.
-
-        One reduction for all projections.
-        """
-        grads = {
-            name: _side_by_side(
-                # a process whose batch ran short takes part with zeros
-                whole(self._grads[param])
-                if param in self._grads
-                else torch.zeros(whole_shape(param), dtype=torch.float32, device=param.device)
-                for param in layer.head_parameters(self.adapter_name)
-            )
-            for name, layer in self.layers.items()
-        }
-        others = [param.grad for param in self._trained if param.grad is not None]
-        local = [(grad.to_local() if is_dtensor(grad) else grad) for grad in others]
-        broken = any(not bool(torch.isfinite(grad).all()) for grad in local)
-        flags = [float(self._num_gradients), float(broken)]
-        flags = torch.tensor(flags, device=next(iter(grads.values())).device)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            # FSDP2 has reduced its gradients already
-            mine = {name: grad for name, grad in grads.items() if not self._is_sharded_by_fsdp(name)}
-            flat = torch.cat([flags, *(grad.flatten().to(flags.device) for grad in mine.values())])
-            torch.distributed.all_reduce(flat)
-            flat /= torch.distributed.get_world_size()
-            flags, *parts = flat.split([2, *(grad.numel() for grad in mine.values())])
-            grads |= {name: part.view_as(grad) for (name, grad), part in zip(mine.items(), parts, strict=True)}
-        if not flags[0]:
-            raise RuntimeError(
-                f"no gradient has reached adapter {self.adapter_name!r} since the last update: is it the active "
-                "adapter, was backward() called, and was update() called only once for the step?"
-            )
-        finite = not flags[1] and all(bool(torch.isfinite(grad).all()) for grad in grads.values())
-        return {name: grad.to(_statistics_device(grad.device)) for name, grad in grads.items()}, finite
-
-    def _is_sharded_by_fsdp(self, name: str) -> bool:
-        return any(is_dtensor(param) for param in self.layers[name].head_parameters(self.adapter_name))
-
 
 class TwoScorersError(ValueError):
     """Another scorer listens to the adapter."""
@@ -388,21 +316,3 @@ class TwoScorersError(ValueError):
             "(a HeadScorer, or the TaylorHeadScorer of a run that broke off) first"
         )
         self.other = other
-
-
-def _accumulate_into(scorer: weakref.ref[HeadScorer], layer: HeadMaskable, param: nn.Parameter):
-    def hook(grad: torch.Tensor, is_total: bool) -> None:
-        this = scorer()
-        if this is not None:
-            this._accumulate(layer, param, grad, is_total)
-
-    return hook
-
-
-def _side_by_side(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([tensor.reshape(tensor.shape[0], -1) for tensor in tensors], dim=1)
-
-
-def _statistics_device(device: torch.device) -> torch.device:
-    """Where float64 sums are kept: with the tensors, unless their device has no float64."""
-    return torch.device("cpu") if device.type == "mps" else device

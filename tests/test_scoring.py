@@ -1,15 +1,19 @@
 import gc
 import json
+import math
+from collections import Counter
 
+import backbones
 import pytest
 import reference
 import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import SwinConfig, SwinForImageClassification
 
 from peft_heads import HeadMaskedLoraConfig, HeadScorer, get_head_masks, set_head_masks
-from peft_heads.heads import CRITERIA
+from peft_heads.heads import CRITERIA, head_statistics
 from peft_heads.heads.maskable import head_layers
 from peft_heads.heads.renames import place_of
 
@@ -222,6 +226,72 @@ def test_non_finite_gradients_are_skipped_and_counted():
         assert not scorer.update()
     assert (scorer.num_steps, scorer.num_skipped) == (1, 2)
     assert str(scorer.scores()) == str(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_number_that_is_not_finite_skips_the_step(value, dtype):
+    """In something that is trained beside the heads; a process may hold none of a sharded parameter's rows."""
+    model = make()
+    model.beside = torch.nn.Parameter(torch.zeros(40, dtype=dtype))
+    model.empty = torch.nn.Parameter(torch.zeros(0, 4))
+    scorer = HeadScorer(model)
+    for number in (torch.finfo(dtype).max, value):
+        model(**tiny.batch()).loss.backward()
+        model.beside.grad, model.empty.grad = torch.zeros_like(model.beside), torch.zeros_like(model.empty)
+        model.beside.grad[33] = number
+        assert scorer.update() is math.isfinite(number)
+    assert (scorer.num_steps, scorer.num_skipped) == (1, 1)
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of PyTorch's operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+# how many shapes the rows of their heads have; hiera's first layer has one head
+SHAPES = {"vit": 1, "swin": 1, "fused vit": 1, "fused swin": 2, "hiera": 1}
+
+
+@pytest.mark.parametrize("family", SHAPES)
+@pytest.mark.parametrize("lora", [{}, {"lora_bias": True}, *K_BIT], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_update_computes_projections_together_and_waits_for_none(family, lora, dtype):
+    """To the bit the statistics of each projection alone, in as many calls as there are shapes."""
+    model = get_peft_model(
+        backbones.FAMILIES[family].make(), HeadMaskedLoraConfig(ne=0, **lora), autocast_adapter_dtype=False
+    ).to(dtype)
+    tiny.randomize_lora(model, std=0.1)
+    inputs = {
+        k: x.to(dtype) if x.is_floating_point() else x for k, x in backbones.inputs(model.base_model.model).items()
+    }
+    scorer, expected = HeadScorer(model), {}
+    for _ in range(2):
+        heard = {}
+        for _ in range(2):
+            (backbones.output(model, **inputs) - torch.rand(())).square().sum().backward()
+        for name, layer in scorer.layers.items():
+            params = layer.head_parameters("default")
+            values = [layer.scored_tensor("default", param).detach().reshape(len(param), -1) for param in params]
+            grads = [scorer._gradients._grads[param].reshape(len(param), -1) / 3 for param in params]
+            for part, layout in layer.head_layout["default"].named_parts(name).items():
+                heard[part] = head_statistics(
+                    layout.rows(torch.cat(values, dim=1)), layout.rows(torch.cat(grads, dim=1)), layout
+                )
+        with Calls() as calls:
+            assert scorer.update(loss_scale=3)
+        assert calls.names["sqrt"] == SHAPES[family]  # of grad_norm
+        assert not calls.names["_local_scalar_dense"] and not calls.names["is_nonzero"]
+        expected = {name: expected[name] + step for name, step in heard.items()} if expected else heard
+    assert scorer.state_dict()["sums"] == {name: sums.tolist() for name, sums in expected.items()}
+    assert all(sums.abs().min() > 0 for sums in expected.values())
 
 
 def test_nothing_but_non_finite_gradients_is_an_error():

@@ -5,8 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from peft_heads.heads import scores as scores_module
 from peft_heads.heads.layout import HeadLayout
-from peft_heads.heads.scores import CRITERIA, STATISTICS, head_scores, head_statistics
+from peft_heads.heads.scores import CRITERIA, STATISTICS, all_head_statistics, head_scores, head_statistics
 
 
 def mean_statistics(params, grads, layout):
@@ -33,6 +34,55 @@ def test_against_the_reference(num_heads, head_dim, rank, steps, seed):
     actual = head_scores("weight_norm", {"q": layout}, params={"q": params[-1]})["q"]
     expected = reference.weight_norms(params[-1].tolist(), num_heads)
     torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64))
+
+
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+# num_heads, head_dim, parameters per row, dtypes of parameters and gradients, rows of the layer before the projection's
+PROJECTIONS = st.lists(
+    st.tuples(
+        st.integers(1, 5),
+        st.sampled_from([1, 3, 8]),
+        st.sampled_from([1, 4, 9]),
+        DTYPES,
+        DTYPES,
+        st.sampled_from([0, 7]),
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@settings(deadline=None)
+@given(projections=PROJECTIONS, loss_scale=st.sampled_from([1.0, 3.0, 65536.0]), seed=st.integers(0, 2**31))
+def test_all_projections_at_once_equal_each_alone_to_the_bit(projections, loss_scale, seed):
+    generator = torch.Generator().manual_seed(seed)
+    layouts, params, grads = {}, {}, {}
+    for i, (num_heads, head_dim, n, dtype, grad_dtype, first_row) in enumerate(projections):
+        layout = layouts[f"p{i}"] = HeadLayout("query", num_heads, head_dim, first_row)
+        whole = torch.randn(2, first_row + layout.num_rows + 5, n, generator=generator)  # of a fused layer
+        params[f"p{i}"], grads[f"p{i}"] = layout.rows(whole[0].to(dtype)), layout.rows(whole[1].to(grad_dtype))
+    actual = all_head_statistics(params, grads, layouts, loss_scale)
+    assert list(actual) == list(layouts)
+    for name, layout in layouts.items():
+        expected = head_statistics(params[name], grads[name] / loss_scale, layout)
+        assert actual[name].dtype == torch.float64
+        assert torch.equal(actual[name], expected), name
+
+
+def test_projections_whose_rows_are_alike_share_a_call(monkeypatch):
+    """Whatever their number of heads and their part of the layer: every call costs a GPU some twenty launches."""
+    calls = []
+    monkeypatch.setattr(
+        scores_module, "head_statistics", lambda *args: calls.append(args[2].num_heads) or head_statistics(*args)
+    )
+    layouts = {
+        "q": HeadLayout("query", 2, 4),
+        "v": HeadLayout("value", 3, 4, first_row=20),
+        "k": HeadLayout("key", 2, 6),
+    }
+    tensors = {name: torch.ones(layout.num_rows, 2) for name, layout in layouts.items()}
+    all_head_statistics(tensors, tensors, layouts)
+    assert calls == [5, 2]
 
 
 @pytest.mark.parametrize(

@@ -369,8 +369,8 @@ def test_scorer_hears_each_backward_pass_once():
     tiny.randomize_lora(model, std=0.1)
     scorer = HeadScorer(model)
     heard = []
-    accumulate = scorer._accumulate
-    scorer._accumulate = lambda *args: heard.append(args[1]) or accumulate(*args)
+    accumulate = scorer._gradients._accumulate
+    scorer._gradients._accumulate = lambda *args: heard.append(args[1]) or accumulate(*args)
     for _ in range(2):
         model(**tiny.batch()).loss.backward()
     assert len(heard) == 2 * len(layers(model))
