@@ -29,7 +29,7 @@ silence_known_warnings()
 
 @dataclass(frozen=True)
 class Target:
-    """A limit, "≤" or "≥", which a figure keeps if it does so to two decimals, those that the limit has."""
+    """A limit, "≤" or "≥", which a figure keeps as it is, not as it is rounded for print."""
 
     what: str
     sign: str
@@ -37,8 +37,9 @@ class Target:
     unit: str
 
     def is_met(self, figure: float) -> bool:
-        figure = round(figure, 2)
-        return figure <= self.limit if self.sign == "≤" else figure >= self.limit
+        """Whether the figure keeps the limit; a figure that equals it but for floating-point's rounding does."""
+        beyond = figure > self.limit if self.sign == "≤" else figure < self.limit
+        return not beyond or math.isclose(figure, self.limit)
 
     def __str__(self) -> str:
         return f"{self.sign} {self.limit:.2f} {self.unit}"
@@ -155,21 +156,23 @@ def describe(name: str, times: list[float], unit: str = "ms", width: int = 24) -
 
 
 def judge(name: str, figure: float | Ratio, where: str) -> bool:
-    """Print a target's line. Missed, but not beyond chance, is "undecided": the interval reaches the limit.
+    """Print a target's line.
+
+    Of a ratio the whole interval is judged (of few rounds: the range), before anything is rounded: "yes" if its
+    unfavourable end keeps the limit, "no" if not even the favourable end does, "undecided" if the limit lies between
+    them. A single figure is met or not.
 
     Returns:
-        Whether it is met.
+        Whether the answer is "yes".
     """
-    target, shown = TARGETS[name], figure
+    target = TARGETS[name]
     if isinstance(figure, Ratio):
-        low, high = figure.interval
-        shown, best = figure.median, low if target.sign == "≤" else high
-        met = "yes" if target.is_met(shown) else "undecided" if target.is_met(best) else "no"
-        text = f"{shown:.3f} {target.unit} ({figure.span})"
+        shown, ends, span = figure.median, figure.interval, f" ({figure.span})"
     else:
-        met = "yes" if target.is_met(shown) else "no"
-        text = f"{shown:.3f} {target.unit}"
-    print(f"target | {target.what} ({where}) | {target} | {text} | {met}", flush=True)
+        shown, ends, span = figure, (figure,), ""
+    kept = [target.is_met(end) for end in ends]
+    met = "yes" if all(kept) else "undecided" if any(kept) else "no"
+    print(f"target | {target.what} ({where}) | {target} | {shown:.3f} {target.unit}{span} | {met}", flush=True)
     return met == "yes"
 
 

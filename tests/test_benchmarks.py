@@ -220,15 +220,20 @@ def test_ratio(script):
 @pytest.mark.parametrize(
     ("name", "values", "met"),
     [
-        ("step", [1.004, 1.004, 1.004], "yes"),  # 1.00 to the target's two decimals
-        ("step", [1.006, 1.006, 1.006], "no"),
-        ("step", [0.99, 1.02, 1.03], "undecided"),
+        ("step", [0.98, 0.99, 1.0], "yes"),
+        ("step", [0.98, 0.99, 1 + 1e-12], "yes"),  # the limit but for floating-point's rounding
+        ("step", [0.98, 0.99, 1.004], "undecided"),  # the end is not rounded
+        ("step", [0.999, 1.02, 1.03], "undecided"),
+        ("step", [1.0, 1.02, 1.03], "undecided"),
+        ("step", [1.004, 1.004, 1.004], "no"),
         ("epoch", [3.0, 3.1, 3.2], "yes"),
-        ("epoch", [2.9, 2.94, 2.99], "no"),
+        ("epoch", [2.998, 3.1, 3.2], "undecided"),
         ("epoch", [2.9, 2.94, 3.01], "undecided"),
+        ("epoch", [2.9, 2.94, 2.999], "no"),
     ],
 )
 def test_judge(script, capsys, name, values, met):
+    """All of the range must keep the limit for a yes, and all must miss it for a no."""
     measure = script("measure")
     assert measure.judge(name, measure.ratio(values, [1.0] * len(values)), "here") is (met == "yes")
     line = capsys.readouterr().out
@@ -236,6 +241,21 @@ def test_judge(script, capsys, name, values, met):
     assert (
         found == met and "(here)" in what and figure.startswith(f"{values[1]:.3f} × (range of 3: {values[0]:.3f} to")
     )
+
+
+def test_judge_by_the_interval(script, capsys):
+    """Of many rounds outliers are left out, and the interval of the median decides, not the median."""
+    measure = script("measure")
+    for values, met in (([0.9] * 18 + [1.2] * 2, "yes"), ([0.9] * 11 + [1.2] * 9, "undecided")):
+        ratio = measure.ratio(values, [1.0] * 20)
+        assert ratio.median == 0.9 and measure.judge("step", ratio, "here") is (met == "yes")
+        assert capsys.readouterr().out.endswith(f"(95 % of the median: {ratio.span.split(': ')[1]}) | {met}\n")
+
+
+@pytest.mark.parametrize(("figure", "met"), [(14.0, "yes"), (15.0, "yes"), (15.004, "no")])
+def test_judge_of_a_single_figure(script, capsys, figure, met):
+    assert script("measure").judge("suite", figure, "here") is (met == "yes")
+    assert capsys.readouterr().out.endswith(f" | ≤ 15.00 min | {figure:.3f} min | {met}\n")
 
 
 def test_interleaved(script):
