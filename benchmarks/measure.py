@@ -93,17 +93,26 @@ class Ratio:
 
 
 def ratio(numerators: list[float], denominators: list[float]) -> Ratio:
-    """Of one side to another, which were timed in the same rounds."""
-    ratios = sorted(a / b for a, b in zip(numerators, denominators, strict=True))
+    """Of one side to another, which were measured in the same rounds.
+
+    Memory may be none: of something to nothing the ratio is infinite, of nothing to nothing 1, for they are the same.
+    """
+    ratios = sorted(_quotient(a, b) for a, b in zip(numerators, denominators, strict=True))
     count = len(ratios)
     quarter, outside = count // 4, ranks_outside(count)
     return Ratio(
         median=statistics.median(ratios),
         middle_half=(ratios[quarter], ratios[-quarter - 1]),
         interval=(ratios[outside], ratios[-outside - 1]),
-        of_medians=statistics.median(numerators) / statistics.median(denominators),
+        of_medians=_quotient(statistics.median(numerators), statistics.median(denominators)),
         rounds=count,
     )
+
+
+def _quotient(a: float, b: float) -> float:
+    if b == 0:
+        return 1.0 if a == 0 else math.inf
+    return a / b
 
 
 def ranks_outside(count: int) -> int:
@@ -195,7 +204,7 @@ def in_own_process(function: Callable, *arguments: Any) -> Any:
 def peak_memory(call: Callable[[], Any], device: torch.device | str) -> tuple[int, int]:
     """Bytes in use before a call, and at its peak; to be asked in a process of its own.
 
-    On an accelerator what PyTorch has allocated. On a CPU the resident memory of the process as Linux counts it
+    On an accelerator what PyTorch has allocated there. On a CPU the resident memory of the process as Linux counts it
     (VmRSS, VmHWM), which knows the libraries' scratch space as well; it is to be asked where freed memory is given back
     (`in_own_process`), or it is that of the allocator's habits. `ru_maxrss` would not do: a child inherits its parent's peak.
 
@@ -204,12 +213,12 @@ def peak_memory(call: Callable[[], Any], device: torch.device | str) -> tuple[in
     """
     device = torch.device(device)
     if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         call()
-        torch.cuda.synchronize()
-        return before, torch.cuda.max_memory_allocated()
+        torch.cuda.synchronize(device)
+        return before, torch.cuda.max_memory_allocated(device)
     if not Path("/proc/self/status").exists():
         raise RuntimeError("the resident memory of a process is read from /proc/self/status, which Linux alone has")
     try:

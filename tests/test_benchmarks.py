@@ -1,6 +1,7 @@
 """The benchmark scripts run and print what they should; no test looks at a time."""
 
 import importlib
+import math
 import os
 import re
 import subprocess
@@ -217,6 +218,18 @@ def test_ratio(script):
     assert ratio.map(lambda x: 10 * x).interval == (60, 150)
 
 
+def test_ratio_to_nothing(script, capsys):
+    """What needs no memory at all ends no benchmark."""
+    measure = script("measure")
+    ratio = measure.ratio([0.0, 3.0, 0.0, 4.0], [0.0, 0.0, 2.0, 2.0])
+    assert (ratio.interval, ratio.median) == ((0, math.inf), 1.5)
+    nothing = measure.ratio([0, 0, 0], [0, 0, 0])
+    assert (nothing.median, nothing.of_medians) == (1, 1) and measure.judge("memory", nothing, "here")
+    much = measure.ratio([5, 5, 5], [0, 0, 0])
+    assert much.of_medians == math.inf and not measure.judge("memory", much, "here")
+    assert capsys.readouterr().out.endswith("| inf × (range of 3: inf to inf) | no\n")
+
+
 @pytest.mark.parametrize(
     ("name", "values", "met"),
     [
@@ -278,6 +291,23 @@ def test_peak_memory(script):
     before, peak = measure.peak_memory(lambda: torch.ones(64 * 2**20).sum(), "cpu")
     assert 255 < (peak - before) / 2**20 < 300
     assert before > kept.nbytes
+
+
+def test_peak_memory_of_an_accelerator(script, monkeypatch):
+    """Every question is about the device that was named, in an order that leaves nothing of the call out."""
+    measure, calls = script("measure"), []
+    answers = {"synchronize": None, "reset_peak_memory_stats": None, "memory_allocated": 3, "max_memory_allocated": 8}
+    for name, answer in answers.items():
+        monkeypatch.setattr(
+            torch.cuda, name, lambda *args, name=name, answer=answer: calls.append((name, *args)) or answer
+        )
+    assert measure.peak_memory(lambda: calls.append("the call"), "cuda:1") == (3, 8)
+    device = torch.device("cuda:1")
+    assert calls == [
+        *[(name, device) for name in ("synchronize", "reset_peak_memory_stats", "memory_allocated")],
+        "the call",
+        *[(name, device) for name in ("synchronize", "max_memory_allocated")],
+    ]
 
 
 def test_a_process_of_its_own_gives_memory_back(script, monkeypatch):
