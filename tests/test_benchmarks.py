@@ -1,6 +1,7 @@
 """The benchmark scripts run and print what they should; no test looks at a time."""
 
 import importlib
+import json
 import math
 import os
 import re
@@ -104,9 +105,11 @@ def test_every_script_is_run(script):
     assert set(PRINTED) == set(run_all.RUNS)
     scripts = {path.stem for path in BENCHMARKS.glob("*.py")} - {"run_all", "measure", "random_vit"}
     assert {run.script for run in run_all.RUNS.values()} == scripts
-    assert run_all.RUNS["gpu_suite"].command("cpu") is None
-    assert run_all.RUNS["load_time"].command("cuda") is None
-    assert run_all.RUNS["epoch_time"].command("cuda") == [
+    output = Path("out")
+    assert run_all.RUNS["gpu_suite"].command("cpu", output) is None
+    assert run_all.RUNS["load_time"].command("cuda", output) is None
+    assert run_all.RUNS["load_time"].commands("cuda", output) == []
+    assert run_all.RUNS["epoch_time"].command("cuda", output) == [
         "python",
         "benchmarks/epoch_time.py",
         *("--device", "cuda", "--num_workers", "8"),
@@ -162,11 +165,58 @@ def test_what_gets_into_the_table(script, tmp_path, monkeypatch, code, others, f
 
 
 def test_nothing_to_be_taken_here(script, tmp_path, monkeypatch):
+    """The suite for a GPU is named in slices that make all of it, and add to one file."""
+    run_all = script("run_all")
     monkeypatch.setattr(
         sys, "argv", ["run_all.py", "--device", "cpu", "--only", "gpu_suite", "--output", str(tmp_path)]
     )
-    assert script("run_all").main() == 0
-    assert "- `python benchmarks/gpu_suite.py --device cuda`" in (tmp_path / "targets.md").read_text("utf-8")
+    assert run_all.main() == 0
+    text = (tmp_path / "targets.md").read_text("utf-8")
+    begin = f"python benchmarks/gpu_suite.py --device cuda --results {tmp_path}/gpu_suite.json --tasks "
+    slices = re.findall(f"^- `{re.escape(begin)}(.+)`$", text, re.MULTILINE)
+    assert len(slices) == text.count("gpu_suite.py") == 4
+    assert " ".join(slices).split() == list(script("gpu_suite").VTAB)
+
+
+def test_the_suite_is_gone_on_with(script, tmp_path, monkeypatch):
+    """By the one command its times are kept in the output folder; not those of a few steps."""
+    run_all, output = script("run_all"), tmp_path / "a folder"
+    commands = []
+    monkeypatch.setattr(run_all, "run", lambda command, path: commands.append(command) or (1, None))
+    monkeypatch.setattr(run_all, "device_name", str)
+    for options in (["--device", "cuda"], ["--device", "cpu", "--quick"]):
+        monkeypatch.setattr(sys, "argv", ["run_all.py", *options, "--only", "gpu_suite", "--output", str(output)])
+        run_all.main()
+    assert commands == [
+        ["python", "benchmarks/gpu_suite.py", "--device", "cuda", "--results", f"{output}/gpu_suite.json"],
+        ["python", "benchmarks/gpu_suite.py", "--device", "cpu", "--quick"],
+    ]
+
+
+@pytest.mark.slow
+def test_a_suite_that_was_cut_off(script, tmp_path, monkeypatch, capsys):
+    """Has its times in the file; the next run measures the rest, and says what was there."""
+    gpu_suite, results = script("gpu_suite"), tmp_path / "new" / "gpu_suite.json"
+    arguments = ["gpu_suite.py", "--device", "cpu", "--quick", "--results", str(results)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    measure, asked = gpu_suite.Suite.run, []
+
+    def run(self, name):
+        asked.append(name)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return measure(self, name)
+
+    monkeypatch.setattr(gpu_suite.Suite, "run", run)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_suite.main()
+    assert list(json.loads(results.read_text("utf-8"))["tasks"]) == ["cifar"]
+    gpu_suite.main()
+    assert asked == ["cifar", "svhn", "svhn"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.endswith(f"(from {results})") for line in lines if line.startswith(("cifar", "svhn"))] == [
+        *(False, True, False)
+    ]
 
 
 def test_what_others_take(script, tmp_path):
