@@ -244,6 +244,22 @@ def add_arguments(parser, **defaults: int) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
+def check_trainer_device(parser, device: torch.device | str) -> None:
+    """End a script that leaves the device to Trainer, if that would not be the one that was asked for.
+
+    Trainer takes the first GPU that it sees, and with more of them splits every batch.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        return
+    visible = torch.cuda.device_count()
+    if device.index not in (None, 0) or visible > 1:
+        parser.error(
+            f"--device {device}: Trainer chooses the device here, which is all GPUs that are visible ({visible}), from the "
+            f"first on; set CUDA_VISIBLE_DEVICES={device.index or 0}, to one of them, and pass --device cuda"
+        )
+
+
 def device_name(device: torch.device | str) -> str:
     """A device in words, with what its speed depends on."""
     if torch.device(device).type == "cuda":

@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -319,6 +320,74 @@ def test_judge_by_the_interval(script, capsys):
 def test_judge_of_a_single_figure(script, capsys, figure, met):
     assert script("measure").judge("suite", figure, "here") is (met == "yes")
     assert capsys.readouterr().out.endswith(f" | ≤ 15.00 min | {figure:.3f} min | {met}\n")
+
+
+@pytest.mark.parametrize("name", ["epoch_time", "scoring_cost"])
+@pytest.mark.parametrize(
+    ("device", "visible", "way_out"),
+    [
+        ("cuda:1", 2, "CUDA_VISIBLE_DEVICES=1"),
+        ("cuda:1", 1, "CUDA_VISIBLE_DEVICES=1"),
+        ("cuda", 2, "CUDA_VISIBLE_DEVICES=0"),
+        ("cuda:0", 2, "CUDA_VISIBLE_DEVICES=0"),
+    ],
+)
+def test_devices_that_trainer_would_not_use(script, monkeypatch, capsys, name, device, visible, way_out):
+    """Are refused at once, with the way out."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--device", device])
+    with pytest.raises(SystemExit):
+        script(name).main()
+    message = capsys.readouterr().err
+    assert f"--device {device}:" in message and f"({visible})" in message and way_out in message
+
+
+def test_devices_that_trainer_uses(script, monkeypatch):
+    check = script("measure").check_trainer_device
+    for device, visible in (("cuda", 1), ("cuda:0", 1), ("cpu", 0), ("cpu", 2)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda visible=visible: visible)
+        check(None, device)  # which would fail to complain
+
+
+def test_what_worker_processes_get(script, tmp_path):
+    """Can be pickled, in both sides of epoch_time, and gives the same images then: not all workers are forked."""
+    epoch_time = script("epoch_time")
+    epoch_time.write_images(tmp_path, 10, 32)
+    args = SimpleNamespace(root=tmp_path, checkpoint=epoch_time.DEMO_MODEL_PATH)
+    sides = [
+        (epoch_time.plain_data(args), epoch_time.collate_plain),
+        (epoch_time.our_data(args, tmp_path / "cache"), epoch_time.collate),
+    ]
+    batches = []
+    for data, collator in sides:
+        images, collator_there = pickle.loads(pickle.dumps((epoch_time.TimedImages(data), collator)))
+        here, there = collator(data.__getitems__([0, 9])), collator_there(images.__getitems__([0, 9]))
+        assert torch.equal(here["pixel_values"], there["pixel_values"])
+        batches.append(there)
+    assert torch.equal(batches[0]["labels"], batches[1]["labels"])
+
+
+@pytest.mark.parametrize("event", ["on_train_begin", "on_step_begin", "on_step_end", "on_train_end"])
+def test_the_clock_of_scoring(script, monkeypatch, event):
+    """Does not count what an accelerator still has to do of the step, but all that the callback leaves to it."""
+    measure, scoring_cost = script("measure"), script("scoring_cost")
+    now, pending, begun = [0.0], [100.0], []  # seconds, and what the step has left to the accelerator
+
+    def synchronize(device):
+        assert device == torch.device("cuda:0")
+        now[0] += pending.pop()
+        pending.append(0.0)
+
+    def call(self, *args, **kwargs):
+        begun.append((args, kwargs))
+        pending[0] += 1
+
+    monkeypatch.setattr(measure.torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(scoring_cost.TaylorHeadScorer, event, call)
+    scorer, args = scoring_cost.TimedScorer(), SimpleNamespace(device=torch.device("cuda:0"))
+    getattr(scorer, event)(args, "state", "control", model=1)
+    assert begun == [((args, "state", "control"), {"model": 1})] and scorer.seconds == 1
 
 
 def test_interleaved(script):
