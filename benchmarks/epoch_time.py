@@ -6,7 +6,7 @@ set_transform decodes every image anew with PIL and hands it to the checkpoint's
 torchvision, which nothing here asks for, the one that resizes with PIL). The processor's class is printed. Both with Trainer's defaults otherwise (no worker processes unless --num_workers asks for them, for both). Reading is timed
 in the training itself, where no workers do it: the rest is what no way of reading could save.
 
-Whole trainings in turns, in an order drawn anew every round; each of ours with a cache of its own, and its first epoch,
+Whole trainings in turns, each side first as often as the other; each of ours with a cache of its own, and its first epoch,
 which fills the cache, is printed apart; the ratios are those of the medians of the rounds. The images are crops of the
 two photographs that ship with scikit-learn, as JPEG of --image_size pixels (VTAB's are of varying size). On a CPU the
 model is the small ViT that ships with the package; on a GPU ViT-B/16 with random weights, in bf16.

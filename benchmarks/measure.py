@@ -129,15 +129,19 @@ def ranks_outside(count: int) -> int:
 def interleaved(
     sides: dict[str, Callable[[], Any]], rounds: int, device: torch.device | str = "cpu", warm_up: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds of every side, round by round, so that all see the same machine; in an order drawn anew every round.
+    """Seconds of every side, round by round, so that all see the same machine.
+
+    The order is drawn anew every other round and turned round in the next: in an even number of rounds every side has
+    been before every other one as often as after it.
 
     Args:
         sides: A side that gives a float has timed itself, for instance without what had to be prepared.
         warm_up: Rounds before those that count.
     """
-    order, times = random.Random(0), {name: [] for name in sides}
+    draw, order, times = random.Random(0), list(sides), {name: [] for name in sides}
     for index in range(warm_up + rounds):
-        for name in order.sample(list(sides), len(sides)):
+        order = order[::-1] if (index - warm_up) % 2 else draw.sample(order, len(order))
+        for name in order:
             seconds, result = timed(sides[name], device)
             if index >= warm_up:
                 times[name].append(result if isinstance(result, float) else seconds)

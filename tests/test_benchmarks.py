@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,7 +60,11 @@ PRINTED = {
         f"switch, the same, packed / stock LoRA: {NUMBER}",
     ],
     "adapter_size": ["stock LoRA, r=8: 1,18"],
-    "sweep_cost": [rf"\(c\).*\n +/ sweep: {NUMBER}", f"decoded anew / from the cache: {NUMBER}"],
+    "sweep_cost": [
+        r"saves 18 of 33 epochs .*could reach 2\.200",
+        rf"\(c\).*\n +/ sweep: {NUMBER}",
+        f"decoded anew / from the cache: {NUMBER}",
+    ],
     "gpu_suite": [
         rf"cifar .* s +train +\d+ images/s, +{NUMBER}% of the peak .* accuracy",
         "2 of 19 tasks: .* min",
@@ -322,6 +327,49 @@ def test_judge_of_a_single_figure(script, capsys, figure, met):
     assert capsys.readouterr().out.endswith(f" | ≤ 15.00 min | {figure:.3f} min | {met}\n")
 
 
+@pytest.mark.parametrize(("rounds", "warm_up"), [(2, 0), (2, 1), (4, 0), (6, 2)])
+def test_each_of_two_sides_is_first_as_often(script, rounds, warm_up):
+    calls = []
+    sides = {"sweep": lambda: calls.append("sweep"), "separate": lambda: calls.append("separate")}
+    script("measure").interleaved(sides, rounds, warm_up=warm_up)
+    assert calls[2 * warm_up :: 2].count("sweep") == rounds / 2
+
+
+def test_what_a_sweep_saves(script):
+    """Nine of ten epochs before the selection, for all but one of the runs that begin alike."""
+    sweep_cost = script("sweep_cost")
+    recipe = replace(sweep_cost.RECIPES["vtab"], epochs=30)
+    method = sweep_cost.METHOD | {"ne": [1, 3]}
+    task = sweep_cost.find_task("svhn", "vtab")
+    sweep = sweep_cost.Sweep((task,), method, recipe, str(sweep_cost.DEMO_MODEL_PATH), seeds=(0, 1))
+    specs = sweep.runs(sweep.methods(), (0, 1), final=True)
+    assert len(specs) == 2 * 3 * 2  # numbers of heads, criteria, seeds, each of which has a warm-up of its own
+    assert sweep_cost.epochs_saved(specs, 30) == (2 * 5 * 9, 12 * 30)
+
+
+def test_only_separate_runs(script, monkeypatch, capsys):
+    """Nothing else is timed."""
+    sweep_cost, timed = script("sweep_cost"), []
+
+    def interleaved(sides, rounds, **options):
+        timed.append((list(sides), rounds))
+        return {name: [1.0] * rounds for name in sides}
+
+    monkeypatch.setattr(sweep_cost, "interleaved", interleaved)
+    monkeypatch.setattr(sweep_cost, "execute", lambda specs, places, outcome, **options: fill(specs, places, outcome))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(sweep_cost.logging, "disable", lambda level: None)
+
+    def fill(specs, places, outcome):
+        outcome.runs.update({spec.run_id: None for spec in specs})
+
+    monkeypatch.setattr(sys, "argv", "sweep_cost.py --only_separate --repeat 4 --images 10 --test_images 10".split())
+    sweep_cost.main()
+    ((sides, rounds),) = timed
+    assert rounds == 4 and len(sides) == 2 and sides[0].startswith("sweep") and sides[1].startswith("(a)")
+    assert "sharing saves 72 of 900 epochs of steps (8.0%): / sweep could reach 1.087" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["epoch_time", "scoring_cost"])
 @pytest.mark.parametrize(
     ("device", "visible", "way_out"),
@@ -398,6 +446,7 @@ def test_interleaved(script):
     rounds = [tuple(calls[i : i + 3]) for i in range(0, len(calls), 3)]
     assert len(rounds) == 8 and {tuple(sorted(order)) for order in rounds} == {("a", "b", "c")}
     assert len(set(rounds)) > 1
+    assert [order[::-1] for order in rounds[::2]] == rounds[1::2]  # none is before another more often than after it
     assert [len(seconds) for seconds in times.values()] == [6, 6, 6]
     assert times["c"] == [7.0] * 6 and max(times["a"]) < 1
 
