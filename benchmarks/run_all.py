@@ -86,6 +86,12 @@ RUNS = {
         "--batch 64 --rank 32 --adapter_bits 1 --steps 100",
         f"{TINY} --rank 4 --adapter_bits 1 --steps 3 --ne 1 --memory_runs 0",
     ),
+    "step_time_scaled": Run(
+        "step_time",
+        "--batch 4 --scale 0.5 --steps 24 --memory_runs 0",
+        "--batch 64 --scale 0.5 --steps 50 --memory_runs 0",
+        f"{TINY} --scale 0.5 --steps 3 --ne 1 --memory_runs 0",
+    ),
     "scoring_cost": Run("scoring_cost", "--batch 4 --steps 20", "--batch 64 --steps 100", f"{TINY} --steps 3"),
     "rlrr_cost": Run("rlrr_cost", "--batch 4 --steps 11", "--batch 64 --steps 100", f"{TINY} --steps 3"),
     "epoch_time": Run("epoch_time", "", "--num_workers 8", "--images 20 --batch 10 --epochs 2 --rounds 1"),

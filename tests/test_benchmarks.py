@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
 from scipy.stats import binom
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTForImageClassification
@@ -36,6 +37,7 @@ PRINTED = {
         f"step, head-masked / floor: {NUMBER}",
     ],
     "step_time_1_bit": ["adapter_bits=1", f"step, head-masked / stock LoRA: {NUMBER}"],
+    "step_time_scaled": ["scale=0.5", f"step, head-masked / stock LoRA: {NUMBER}"],
     "rlrr_cost": [
         f"step, RLRR / LoRA q, v: {NUMBER}.*; memory {NUMBER}",
         f"step, RLRR r=8 / floor: {NUMBER}",
@@ -368,6 +370,16 @@ def test_only_separate_runs(script, monkeypatch, capsys):
     ((sides, rounds),) = timed
     assert rounds == 4 and len(sides) == 2 and sides[0].startswith("sweep") and sides[1].startswith("(a)")
     assert "sharing saves 72 of 900 epochs of steps (8.0%): / sweep could reach 1.087" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("scale", "rank", "expected"), [(None, 8, 1), (None, 4, 2), (0.5, 4, 0.5), (3.0, 4, 3)])
+def test_scale_of_both_sides(script, scale, rank, expected):
+    step_time = script("step_time")
+    args = SimpleNamespace(hidden=48, layers=1, heads=4, device="cpu", rank=rank, scale=scale, ne=1)
+    vars(args).update(mask_scope="adapter", adapter_bits=32)
+    for side in (step_time.STOCK, step_time.OURS):
+        layers = [m for m in step_time.make(side, args).modules() if isinstance(m, LoraLayer)]
+        assert len(layers) == 2 and {layer.scaling["default"] for layer in layers} == {expected}
 
 
 @pytest.mark.parametrize("name", ["epoch_time", "scoring_cost"])
