@@ -2,11 +2,11 @@
 
 Ours: images from the cache (`peft_heads.data.cache`), Trainer, head-masked LoRA, whose heads are selected after the first
 epoch. The plain script: transformers' Trainer, stock LoRA of the same rank, and a `datasets` image folder whose
-set_transform decodes and resizes every image anew with the checkpoint's image processor, as transformers' example does.
-Both with Trainer's defaults otherwise (no worker processes unless --num_workers asks for them, for both). Reading is timed
+set_transform decodes every image anew with PIL and hands it to the checkpoint's image processor (AutoImageProcessor; without
+torchvision, which nothing here asks for, the one that resizes with PIL). The processor's class is printed. Both with Trainer's defaults otherwise (no worker processes unless --num_workers asks for them, for both). Reading is timed
 in the training itself, where no workers do it: the rest is what no way of reading could save.
 
-Whole trainings in turns, in an order drawn anew every round; each of ours with a cache of its own, and its first epoch,
+Whole trainings in turns, each side first as often as the other; each of ours with a cache of its own, and its first epoch,
 which fills the cache, is printed apart; the ratios are those of the medians of the rounds. The images are crops of the
 two photographs that ship with scikit-learn, as JPEG of --image_size pixels (VTAB's are of varying size). On a CPU the
 model is the small ViT that ships with the package; on a GPU ViT-B/16 with random weights, in bf16.
@@ -21,6 +21,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from functools import partial
 from itertools import pairwise
 from operator import truediv
 from pathlib import Path
@@ -28,7 +29,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from measure import add_arguments, describe, device_name, interleaved, judge, ratio
+from measure import add_arguments, check_trainer_device, describe, device_name, interleaved, judge, ratio
 from peft import get_peft_model
 from PIL import Image
 from random_vit import stock_lora
@@ -127,12 +128,19 @@ def plain_data(args):
     processor = AutoImageProcessor.from_pretrained(args.checkpoint)
     data = datasets.load_dataset("imagefolder", data_dir=args.root / TASK, cache_dir=args.root / "datasets")["train"]
 
-    def transform(examples):
-        images = [image.convert("RGB") for image in examples["image"]]
-        return {**processor(images, return_tensors="pt"), "label": examples["label"]}
-
-    data.set_transform(transform)
+    data.set_transform(partial(transform_plain, processor))
     return data
+
+
+# At the top level, as worker processes that are not forked need it.
+def transform_plain(processor, examples):
+    images = [image.convert("RGB") for image in examples["image"]]
+    return {**processor(images, return_tensors="pt"), "label": examples["label"]}
+
+
+def collate_plain(examples):
+    pixel_values = torch.stack([example["pixel_values"] for example in examples])
+    return {"pixel_values": pixel_values, "labels": torch.tensor([example["label"] for example in examples])}
 
 
 def our_data(args, cache):
@@ -149,20 +157,17 @@ def check_same_images(args):
     difference = float((torch.as_tensor(one["pixel_values"]) - other["pixel_values"]).abs().max())
     if difference > 0.05 or one["label"] != other["labels"]:
         raise RuntimeError(f"the two sides see other images: values differ by {difference}, with a range of 2")
+    processor = type(AutoImageProcessor.from_pretrained(args.checkpoint)).__name__
+    print(f"the plain script's image processor: {processor}")
     print(f"the same image differs by {difference:.1e} at most between the two sides")
 
 
 def train_plain(args):
     """`(seconds, of which reading)` of every epoch of the plain script."""
     began = time.perf_counter()
-
-    def collate_fn(examples):
-        pixel_values = torch.stack([example["pixel_values"] for example in examples])
-        return {"pixel_values": pixel_values, "labels": torch.tensor([example["label"] for example in examples])}
-
     model = load_model(args)
     model = get_peft_model(model, stock_lora(model, args.rank))
-    return train(args, model, plain_data(args), collate_fn, [], began)
+    return train(args, model, plain_data(args), collate_plain, [], began)
 
 
 def train_ours(args):
@@ -203,6 +208,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, images=1000, image_size=224, epochs=4, rounds=6, batch=64, rank=8, ne=3, num_workers=0)
     args = parser.parse_args()
+    check_trainer_device(parser, args.device)
     if args.epochs < 2:
         parser.error("--epochs must be at least 2: the first is another matter")
     datasets.disable_progress_bars()

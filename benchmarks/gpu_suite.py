@@ -234,14 +234,14 @@ class Suite:
             "accuracy": accuracy,
         }
 
-    def report(self, name: str, result: dict[str, float]) -> None:
+    def report(self, name: str, result: dict[str, float], remark: str = "") -> None:
         flops = (self.config, self.args.rank, VTAB[name].num_classes)
         line = f"{name:21} {result['train_seconds'] + result['test_seconds']:8.2f} s"
         for part, per_image in (("train", training_flops(*flops)), ("test", forward_flops(*flops))):
             speed = result[f"{part}_images"] / result[f"{part}_seconds"]
             share = speed * per_image / (1e12 * self.args.peak_tflops)
             line += f"   {part} {speed:8.0f} images/s, {share:6.2%} of the peak"
-        print(f"{line}   accuracy {result['accuracy']:.3f}", flush=True)
+        print(f"{line}   accuracy {result['accuracy']:.3f}{remark}", flush=True)
 
 
 def store_in_bfloat16(model: nn.Module) -> None:
@@ -296,11 +296,12 @@ def main():
     print(", ".join(f"{name}={value}" for name, value in settings.items()))
     print(f"start-up, with compilation: {start_up:.1f} s; the peak is taken to be {args.peak_tflops:g} TFLOPS")
     for name in args.tasks:
-        if name not in results["tasks"]:
+        known = name in results["tasks"]
+        if not known:
             results["tasks"][name] = suite.run(name)
             if args.results:
                 write_atomically(args.results, json.dumps(results, indent=1).encode())
-        suite.report(name, results["tasks"][name])
+        suite.report(name, results["tasks"][name], f"   (from {args.results})" if known else "")
     summarize(results, args)
 
 

@@ -29,7 +29,7 @@ silence_known_warnings()
 
 @dataclass(frozen=True)
 class Target:
-    """A limit, "≤" or "≥", which a figure keeps if it does so to two decimals, those that the limit has."""
+    """A limit, "≤" or "≥", which a figure keeps as it is, not as it is rounded for print."""
 
     what: str
     sign: str
@@ -37,8 +37,9 @@ class Target:
     unit: str
 
     def is_met(self, figure: float) -> bool:
-        figure = round(figure, 2)
-        return figure <= self.limit if self.sign == "≤" else figure >= self.limit
+        """Whether the figure keeps the limit; a figure that equals it but for floating-point's rounding does."""
+        beyond = figure > self.limit if self.sign == "≤" else figure < self.limit
+        return not beyond or math.isclose(figure, self.limit)
 
     def __str__(self) -> str:
         return f"{self.sign} {self.limit:.2f} {self.unit}"
@@ -92,17 +93,26 @@ class Ratio:
 
 
 def ratio(numerators: list[float], denominators: list[float]) -> Ratio:
-    """Of one side to another, which were timed in the same rounds."""
-    ratios = sorted(a / b for a, b in zip(numerators, denominators, strict=True))
+    """Of one side to another, which were measured in the same rounds.
+
+    Memory may be none: of something to nothing the ratio is infinite, of nothing to nothing 1, for they are the same.
+    """
+    ratios = sorted(_quotient(a, b) for a, b in zip(numerators, denominators, strict=True))
     count = len(ratios)
     quarter, outside = count // 4, ranks_outside(count)
     return Ratio(
         median=statistics.median(ratios),
         middle_half=(ratios[quarter], ratios[-quarter - 1]),
         interval=(ratios[outside], ratios[-outside - 1]),
-        of_medians=statistics.median(numerators) / statistics.median(denominators),
+        of_medians=_quotient(statistics.median(numerators), statistics.median(denominators)),
         rounds=count,
     )
+
+
+def _quotient(a: float, b: float) -> float:
+    if b == 0:
+        return 1.0 if a == 0 else math.inf
+    return a / b
 
 
 def ranks_outside(count: int) -> int:
@@ -119,15 +129,19 @@ def ranks_outside(count: int) -> int:
 def interleaved(
     sides: dict[str, Callable[[], Any]], rounds: int, device: torch.device | str = "cpu", warm_up: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds of every side, round by round, so that all see the same machine; in an order drawn anew every round.
+    """Seconds of every side, round by round, so that all see the same machine.
+
+    The order is drawn anew every other round and turned round in the next: in an even number of rounds every side has
+    been before every other one as often as after it.
 
     Args:
         sides: A side that gives a float has timed itself, for instance without what had to be prepared.
         warm_up: Rounds before those that count.
     """
-    order, times = random.Random(0), {name: [] for name in sides}
+    draw, order, times = random.Random(0), list(sides), {name: [] for name in sides}
     for index in range(warm_up + rounds):
-        for name in order.sample(list(sides), len(sides)):
+        order = order[::-1] if (index - warm_up) % 2 else draw.sample(order, len(order))
+        for name in order:
             seconds, result = timed(sides[name], device)
             if index >= warm_up:
                 times[name].append(result if isinstance(result, float) else seconds)
@@ -155,21 +169,23 @@ def describe(name: str, times: list[float], unit: str = "ms", width: int = 24) -
 
 
 def judge(name: str, figure: float | Ratio, where: str) -> bool:
-    """Print a target's line. Missed, but not beyond chance, is "undecided": the interval reaches the limit.
+    """Print a target's line.
+
+    Of a ratio the whole interval is judged (of few rounds: the range), before anything is rounded: "yes" if its
+    unfavourable end keeps the limit, "no" if not even the favourable end does, "undecided" if the limit lies between
+    them. A single figure is met or not.
 
     Returns:
-        Whether it is met.
+        Whether the answer is "yes".
     """
-    target, shown = TARGETS[name], figure
+    target = TARGETS[name]
     if isinstance(figure, Ratio):
-        low, high = figure.interval
-        shown, best = figure.median, low if target.sign == "≤" else high
-        met = "yes" if target.is_met(shown) else "undecided" if target.is_met(best) else "no"
-        text = f"{shown:.3f} {target.unit} ({figure.span})"
+        shown, ends, span = figure.median, figure.interval, f" ({figure.span})"
     else:
-        met = "yes" if target.is_met(shown) else "no"
-        text = f"{shown:.3f} {target.unit}"
-    print(f"target | {target.what} ({where}) | {target} | {text} | {met}", flush=True)
+        shown, ends, span = figure, (figure,), ""
+    kept = [target.is_met(end) for end in ends]
+    met = "yes" if all(kept) else "undecided" if any(kept) else "no"
+    print(f"target | {target.what} ({where}) | {target} | {shown:.3f} {target.unit}{span} | {met}", flush=True)
     return met == "yes"
 
 
@@ -192,7 +208,7 @@ def in_own_process(function: Callable, *arguments: Any) -> Any:
 def peak_memory(call: Callable[[], Any], device: torch.device | str) -> tuple[int, int]:
     """Bytes in use before a call, and at its peak; to be asked in a process of its own.
 
-    On an accelerator what PyTorch has allocated. On a CPU the resident memory of the process as Linux counts it
+    On an accelerator what PyTorch has allocated there. On a CPU the resident memory of the process as Linux counts it
     (VmRSS, VmHWM), which knows the libraries' scratch space as well; it is to be asked where freed memory is given back
     (`in_own_process`), or it is that of the allocator's habits. `ru_maxrss` would not do: a child inherits its parent's peak.
 
@@ -201,12 +217,12 @@ def peak_memory(call: Callable[[], Any], device: torch.device | str) -> tuple[in
     """
     device = torch.device(device)
     if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         call()
-        torch.cuda.synchronize()
-        return before, torch.cuda.max_memory_allocated()
+        torch.cuda.synchronize(device)
+        return before, torch.cuda.max_memory_allocated(device)
     if not Path("/proc/self/status").exists():
         raise RuntimeError("the resident memory of a process is read from /proc/self/status, which Linux alone has")
     try:
@@ -230,6 +246,22 @@ def add_arguments(parser, **defaults: int) -> None:
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_trainer_device(parser, device: torch.device | str) -> None:
+    """End a script that leaves the device to Trainer, if that would not be the one that was asked for.
+
+    Trainer takes the first GPU that it sees, and with more of them splits every batch.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        return
+    visible = torch.cuda.device_count()
+    if device.index not in (None, 0) or visible > 1:
+        parser.error(
+            f"--device {device}: Trainer chooses the device here, which is all GPUs that are visible ({visible}), from the "
+            f"first on; set CUDA_VISIBLE_DEVICES={device.index or 0}, to one of them, and pass --device cuda"
+        )
 
 
 def device_name(device: torch.device | str) -> str:

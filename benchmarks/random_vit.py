@@ -42,9 +42,9 @@ def make_images(args) -> dict[str, torch.Tensor]:
     return {name: value.to(args.device) for name, value in batch.items()}
 
 
-def stock_lora(vit, rank: int) -> LoraConfig:
+def stock_lora(vit, rank: int, **options) -> LoraConfig:
     """LoRA on the projections that ours adapts, and the trained head."""
-    return LoraConfig(r=rank, target_modules=default_targets(vit), modules_to_save=task_head_names(vit))
+    return LoraConfig(r=rank, target_modules=default_targets(vit), modules_to_save=task_head_names(vit), **options)
 
 
 def add_adapter(vit, config, deactivated: int = 0):

@@ -5,7 +5,8 @@ beside each script, and said in the table where it is too much.
 
 Writes to a folder what every script prints (`NAME.txt`, with the command), the machine (`machine.json`), and the table of
 all targets (`targets.md`). Figures for a GPU are taken on a machine that has one, with --device cuda; on others the table
-names them as missing, with their commands.
+names them as missing, with their commands, the suite of 19 tasks in slices of a few minutes. What it has measured is kept
+task by task in `gpu_suite.json`: the command goes on where it, or a slice, was cut off. Delete the file for new figures.
 
     python benchmarks/run_all.py [--output runs/benchmarks --device cpu --only step_time …]
     python benchmarks/run_all.py --quick        (a few steps of tiny models: whether every script runs)
@@ -28,11 +29,16 @@ from measure import add_arguments, cpu_model, device_name
 
 from peft_heads.atomic import write_atomically
 from peft_heads.benchmark.environment import installed_versions, source_state
+from peft_heads.data.tasks import TASKS
 
 
 HERE = Path(__file__).parent
 MOST_BY_OTHERS = 0.05  # of all cores, while a script runs
 TINY = "--hidden 48 --layers 2 --heads 4 --batch 2"
+# Slices of gpu_suite fit ten minutes each, even if all of VTAB took twice its target of 15 minutes.
+TASKS_PER_SLICE = 5
+VTAB = [task.name for task in TASKS if task.suite == "vtab"]
+SLICES = tuple(tuple(VTAB[i : i + TASKS_PER_SLICE]) for i in range(0, len(VTAB), TASKS_PER_SLICE))
 
 
 @dataclass(frozen=True)
@@ -40,9 +46,11 @@ class Run:
     """A script with its options.
 
     Attributes:
-        cpu, cuda: Options of the README's figures on either; None where there are none to be taken.
+        cpu, cuda: Options of the README's figures on either, `{output}` being the folder that is written to; None where
+            there are none to be taken.
         quick: Options with which it takes seconds, on a CPU.
         has_device: Whether it takes `--device`.
+        slices: Values of `--tasks` that make all of it, one after the other, with less time for each.
     """
 
     script: str
@@ -50,13 +58,22 @@ class Run:
     cuda: str | None
     quick: str
     has_device: bool = True
+    slices: tuple[tuple[str, ...], ...] = ()
 
-    def command(self, device: str, quick: bool = False) -> list[str] | None:
+    def command(self, device: str, output: Path, quick: bool = False) -> list[str] | None:
         options = self.quick if quick else getattr(self, torch.device(device).type)
         if options is None:
             return None
         chosen = ["--device", device] if self.has_device else []
-        return ["python", f"benchmarks/{self.script}.py", *chosen, *shlex.split(options)]
+        words = [word.format(output=output) for word in shlex.split(options)]
+        return ["python", f"benchmarks/{self.script}.py", *chosen, *words]
+
+    def commands(self, device: str, output: Path) -> list[list[str]]:
+        """The same for another machine, in its slices."""
+        command = self.command(device, output)
+        if command is None:
+            return []
+        return [[*command, "--tasks", *tasks] for tasks in self.slices] or [command]
 
 
 RUNS = {
@@ -68,6 +85,12 @@ RUNS = {
         "--batch 4 --rank 32 --adapter_bits 1 --steps 24",
         "--batch 64 --rank 32 --adapter_bits 1 --steps 100",
         f"{TINY} --rank 4 --adapter_bits 1 --steps 3 --ne 1 --memory_runs 0",
+    ),
+    "step_time_scaled": Run(
+        "step_time",
+        "--batch 4 --scale 0.5 --steps 24 --memory_runs 0",
+        "--batch 64 --scale 0.5 --steps 50 --memory_runs 0",
+        f"{TINY} --scale 0.5 --steps 3 --ne 1 --memory_runs 0",
     ),
     "scoring_cost": Run("scoring_cost", "--batch 4 --steps 20", "--batch 64 --steps 100", f"{TINY} --steps 3"),
     "rlrr_cost": Run("rlrr_cost", "--batch 4 --steps 11", "--batch 64 --steps 100", f"{TINY} --steps 3"),
@@ -90,7 +113,7 @@ RUNS = {
         "--epochs 11 --images 10 --test_images 20 --repeat 1 --ne 1",
         has_device=False,
     ),
-    "gpu_suite": Run("gpu_suite", None, "", "--quick"),
+    "gpu_suite": Run("gpu_suite", None, "--results {output}/gpu_suite.json", "--quick", slices=SLICES),
 }
 
 
@@ -180,9 +203,9 @@ def main():
     args.output.mkdir(parents=True, exist_ok=True)
     write_atomically(args.output / "machine.json", json.dumps(describe_machine(args.device), indent=1))
     rows, failed, disturbed = [], [], {}
-    missing = [command for name in args.only if (command := RUNS[name].command(other))]
+    missing = [command for name in args.only for command in RUNS[name].commands(other, args.output)]
     for name in args.only:
-        command, path = RUNS[name].command(args.device, args.quick), args.output / f"{name}.txt"
+        command, path = RUNS[name].command(args.device, args.output, args.quick), args.output / f"{name}.txt"
         if command is None:
             continue
         print(f"\n== {name}")

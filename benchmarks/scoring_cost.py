@@ -14,10 +14,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
 
 import torch
-from measure import describe, device_name, interleaved, judge, ratio, timed
+from measure import check_trainer_device, describe, device_name, interleaved, judge, ratio, timed
 from random_vit import (
     add_adapter,
     add_dtype_argument,
@@ -41,10 +40,10 @@ class TimedScorer(TaylorHeadScorer):
     seconds = 0.0
 
     def _timed(event):
-        def call(self, *args, **kwargs):
-            start = time.perf_counter()
-            getattr(TaylorHeadScorer, event)(self, *args, **kwargs)
-            self.seconds += time.perf_counter() - start
+        def call(self, args, *more, **kwargs):
+            # an accelerator is still busy with the step
+            seconds, _ = timed(lambda: getattr(TaylorHeadScorer, event)(self, args, *more, **kwargs), args.device)
+            self.seconds += seconds
 
         return call
 
@@ -105,6 +104,7 @@ def main():
     add_vit_arguments(parser, steps=30, rank=8, adapter_bits=32, warmup_epochs=10, images=1000)
     add_dtype_argument(parser)
     args = parser.parse_args()
+    check_trainer_device(parser, args.device)
     dtype, steps_per_epoch = short(chosen_dtype(args)), max(1, args.images // args.batch)
     print(
         f"{describe_vit(args)}, r={args.rank}, adapter_bits={args.adapter_bits}, {dtype}, {device_name(args.device)}"

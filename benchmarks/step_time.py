@@ -5,8 +5,12 @@ activations down to the first adapted projections, the classifier; no adapter. A
 the ratios step by step are printed. Peak memory is taken in processes of their own, one per side and run, because
 freed memory of one side would serve another; see `measure.peak_memory`. Random weights: nothing is downloaded.
 
+The update's scale s = lora_alpha / r is by default that of both configs' lora_alpha, 8: 1 with r=8. Ours leaves out the
+multiplication by s = 1, which stock LoRA makes. With --scale there is no target.
+
     python benchmarks/step_time.py [--batch 4 --steps 60 --rank 8 --ne 3 --adapter_bits 32 --accumulation 1]
     python benchmarks/step_time.py --batch 4 --rank 32 --adapter_bits 1 --steps 24
+    python benchmarks/step_time.py --scale 0.5 --memory_runs 0
     python benchmarks/step_time.py --device cuda --batch 64 --steps 100
 """
 
@@ -42,9 +46,12 @@ def make(side, args):
     vit = make_vit(args)
     if side == FLOOR:
         return floor(vit).to(args.device)
+    alpha = {} if args.scale is None else {"lora_alpha": args.scale * args.rank}
     if side == STOCK:
-        return add_adapter(vit, stock_lora(vit, args.rank)).to(args.device)
-    config = HeadMaskedLoraConfig(r=args.rank, ne=args.ne, mask_scope=args.mask_scope, adapter_bits=args.adapter_bits)
+        return add_adapter(vit, stock_lora(vit, args.rank, **alpha)).to(args.device)
+    config = HeadMaskedLoraConfig(
+        r=args.rank, ne=args.ne, mask_scope=args.mask_scope, adapter_bits=args.adapter_bits, **alpha
+    )
     return add_adapter(vit, config, deactivated=args.ne).to(args.device)
 
 
@@ -86,7 +93,7 @@ def print_memory(args, where):
         print(f"memory beyond the model, {OURS} / {other}: {ratio(above[OURS], above[other])}")
         whole = ratio([run[OURS][1] for run in runs], [run[other][1] for run in runs])
         print(f"memory in all, {OURS} / {other}: {whole}")
-    if args.adapter_bits == 32:  # a quantised weight is kept beside the one behind it
+    if args.adapter_bits == 32 and args.scale is None:  # a quantised weight is kept beside the one behind it
         judge("memory", ratio(above[OURS], above[STOCK]), where)
 
 
@@ -95,12 +102,13 @@ def main():
     add_vit_arguments(parser, batch=4, steps=60, rank=8, ne=3, adapter_bits=32, accumulation=1, memory_runs=3)
     add_dtype_argument(parser)
     parser.add_argument("--mask_scope", default="adapter")
+    parser.add_argument("--scale", type=float, help="s = lora_alpha / r of both sides; default: that of their configs")
     args = parser.parse_args()
 
     where = f"{short(chosen_dtype(args))}, {args.device}, r={args.rank}"
     print(
         f"{describe_vit(args)}, r={args.rank}, ne={args.ne}, mask_scope={args.mask_scope}, "
-        f"adapter_bits={args.adapter_bits}, accumulation={args.accumulation}, {short(chosen_dtype(args))}, "
+        f"scale={args.scale or 'default'}, adapter_bits={args.adapter_bits}, accumulation={args.accumulation}, {short(chosen_dtype(args))}, "
         f"{device_name(args.device)}"
     )
     if args.memory_runs:
@@ -111,7 +119,7 @@ def main():
     for one, other in ((OURS, STOCK), (OURS, FLOOR), (STOCK, FLOOR)):
         print(f"step, {one} / {other}: {ratio(times[one], times[other])}")
     target = {32: "step", 1: "1-bit step"}.get(args.adapter_bits)
-    if target is not None:
+    if target is not None and args.scale is None:
         judge(target, ratio(times[OURS], times[STOCK]), where)
 
 

@@ -1,12 +1,14 @@
 """What the benchmark's protocol saves: time of a sweep, of separate runs, and of testing while training; the image cache.
 
-A tree in VTAB-1K's layout is made of scikit-learn's digits, as JPEG: a tenth of VTAB's images, 20 test images for every
-training image as in VTAB-1K (387,904 for 19 tasks), in 224 x 224 pixels. The model is the small ViT that ships with the
-package. Everything is run in one process and thread, in turns; every part is repeated and the spread is printed. Of
-separate runs that are tested while they train, (b) and (c), one is run and its time multiplied by their number. One seed
-of one task: the ratios are what matters.
+A tree in VTAB-1K's layout is made of scikit-learn's digits, as JPEG of 224 x 224 pixels: by default a tenth of a task's
+1,000 training images, and 20 test images for each of them, as VTAB-1K has on average (387,904 for 19 tasks). The model is
+the small ViT that ships with the package. Everything is run in one process and thread, in turns, whose order is turned
+round every other time (choose an even --repeat). The spread is printed, and beside (a) what sharing the warm-up could
+reach if training steps alone took time. Of separate runs that are tested while they train, (b) and (c), one is run and its
+time multiplied by their number. One seed of one task: the ratios are what matters.
 
-    python benchmarks/sweep_cost.py [--epochs 100 --images 100 --test_images 2000 --repeat 3 --ne 1 3 6]
+    python benchmarks/sweep_cost.py [--epochs 100 --images 100 --test_images 2000 --repeat 4 --ne 1 3 6]
+    python benchmarks/sweep_cost.py --only_separate --repeat 12        (the sweep against (a), and nothing else)
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import argparse
 import logging
 import shutil
 import tempfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +25,7 @@ import torch
 from measure import describe, device_name, interleaved, ratio, timed
 
 from peft_heads.benchmark.recipes import RECIPES
+from peft_heads.benchmark.run import trunk_epochs, trunk_key
 from peft_heads.benchmark.sweep import Outcome, Sweep, execute
 from peft_heads.benchmark.training import Places
 from peft_heads.data.cache import CachedImages, StreamedImages
@@ -52,11 +56,20 @@ def write_tree(root, images, test_images):
         (home / f"{split}.txt").write_text("".join(lines))
 
 
+def epochs_saved(specs, epochs):
+    """`(saved, all)`: epochs of separate runs, and how many fewer a sweep trains, which shares those before the scoring."""
+    groups = Counter(map(trunk_key, specs))
+    shared = {trunk_key(spec): trunk_epochs(spec) for spec in specs}
+    saved = sum((count - 1) * shared[key] for key, count in groups.items())
+    return saved, len(specs) * epochs
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {"epochs": 100, "images": 100, "test_images": 2000, "repeat": 3}.items():
+    for name, default in {"epochs": 100, "images": 100, "test_images": 2000, "repeat": 4}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--ne", type=int, nargs="+", default=[1, 3, 6])
+    parser.add_argument("--only_separate", action="store_true", help="time the sweep and (a) alone")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
@@ -86,19 +99,28 @@ def measure(args, root):
     def one_run(**options):
         return timed(lambda: run(specs[:1], share_warmup=False, **options))[0]
 
+    separate = "(a) separate runs, tested once"
     ways = {
         "sweep (warm-up shared, tested once)": lambda: run(specs),
-        "(a) separate runs, tested once": lambda: run(specs, share_warmup=False),
+        separate: lambda: run(specs, share_warmup=False),
+    }
+    tested = {
         "(b) separate runs, tested every ten epochs": lambda: len(specs) * one_run(test_every=10),
         "(c) separate runs, tested every epoch": lambda: len(specs) * one_run(test_every=1),
     }
     run(specs[:1], share_warmup=False)  # makes the cache's entries
-    times = interleaved(ways, args.repeat, warm_up=0)
+    times = interleaved(ways if args.only_separate else ways | tested, args.repeat, warm_up=0)
+    saved, whole = epochs_saved(specs, args.epochs)
     base = next(iter(times.values()))
     for name, values in times.items():
         print(describe(name, values, "s", width=44))
         if values is not base:
             print(f"    / sweep: {ratio(values, base)}")
+        if name == separate:
+            share = f"{saved} of {whole} epochs of steps ({saved / whole:.1%})"
+            print(f"    of which sharing saves {share}: / sweep could reach {whole / (whole - saved):.3f}")
+    if args.only_separate:
+        return
 
     split = load_split(root / "data", task, "train800val200", check_sizes=False)
     preprocessing = Preprocessing(size=224)

@@ -1,17 +1,22 @@
 """The benchmark scripts run and print what they should; no test looks at a time."""
 
 import importlib
+import json
+import math
 import os
+import pickle
 import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
 from scipy.stats import binom
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTForImageClassification
@@ -32,6 +37,7 @@ PRINTED = {
         f"step, head-masked / floor: {NUMBER}",
     ],
     "step_time_1_bit": ["adapter_bits=1", f"step, head-masked / stock LoRA: {NUMBER}"],
+    "step_time_scaled": ["scale=0.5", f"step, head-masked / stock LoRA: {NUMBER}"],
     "rlrr_cost": [
         f"step, RLRR / LoRA q, v: {NUMBER}.*; memory {NUMBER}",
         f"step, RLRR r=8 / floor: {NUMBER}",
@@ -56,7 +62,11 @@ PRINTED = {
         f"switch, the same, packed / stock LoRA: {NUMBER}",
     ],
     "adapter_size": ["stock LoRA, r=8: 1,18"],
-    "sweep_cost": [rf"\(c\).*\n +/ sweep: {NUMBER}", f"decoded anew / from the cache: {NUMBER}"],
+    "sweep_cost": [
+        r"saves 18 of 33 epochs .*could reach 2\.200",
+        rf"\(c\).*\n +/ sweep: {NUMBER}",
+        f"decoded anew / from the cache: {NUMBER}",
+    ],
     "gpu_suite": [
         rf"cifar .* s +train +\d+ images/s, +{NUMBER}% of the peak .* accuracy",
         "2 of 19 tasks: .* min",
@@ -103,9 +113,11 @@ def test_every_script_is_run(script):
     assert set(PRINTED) == set(run_all.RUNS)
     scripts = {path.stem for path in BENCHMARKS.glob("*.py")} - {"run_all", "measure", "random_vit"}
     assert {run.script for run in run_all.RUNS.values()} == scripts
-    assert run_all.RUNS["gpu_suite"].command("cpu") is None
-    assert run_all.RUNS["load_time"].command("cuda") is None
-    assert run_all.RUNS["epoch_time"].command("cuda") == [
+    output = Path("out")
+    assert run_all.RUNS["gpu_suite"].command("cpu", output) is None
+    assert run_all.RUNS["load_time"].command("cuda", output) is None
+    assert run_all.RUNS["load_time"].commands("cuda", output) == []
+    assert run_all.RUNS["epoch_time"].command("cuda", output) == [
         "python",
         "benchmarks/epoch_time.py",
         *("--device", "cuda", "--num_workers", "8"),
@@ -161,11 +173,58 @@ def test_what_gets_into_the_table(script, tmp_path, monkeypatch, code, others, f
 
 
 def test_nothing_to_be_taken_here(script, tmp_path, monkeypatch):
+    """The suite for a GPU is named in slices that make all of it, and add to one file."""
+    run_all = script("run_all")
     monkeypatch.setattr(
         sys, "argv", ["run_all.py", "--device", "cpu", "--only", "gpu_suite", "--output", str(tmp_path)]
     )
-    assert script("run_all").main() == 0
-    assert "- `python benchmarks/gpu_suite.py --device cuda`" in (tmp_path / "targets.md").read_text("utf-8")
+    assert run_all.main() == 0
+    text = (tmp_path / "targets.md").read_text("utf-8")
+    begin = f"python benchmarks/gpu_suite.py --device cuda --results {tmp_path}/gpu_suite.json --tasks "
+    slices = re.findall(f"^- `{re.escape(begin)}(.+)`$", text, re.MULTILINE)
+    assert len(slices) == text.count("gpu_suite.py") == 4
+    assert " ".join(slices).split() == list(script("gpu_suite").VTAB)
+
+
+def test_the_suite_is_gone_on_with(script, tmp_path, monkeypatch):
+    """By the one command its times are kept in the output folder; not those of a few steps."""
+    run_all, output = script("run_all"), tmp_path / "a folder"
+    commands = []
+    monkeypatch.setattr(run_all, "run", lambda command, path: commands.append(command) or (1, None))
+    monkeypatch.setattr(run_all, "device_name", str)
+    for options in (["--device", "cuda"], ["--device", "cpu", "--quick"]):
+        monkeypatch.setattr(sys, "argv", ["run_all.py", *options, "--only", "gpu_suite", "--output", str(output)])
+        run_all.main()
+    assert commands == [
+        ["python", "benchmarks/gpu_suite.py", "--device", "cuda", "--results", f"{output}/gpu_suite.json"],
+        ["python", "benchmarks/gpu_suite.py", "--device", "cpu", "--quick"],
+    ]
+
+
+@pytest.mark.slow
+def test_a_suite_that_was_cut_off(script, tmp_path, monkeypatch, capsys):
+    """Has its times in the file; the next run measures the rest, and says what was there."""
+    gpu_suite, results = script("gpu_suite"), tmp_path / "new" / "gpu_suite.json"
+    arguments = ["gpu_suite.py", "--device", "cpu", "--quick", "--results", str(results)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    measure, asked = gpu_suite.Suite.run, []
+
+    def run(self, name):
+        asked.append(name)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return measure(self, name)
+
+    monkeypatch.setattr(gpu_suite.Suite, "run", run)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_suite.main()
+    assert list(json.loads(results.read_text("utf-8"))["tasks"]) == ["cifar"]
+    gpu_suite.main()
+    assert asked == ["cifar", "svhn", "svhn"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.endswith(f"(from {results})") for line in lines if line.startswith(("cifar", "svhn"))] == [
+        *(False, True, False)
+    ]
 
 
 def test_what_others_take(script, tmp_path):
@@ -217,18 +276,35 @@ def test_ratio(script):
     assert ratio.map(lambda x: 10 * x).interval == (60, 150)
 
 
+def test_ratio_to_nothing(script, capsys):
+    """What needs no memory at all ends no benchmark."""
+    measure = script("measure")
+    ratio = measure.ratio([0.0, 3.0, 0.0, 4.0], [0.0, 0.0, 2.0, 2.0])
+    assert (ratio.interval, ratio.median) == ((0, math.inf), 1.5)
+    nothing = measure.ratio([0, 0, 0], [0, 0, 0])
+    assert (nothing.median, nothing.of_medians) == (1, 1) and measure.judge("memory", nothing, "here")
+    much = measure.ratio([5, 5, 5], [0, 0, 0])
+    assert much.of_medians == math.inf and not measure.judge("memory", much, "here")
+    assert capsys.readouterr().out.endswith("| inf × (range of 3: inf to inf) | no\n")
+
+
 @pytest.mark.parametrize(
     ("name", "values", "met"),
     [
-        ("step", [1.004, 1.004, 1.004], "yes"),  # 1.00 to the target's two decimals
-        ("step", [1.006, 1.006, 1.006], "no"),
-        ("step", [0.99, 1.02, 1.03], "undecided"),
+        ("step", [0.98, 0.99, 1.0], "yes"),
+        ("step", [0.98, 0.99, 1 + 1e-12], "yes"),  # the limit but for floating-point's rounding
+        ("step", [0.98, 0.99, 1.004], "undecided"),  # the end is not rounded
+        ("step", [0.999, 1.02, 1.03], "undecided"),
+        ("step", [1.0, 1.02, 1.03], "undecided"),
+        ("step", [1.004, 1.004, 1.004], "no"),
         ("epoch", [3.0, 3.1, 3.2], "yes"),
-        ("epoch", [2.9, 2.94, 2.99], "no"),
+        ("epoch", [2.998, 3.1, 3.2], "undecided"),
         ("epoch", [2.9, 2.94, 3.01], "undecided"),
+        ("epoch", [2.9, 2.94, 2.999], "no"),
     ],
 )
 def test_judge(script, capsys, name, values, met):
+    """All of the range must keep the limit for a yes, and all must miss it for a no."""
     measure = script("measure")
     assert measure.judge(name, measure.ratio(values, [1.0] * len(values)), "here") is (met == "yes")
     line = capsys.readouterr().out
@@ -236,6 +312,142 @@ def test_judge(script, capsys, name, values, met):
     assert (
         found == met and "(here)" in what and figure.startswith(f"{values[1]:.3f} × (range of 3: {values[0]:.3f} to")
     )
+
+
+def test_judge_by_the_interval(script, capsys):
+    """Of many rounds outliers are left out, and the interval of the median decides, not the median."""
+    measure = script("measure")
+    for values, met in (([0.9] * 18 + [1.2] * 2, "yes"), ([0.9] * 11 + [1.2] * 9, "undecided")):
+        ratio = measure.ratio(values, [1.0] * 20)
+        assert ratio.median == 0.9 and measure.judge("step", ratio, "here") is (met == "yes")
+        assert capsys.readouterr().out.endswith(f"(95 % of the median: {ratio.span.split(': ')[1]}) | {met}\n")
+
+
+@pytest.mark.parametrize(("figure", "met"), [(14.0, "yes"), (15.0, "yes"), (15.004, "no")])
+def test_judge_of_a_single_figure(script, capsys, figure, met):
+    assert script("measure").judge("suite", figure, "here") is (met == "yes")
+    assert capsys.readouterr().out.endswith(f" | ≤ 15.00 min | {figure:.3f} min | {met}\n")
+
+
+@pytest.mark.parametrize(("rounds", "warm_up"), [(2, 0), (2, 1), (4, 0), (6, 2)])
+def test_each_of_two_sides_is_first_as_often(script, rounds, warm_up):
+    calls = []
+    sides = {"sweep": lambda: calls.append("sweep"), "separate": lambda: calls.append("separate")}
+    script("measure").interleaved(sides, rounds, warm_up=warm_up)
+    assert calls[2 * warm_up :: 2].count("sweep") == rounds / 2
+
+
+def test_what_a_sweep_saves(script):
+    """Nine of ten epochs before the selection, for all but one of the runs that begin alike."""
+    sweep_cost = script("sweep_cost")
+    recipe = replace(sweep_cost.RECIPES["vtab"], epochs=30)
+    method = sweep_cost.METHOD | {"ne": [1, 3]}
+    task = sweep_cost.find_task("svhn", "vtab")
+    sweep = sweep_cost.Sweep((task,), method, recipe, str(sweep_cost.DEMO_MODEL_PATH), seeds=(0, 1))
+    specs = sweep.runs(sweep.methods(), (0, 1), final=True)
+    assert len(specs) == 2 * 3 * 2  # numbers of heads, criteria, seeds, each of which has a warm-up of its own
+    assert sweep_cost.epochs_saved(specs, 30) == (2 * 5 * 9, 12 * 30)
+
+
+def test_only_separate_runs(script, monkeypatch, capsys):
+    """Nothing else is timed."""
+    sweep_cost, timed = script("sweep_cost"), []
+
+    def interleaved(sides, rounds, **options):
+        timed.append((list(sides), rounds))
+        return {name: [1.0] * rounds for name in sides}
+
+    monkeypatch.setattr(sweep_cost, "interleaved", interleaved)
+    monkeypatch.setattr(sweep_cost, "execute", lambda specs, places, outcome, **options: fill(specs, places, outcome))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(sweep_cost.logging, "disable", lambda level: None)
+
+    def fill(specs, places, outcome):
+        outcome.runs.update({spec.run_id: None for spec in specs})
+
+    monkeypatch.setattr(sys, "argv", "sweep_cost.py --only_separate --repeat 4 --images 10 --test_images 10".split())
+    sweep_cost.main()
+    ((sides, rounds),) = timed
+    assert rounds == 4 and len(sides) == 2 and sides[0].startswith("sweep") and sides[1].startswith("(a)")
+    assert "sharing saves 72 of 900 epochs of steps (8.0%): / sweep could reach 1.087" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("scale", "rank", "expected"), [(None, 8, 1), (None, 4, 2), (0.5, 4, 0.5), (3.0, 4, 3)])
+def test_scale_of_both_sides(script, scale, rank, expected):
+    step_time = script("step_time")
+    args = SimpleNamespace(hidden=48, layers=1, heads=4, device="cpu", rank=rank, scale=scale, ne=1)
+    vars(args).update(mask_scope="adapter", adapter_bits=32)
+    for side in (step_time.STOCK, step_time.OURS):
+        layers = [m for m in step_time.make(side, args).modules() if isinstance(m, LoraLayer)]
+        assert len(layers) == 2 and {layer.scaling["default"] for layer in layers} == {expected}
+
+
+@pytest.mark.parametrize("name", ["epoch_time", "scoring_cost"])
+@pytest.mark.parametrize(
+    ("device", "visible", "way_out"),
+    [
+        ("cuda:1", 2, "CUDA_VISIBLE_DEVICES=1"),
+        ("cuda:1", 1, "CUDA_VISIBLE_DEVICES=1"),
+        ("cuda", 2, "CUDA_VISIBLE_DEVICES=0"),
+        ("cuda:0", 2, "CUDA_VISIBLE_DEVICES=0"),
+    ],
+)
+def test_devices_that_trainer_would_not_use(script, monkeypatch, capsys, name, device, visible, way_out):
+    """Are refused at once, with the way out."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--device", device])
+    with pytest.raises(SystemExit):
+        script(name).main()
+    message = capsys.readouterr().err
+    assert f"--device {device}:" in message and f"({visible})" in message and way_out in message
+
+
+def test_devices_that_trainer_uses(script, monkeypatch):
+    check = script("measure").check_trainer_device
+    for device, visible in (("cuda", 1), ("cuda:0", 1), ("cpu", 0), ("cpu", 2)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda visible=visible: visible)
+        check(None, device)  # which would fail to complain
+
+
+def test_what_worker_processes_get(script, tmp_path):
+    """Can be pickled, in both sides of epoch_time, and gives the same images then: not all workers are forked."""
+    epoch_time = script("epoch_time")
+    epoch_time.write_images(tmp_path, 10, 32)
+    args = SimpleNamespace(root=tmp_path, checkpoint=epoch_time.DEMO_MODEL_PATH)
+    sides = [
+        (epoch_time.plain_data(args), epoch_time.collate_plain),
+        (epoch_time.our_data(args, tmp_path / "cache"), epoch_time.collate),
+    ]
+    batches = []
+    for data, collator in sides:
+        images, collator_there = pickle.loads(pickle.dumps((epoch_time.TimedImages(data), collator)))
+        here, there = collator(data.__getitems__([0, 9])), collator_there(images.__getitems__([0, 9]))
+        assert torch.equal(here["pixel_values"], there["pixel_values"])
+        batches.append(there)
+    assert torch.equal(batches[0]["labels"], batches[1]["labels"])
+
+
+@pytest.mark.parametrize("event", ["on_train_begin", "on_step_begin", "on_step_end", "on_train_end"])
+def test_the_clock_of_scoring(script, monkeypatch, event):
+    """Does not count what an accelerator still has to do of the step, but all that the callback leaves to it."""
+    measure, scoring_cost = script("measure"), script("scoring_cost")
+    now, pending, begun = [0.0], [100.0], []  # seconds, and what the step has left to the accelerator
+
+    def synchronize(device):
+        assert device == torch.device("cuda:0")
+        now[0] += pending.pop()
+        pending.append(0.0)
+
+    def call(self, *args, **kwargs):
+        begun.append((args, kwargs))
+        pending[0] += 1
+
+    monkeypatch.setattr(measure.torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(scoring_cost.TaylorHeadScorer, event, call)
+    scorer, args = scoring_cost.TimedScorer(), SimpleNamespace(device=torch.device("cuda:0"))
+    getattr(scorer, event)(args, "state", "control", model=1)
+    assert begun == [((args, "state", "control"), {"model": 1})] and scorer.seconds == 1
 
 
 def test_interleaved(script):
@@ -246,6 +458,7 @@ def test_interleaved(script):
     rounds = [tuple(calls[i : i + 3]) for i in range(0, len(calls), 3)]
     assert len(rounds) == 8 and {tuple(sorted(order)) for order in rounds} == {("a", "b", "c")}
     assert len(set(rounds)) > 1
+    assert [order[::-1] for order in rounds[::2]] == rounds[1::2]  # none is before another more often than after it
     assert [len(seconds) for seconds in times.values()] == [6, 6, 6]
     assert times["c"] == [7.0] * 6 and max(times["a"]) < 1
 
@@ -258,6 +471,23 @@ def test_peak_memory(script):
     before, peak = measure.peak_memory(lambda: torch.ones(64 * 2**20).sum(), "cpu")
     assert 255 < (peak - before) / 2**20 < 300
     assert before > kept.nbytes
+
+
+def test_peak_memory_of_an_accelerator(script, monkeypatch):
+    """Every question is about the device that was named, in an order that leaves nothing of the call out."""
+    measure, calls = script("measure"), []
+    answers = {"synchronize": None, "reset_peak_memory_stats": None, "memory_allocated": 3, "max_memory_allocated": 8}
+    for name, answer in answers.items():
+        monkeypatch.setattr(
+            torch.cuda, name, lambda *args, name=name, answer=answer: calls.append((name, *args)) or answer
+        )
+    assert measure.peak_memory(lambda: calls.append("the call"), "cuda:1") == (3, 8)
+    device = torch.device("cuda:1")
+    assert calls == [
+        *[(name, device) for name in ("synchronize", "reset_peak_memory_stats", "memory_allocated")],
+        "the call",
+        *[(name, device) for name in ("synchronize", "max_memory_allocated")],
+    ]
 
 
 def test_a_process_of_its_own_gives_memory_back(script, monkeypatch):
