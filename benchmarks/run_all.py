@@ -78,7 +78,7 @@ class Run:
 
 RUNS = {
     "step_time": Run(
-        "step_time", "--batch 4 --steps 60", "--batch 64 --steps 100", f"{TINY} --steps 3 --ne 1 --memory_runs 1"
+        "step_time", "--batch 4 --steps 120", "--batch 64 --steps 100", f"{TINY} --steps 3 --ne 1 --memory_runs 1"
     ),
     "step_time_1_bit": Run(
         "step_time",
@@ -102,7 +102,7 @@ RUNS = {
         "--images 20 --batch 10 --epochs 2 --rounds 1 --image_size 300",
     ),
     "pruned_inference": Run(
-        "pruned_inference", "--batch 8 --batches 11", "--batch 64 --batches 100", f"{TINY} --batches 3 --ne 1 2"
+        "pruned_inference", "--batch 8 --batches 25", "--batch 64 --batches 100", f"{TINY} --batches 3 --ne 1 2"
     ),
     "load_time": Run("load_time", "--imports 7", None, f"{TINY} --ne 1 --imports 1 --loads 2"),
     "adapter_size": Run("adapter_size", "", None, "--r 4 --bits 32 1 --ne 0 3", has_device=False),
