@@ -23,6 +23,13 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor
 
+_OWN_CONFIGS: list[type[PeftConfig]] = []
+
+
+def is_own(config: Any) -> bool:
+    """Whether a configuration is of a method registered here. What this module extends leaves all others alone."""
+    return isinstance(config, tuple(_OWN_CONFIGS))
+
 
 def add_peft_type(name: str) -> PeftType:
     """Return `PeftType.<name>`, creating the member if PEFT does not know it.
@@ -55,8 +62,13 @@ def register_tuner(*, name: str, config_cls: type, model_cls: type) -> None:
     Delete the fallback when PEFT lets two methods share a prefix on purpose.
     """
     peft_type = add_peft_type(name.upper())
-    if PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type) is config_cls:
-        return
+    if PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type) is not config_cls:
+        _fill_tables(name, peft_type, config_cls, model_cls)
+    if config_cls not in _OWN_CONFIGS:
+        _OWN_CONFIGS.append(config_cls)
+
+
+def _fill_tables(name: str, peft_type: PeftType, config_cls: type, model_cls: type) -> None:
     try:
         register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix)
     except KeyError:
@@ -76,7 +88,7 @@ def allow_hotswap(name: str, *keys: str) -> None:
 
 
 def delegate_config_loading() -> None:
-    """Let `PeftConfig.from_pretrained` hand over to the `from_pretrained` of the class that it finds in the file.
+    """Let `PeftConfig.from_pretrained` hand over to `from_pretrained` of our class where it finds one in the file.
 
     It only constructs that class, so that one which reads more than `adapter_config.json` would miss the rest.
 
@@ -90,7 +102,7 @@ def delegate_config_loading() -> None:
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
         config = load(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         own = type(config).from_pretrained.__func__
-        if cls is PeftConfig and own is not from_pretrained:
+        if cls is PeftConfig and is_own(config) and own is not from_pretrained:
             return type(config).from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         return config
 
@@ -99,7 +111,7 @@ def delegate_config_loading() -> None:
 
 
 def extend_hotswap_check(check: Callable[[PeftConfig, PeftConfig], None]) -> None:
-    """Call `check(old config, new config)` whenever PEFT has found two adapters fit for hot-swapping.
+    """Call `check(old config, new config)` whenever PEFT has found two adapters of ours fit for hot-swapping.
 
     Delete when PEFT asks the tuner instead of a table.
     """
@@ -108,9 +120,11 @@ def extend_hotswap_check(check: Callable[[PeftConfig, PeftConfig], None]) -> Non
         return
 
     @functools.wraps(compare)
-    def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
-        compare(config0, config1)
-        check(config0, config1)
+    def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig, *args: Any, **kwargs: Any):
+        result = compare(config0, config1, *args, **kwargs)
+        if is_own(config0) and is_own(config1):
+            check(config0, config1)
+        return result
 
     check_hotswap_configs_compatible.extended_by_peft_heads = True
     hotswap.check_hotswap_configs_compatible = check_hotswap_configs_compatible
@@ -174,29 +188,34 @@ def extend_model_card(extend: Callable[[PeftModel, str], None]) -> None:
 
     Three places write `README.md`: `PeftModel.save_pretrained`, `Trainer.create_model_card`, which starts anew and
     then calls `PeftModel.create_or_update_model_card`, and transformers' `push_to_hub`, which overwrites with the
-    Hub's template of blanks the card that `save_pretrained` has written a moment before.
+    Hub's template of blanks the card that `save_pretrained` has written a moment before. The card of an adapter of
+    ours is written again before an upload; that of another is the one which transformers uploads.
 
     Delete the second part when `PushToHubMixin.push_to_hub` keeps that card; delete both when PEFT has a hook for
     methods from outside.
     """
     write_card = PeftModel.create_or_update_model_card
-    upload = getattr(PeftModel, "_upload_modified_files", None)
     if hasattr(write_card, "extended_by_peft_heads"):
         return
 
     @functools.wraps(write_card)
-    def create_or_update_model_card(self, output_dir: str):
-        write_card(self, output_dir)
+    def create_or_update_model_card(self, output_dir: str, *args: Any, **kwargs: Any):
+        result = write_card(self, output_dir, *args, **kwargs)
         extend(self, output_dir)
+        return result
 
     create_or_update_model_card.extended_by_peft_heads = True
     PeftModel.create_or_update_model_card = create_or_update_model_card
+    upload = getattr(PeftModel, "_upload_modified_files", None)
     if upload is None:  # private to transformers: pushing works without, with the template for a card
         return
 
     @functools.wraps(upload)
     def _upload_modified_files(self, working_dir, *args, **kwargs):
-        self.create_or_update_model_card(str(working_dir))
+        if is_own(self.active_peft_config):
+            self.create_or_update_model_card(str(working_dir))
+        else:
+            extend(self, working_dir)
         return upload(self, working_dir, *args, **kwargs)
 
     PeftModel._upload_modified_files = _upload_modified_files

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME
 
 from .atomic import write_atomically
@@ -235,7 +236,7 @@ def update_card(peft_model: Any, folder: str | os.PathLike) -> None:
     config = peft_model.active_peft_config
     files = getattr(config, "adapter_files", None)
     if files is None:
-        if SECTION_BEGIN in path.read_text("utf-8"):
+        if path.exists() and SECTION_BEGIN.encode() in path.read_bytes():
             card = ModelCard.load(path)
             card.text = _SECTION.sub("", card.text).lstrip()
             card.data.tags = [tag for tag in card.data.tags or [] if tag not in TAGS]
@@ -252,9 +253,12 @@ def write_card(path: Path, config: SavedConfig, files: AdapterFiles) -> None:
     """
     card = ModelCard.load(path) if path.exists() else ModelCard.from_template(ModelCardData())
     card.data.tags = sorted({*(card.data.tags or []), *config.card.tags, "peft_heads"})
-    if not _is_repository(config.base_model_name_or_path):
-        # PEFT has put a folder of this machine there, which the Hub refuses
-        card.data.base_model = None
+    base = config.base_model_name_or_path
+    if not _is_repository(base):
+        base = None
+    # PEFT puts a folder of this machine there, or nothing at all, which the Hub refuses
+    if base is None or (isinstance(card.data.base_model, str) and not _is_repository(card.data.base_model)):
+        card.data.base_model = base
         card.data.tags = [tag for tag in card.data.tags if not tag.startswith("base_model:")]
     if "ForImageClassification" in files.model_class:
         card.data.pipeline_tag = "image-classification"
@@ -327,7 +331,11 @@ or, on a base model of your own, `import peft_heads` and then `PeftModel.from_pr
 
 def _is_repository(base: str | None) -> bool:
     """Whether the base model's name is one of the Hub: a folder of this machine is no use to the card's readers."""
-    return bool(base) and base.count("/") <= 1 and not Path(base).exists()
+    try:
+        validate_repo_id(base or "")
+    except HFValidationError:
+        return False
+    return not Path(base).exists()
 
 
 def _led_to(report: bytes | None, config: SavedConfig, masks: dict[str, torch.Tensor]) -> bool:

@@ -3,15 +3,19 @@ import importlib
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from peft import PeftConfig, PeftMixedModel, PeftModel
+import tiny
+from huggingface_hub import ModelCard
+from peft import LoraConfig, PeftConfig, PeftMixedModel, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.utils import PeftType
+from peft.utils import PeftType, hotswap
 from transformers.utils import PushToHubMixin
 
 import peft_heads
-from peft_heads import HeadMaskedLoraConfig, HeadMaskedLoraModel, _compat
+from peft_heads import HeadMaskedLoraConfig, HeadMaskedLoraModel, RLRRConfig, _compat
+from peft_heads.adapter_files import SECTION_BEGIN, update_card
 
 
 def test_peft_type_is_a_true_member():
@@ -66,6 +70,102 @@ def test_importing_survives_the_loss_of_a_private_method(monkeypatch):
     assert written == ["here", "section in here"]
 
 
+class ForeignConfig(LoraConfig):
+    """Of another plugin, say: it has a `from_pretrained` of its own, which PEFT does not call."""
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        raise AssertionError("PEFT would not have called this")
+
+
+def test_configurations_of_others_are_loaded_as_peft_does(tmp_path, monkeypatch):
+    LoraConfig(r=3).save_pretrained(tmp_path)
+    monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, "LORA", ForeignConfig)
+    config = PeftConfig.from_pretrained(tmp_path)
+    assert type(config) is ForeignConfig and config.r == 3
+    assert not _compat.is_own(config) and _compat.is_own(HeadMaskedLoraConfig(ne=1))
+
+
+def test_hotswap_of_others_is_checked_as_peft_does(monkeypatch):
+    """Our check asks for fields that are ours, but a configuration of another type may have one of that name."""
+    old, new = LoraConfig(target_modules=["q"]), LoraConfig(target_modules=["v"])
+    new.mask_scope, new.packed = "head", True
+    hotswap.check_hotswap_configs_compatible(old, new)
+    kwargs = {"ne": 1, "mask_scope": "head"}
+    with pytest.raises(ValueError, match="needs the same target_modules"):
+        hotswap.check_hotswap_configs_compatible(
+            HeadMaskedLoraConfig(target_modules=["q"], **kwargs), HeadMaskedLoraConfig(target_modules=["v"], **kwargs)
+        )
+
+
+@pytest.fixture
+def uploaded(monkeypatch):
+    """What `push_to_hub` would have uploaded, by file name; the card is then the Hub's template, as on the Hub."""
+    files = {}
+
+    def upload(self, working_dir, *args, **kwargs):
+        files.update({path.name: path.read_bytes() for path in Path(working_dir).iterdir() if path.is_file()})
+
+    monkeypatch.setattr(PushToHubMixin, "_upload_modified_files", upload)
+    monkeypatch.delattr(PeftModel, "_upload_modified_files")
+    monkeypatch.setattr(PeftModel, "create_or_update_model_card", PeftModel.create_or_update_model_card.__wrapped__)
+    _compat.extend_model_card(update_card)
+    return files
+
+
+TEMPLATE = "---\nlibrary_name: transformers\n---\n# Model Card\n" + "[More Information Needed]\n" * 30
+
+
+@pytest.mark.parametrize("base", ["", "/nowhere/vit", "./vit", "me/vit"])
+def test_upload_of_an_adapter_of_another_type_is_left_alone(uploaded, tmp_path, base):
+    vit = tiny.make("vit")
+    vit.name_or_path = vit.config._name_or_path = base
+    model = get_peft_model(vit, LoraConfig(target_modules=tiny.now(["q_proj"])))
+    model.save_pretrained(tmp_path, save_embedding_layers=False)  # without asking the Hub for the base model
+    (tmp_path / "README.md").write_text(TEMPLATE)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model._upload_modified_files(tmp_path, "me/stock", {})
+    assert uploaded == files
+    (tmp_path / "README.md").unlink()
+    model._upload_modified_files(tmp_path, "me/stock", {})
+
+
+@pytest.mark.parametrize("make_config", [lambda: HeadMaskedLoraConfig(ne=0), lambda: RLRRConfig(ne=0)])
+@pytest.mark.parametrize(
+    ("base", "named", "expected"),
+    [
+        ("", None, None),
+        ("/nowhere/vit", None, None),
+        ("./vit", None, None),
+        ("C:\\vit", None, None),
+        ("me/vit", None, "me/vit"),
+        ("/nowhere/vit", "me/vit", "me/vit"),  # a copy of the Hub's
+    ],
+)
+def test_upload_of_ours_names_no_folder_as_the_base_model(uploaded, tmp_path, make_config, base, named, expected):
+    """The Hub refuses a card whose base model has a name that no repository can have."""
+    vit = tiny.make("vit")
+    vit.name_or_path = vit.config._name_or_path = base
+    config = make_config()
+    model = get_peft_model(vit, config)
+    config.base_model_name_or_path = named or config.base_model_name_or_path
+    model.save_pretrained(tmp_path, save_embedding_layers=False)  # without asking the Hub for the base model
+    (tmp_path / "README.md").write_text(TEMPLATE)
+    model._upload_modified_files(tmp_path, "me/ours", {})
+    card = ModelCard(uploaded["README.md"].decode())
+    assert card.data.base_model == expected
+    assert not [tag for tag in card.data.tags if tag.startswith("base_model:") and not tag.endswith("me/vit")]
+    assert "## Settings" in card.text and "[More Information Needed]" not in card.text
+
+
+def test_a_card_of_ours_loses_its_section_under_an_adapter_of_another_type(uploaded, tmp_path):
+    get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=0)).save_pretrained(tmp_path)
+    assert SECTION_BEGIN in (tmp_path / "README.md").read_text("utf-8")
+    stock = get_peft_model(tiny.make("vit"), LoraConfig(target_modules=tiny.now(["q_proj"])))
+    stock._upload_modified_files(tmp_path, "me/was-ours", {})
+    assert SECTION_BEGIN not in uploaded["README.md"].decode() and uploaded["README.md"]
+
+
 def test_import_adds_nothing_heavy():
     script = """
 import sys, peft
@@ -80,7 +180,5 @@ print(sorted(new), len([n for n in set(sys.modules) - before if not n.startswith
 
 
 def test_mixed_models_are_not_supported():
-    import tiny
-
     with pytest.raises(ValueError, match="HEAD_MASKED_LORA"):
         PeftMixedModel(tiny.make("vit"), HeadMaskedLoraConfig(ne=1))
