@@ -1,4 +1,4 @@
-"""The versions that pyproject.toml allows are those that CI tries."""
+"""The versions that pyproject.toml allows are those that CI tries, and those that the README names."""
 
 import re
 from pathlib import Path
@@ -10,11 +10,43 @@ tomllib = pytest.importorskip("tomllib")  # Python 3.11
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_lower_bounds_are_what_ci_installs():
+def pinned(name):
+    """The versions that a file of .ci pins."""
+    text = (ROOT / ".ci" / name).read_text("utf-8")
+    return {package: numbers(version) for package, version in re.findall(r"^([\w-]+)==([\d.]+)$", text, re.MULTILINE)}
+
+
+def numbers(version):
+    return [int(part) for part in version.split(".")]
+
+
+@pytest.fixture
+def bounds():
+    """The lower bounds of the dependencies."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    bounds = dict(re.findall(r"^([\w-]+)>=([\d.]+)$", "\n".join(project["dependencies"]), re.MULTILINE))
-    pinned = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / ".ci" / "oldest.txt").read_text("utf-8"), re.MULTILINE))
+    found = re.findall(r"^([\w-]+)>=([\d.]+)$", "\n".join(project["dependencies"]), re.MULTILINE)
+    return {name: numbers(version) for name, version in found}
+
+
+def test_the_lower_bounds_are_what_ci_installs(bounds):
     del bounds["torch"]  # the one version that was tried
-    assert {name: version.split(".") for name, version in bounds.items()} == {
-        name: version.split(".")[: len(bounds[name].split("."))] for name, version in pinned.items()
-    }
+    oldest = pinned("oldest.txt")
+    assert bounds == {name: version[: len(bounds[name])] for name, version in oldest.items()}
+
+
+def test_the_readme_names_one_range_of_transformers(bounds):
+    """It says twice which versions of transformers are supported."""
+    ranges = re.findall(r"transformers (\d+\.\d+)\s+to\s+(\d+\.\d+)", (ROOT / "README.md").read_text("utf-8"))
+    assert len(ranges) == 2 and len(set(ranges)) == 1
+    lowest, highest = map(numbers, ranges[0])
+    assert lowest == bounds["transformers"][:2] < highest
+
+
+def test_the_readme_names_the_torch_of_ci(bounds):
+    """Its commands, which CI runs, have the oldest torch that is allowed; another environment has a newer one."""
+    readme = (ROOT / "README.md").read_text("utf-8")
+    ci = (ROOT / ".ci" / "run").read_text("utf-8")
+    versions = [numbers(version) for version in re.findall(r"torch==([\d.]+)", readme + ci)]
+    assert len(versions) == 3 and all(version[:2] == bounds["torch"] for version in versions)
+    assert pinned("newest.txt")["torch"] > versions[0]
+    assert "pip install -q --no-compile --requirement .ci/newest.txt" in ci
