@@ -9,13 +9,14 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import peft
 from peft import PeftConfig, PeftModel
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+from peft.tuners import tuners_utils
 from peft.utils import PeftType, hotswap, register_peft_method
 from torch import nn
 
@@ -24,6 +25,20 @@ if TYPE_CHECKING:
     from transformers import BaseImageProcessor
 
 _OWN_CONFIGS: list[type[PeftConfig]] = []
+
+# The methods, private to PEFT, that our tuners extend. One that PEFT stops calling would be missed without a word: no
+# layer would be masked, no mask be saved. Delete what becomes public.
+TUNER_HOOKS = (
+    "_cast_adapter_dtype",
+    "_convert_state_dict_for_initial_model",
+    "_create_and_replace",
+    "_create_new_module",
+    "_get_adapter_state_dict",
+    "_prepare_adapter_config",
+    "_remap_adapter_state_dict_for_load",
+    "_replace_module",
+    "_unload_and_optionally_merge",
+)
 
 
 def is_own(config: Any) -> bool:
@@ -60,7 +75,11 @@ def register_tuner(*, name: str, config_cls: type, model_cls: type) -> None:
     prefix up among the keys instead of the values of its table; should that be mended, the tables are filled here.
 
     Delete the fallback when PEFT lets two methods share a prefix on purpose.
+
+    Raises:
+        ImportError: The installed PEFT has other hooks than those that the tuner extends.
     """
+    check_hooks(model_cls)
     peft_type = add_peft_type(name.upper())
     if PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type) is not config_cls:
         _fill_tables(name, peft_type, config_cls, model_cls)
@@ -79,12 +98,31 @@ def _fill_tables(name: str, peft_type: PeftType, config_cls: type, model_cls: ty
         PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls
 
 
+def check_hooks(model_cls: type) -> None:
+    """Raise ImportError if a tuner of ours extends a private method that PEFT's tuners no longer have."""
+    theirs = [cls for cls in model_cls.__mro__ if cls.__module__.partition(".")[0] == "peft"]
+    ours = [cls for cls in model_cls.__mro__ if cls.__module__.partition(".")[0] == __package__]
+    lost = [
+        name
+        for name in TUNER_HOOKS
+        if any(name in vars(cls) for cls in ours) and not any(hasattr(cls, name) for cls in theirs)
+    ]
+    if lost:
+        raise ImportError(
+            f"{model_cls.__name__} extends {', '.join(lost)}, which peft {peft.__version__} no longer has: heads would "
+            "stay on without a word. Install peft 0.21, or a newer peft-heads"
+        )
+
+
 def allow_hotswap(name: str, *keys: str) -> None:
     """Let `hotswap_adapter` swap adapters of a LoRA-like type whose configurations agree in LoRA's keys and in `keys`.
 
+    Where PEFT has no such table, or no such check as `extend_hotswap_check` extends, it is left to refuse ours.
+
     Delete when PEFT asks the tuner instead of a table.
     """
-    hotswap.CONFIG_KEYS_TO_CHECK[PeftType[name.upper()]] = [*hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LORA], *keys]
+    if hasattr(hotswap, "CONFIG_KEYS_TO_CHECK") and hasattr(hotswap, "check_hotswap_configs_compatible"):
+        hotswap.CONFIG_KEYS_TO_CHECK[PeftType[name.upper()]] = [*hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LORA], *keys]
 
 
 def delegate_config_loading() -> None:
@@ -115,8 +153,8 @@ def extend_hotswap_check(check: Callable[[PeftConfig, PeftConfig], None]) -> Non
 
     Delete when PEFT asks the tuner instead of a table.
     """
-    compare = hotswap.check_hotswap_configs_compatible
-    if hasattr(compare, "extended_by_peft_heads"):
+    compare = getattr(hotswap, "check_hotswap_configs_compatible", None)
+    if compare is None or hasattr(compare, "extended_by_peft_heads"):
         return
 
     @functools.wraps(compare)
@@ -134,8 +172,18 @@ def expand_all_linear(config: PeftConfig, model: nn.Module) -> None:
     """Replace `target_modules="all-linear"` by the names it stands for, as PEFT does a little later.
 
     Delete when PEFT offers this, or expands before `_prepare_adapter_config`.
+
+    Raises:
+        ValueError: The installed PEFT has no such function, which is private to it.
     """
-    _maybe_include_all_linear_layers(config, model)
+    expand = getattr(tuners_utils, "_maybe_include_all_linear_layers", None)
+    if expand is not None:
+        expand(config, model)
+    elif str(config.target_modules).lower() == "all-linear":
+        raise ValueError(
+            f"peft_heads cannot ask peft {peft.__version__} which layers target_modules='all-linear' stands for; name "
+            "the modules, or leave target_modules out"
+        )
 
 
 def silence_known_warnings() -> None:

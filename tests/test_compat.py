@@ -1,20 +1,33 @@
 import copy
 import importlib
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import tiny
+import torch
 from huggingface_hub import ModelCard
+from packaging.version import Version
 from peft import LoraConfig, PeftConfig, PeftMixedModel, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners import tuners_utils
 from peft.utils import PeftType, hotswap
 from transformers.utils import PushToHubMixin
 
 import peft_heads
-from peft_heads import HeadMaskedLoraConfig, HeadMaskedLoraModel, RLRRConfig, _compat
+from peft_heads import (
+    HeadMaskedLoraConfig,
+    HeadMaskedLoraModel,
+    RLRRConfig,
+    RLRRModel,
+    _compat,
+    get_head_masks,
+    set_head_masks,
+)
 from peft_heads.adapter_files import SECTION_BEGIN, update_card
 
 
@@ -164,6 +177,98 @@ def test_a_card_of_ours_loses_its_section_under_an_adapter_of_another_type(uploa
     stock = get_peft_model(tiny.make("vit"), LoraConfig(target_modules=tiny.now(["q_proj"])))
     stock._upload_modified_files(tmp_path, "me/was-ours", {})
     assert SECTION_BEGIN not in uploaded["README.md"].decode() and uploaded["README.md"]
+
+
+TUNERS = pytest.mark.parametrize("tuner", [HeadMaskedLoraModel, RLRRModel])
+
+
+@TUNERS
+def test_every_private_method_of_peft_that_a_tuner_extends_is_watched(tuner):
+    ours = [cls for cls in tuner.__mro__ if cls.__module__.startswith("peft_heads")]
+    theirs = [cls for cls in tuner.__mro__ if cls.__module__.startswith("peft.")]
+    methods = {
+        name
+        for cls in ours
+        for name, value in vars(cls).items()
+        if re.match("_[a-z]", name) and (callable(value) or isinstance(value, classmethod | staticmethod))
+    }
+    extended = {name for name in methods if any(name in vars(cls) for cls in theirs)}
+    extended -= {"_enable_peft_forward_hooks"}  # mixed batches, which PEFT refuses without it
+    assert extended and extended <= set(_compat.TUNER_HOOKS)
+
+
+@TUNERS
+@pytest.mark.parametrize("hook", ["_get_adapter_state_dict", "_create_and_replace"])
+def test_a_hook_that_peft_has_no_longer_is_missed_at_once(tuner, hook, monkeypatch):
+    """PEFT would not call ours either: masks would not be saved, and layers not be masked, without a word."""
+    _compat.check_hooks(tuner)
+    for cls in tuner.__mro__:
+        if cls.__module__.startswith("peft.") and hook in vars(cls):
+            monkeypatch.delattr(cls, hook)
+    with pytest.raises(ImportError, match=f"{tuner.__name__} extends {hook}, which peft .* no longer has"):
+        _compat.check_hooks(tuner)
+
+
+def test_without_the_helper_for_all_linear_only_that_is_refused(monkeypatch):
+    monkeypatch.delattr(tuners_utils, "_maybe_include_all_linear_layers")
+    config = HeadMaskedLoraConfig(ne=1, target_modules=["q_proj"])
+    _compat.expand_all_linear(config, tiny.make("vit"))
+    assert config.target_modules == {"q_proj"}
+    config.target_modules = "all-linear"
+    with pytest.raises(ValueError, match="name the modules"):
+        _compat.expand_all_linear(config, tiny.make("vit"))
+
+
+@pytest.mark.parametrize("name", ["CONFIG_KEYS_TO_CHECK", "check_hotswap_configs_compatible"])
+def test_without_a_check_of_hotswaps_none_is_registered(name, monkeypatch):
+    """PEFT would swap adapters whose masks or bits differ."""
+    table = {PeftType.LORA: []}
+    monkeypatch.setattr(hotswap, "CONFIG_KEYS_TO_CHECK", table)
+    monkeypatch.delattr(hotswap, name)
+    _compat.allow_hotswap("head_masked_lora", "mask_scope")
+    _compat.extend_hotswap_check(None)
+    assert table == {PeftType.LORA: []} and not hasattr(hotswap, name)
+
+
+@pytest.fixture
+def without_version_check(monkeypatch):
+    """transformers 5.22 and later ask for peft 0.22 before its methods for adapters do what they did in 5.21."""
+    integration = importlib.import_module("transformers.integrations.peft")
+    if Version(integration.MIN_PEFT_VERSION) > Version(peft.__version__):
+        monkeypatch.setattr(integration, "MIN_PEFT_VERSION", peft.__version__)
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file")
+@pytest.mark.parametrize("make_config", [HeadMaskedLoraConfig, RLRRConfig])
+def test_mixin_of_transformers(make_config, without_version_check, tmp_path):
+    """Its own `add_adapter` under a name, `load_adapter` and the rest give what PEFT's model gives."""
+    model = tiny.make("vit")
+    model.add_adapter(make_config(ne=1), adapter_name="pets")
+    peft_model = get_peft_model(tiny.make("vit"), make_config(ne=1), adapter_name="pets")
+    images, base_logits = tiny.images(), tiny.make("vit").eval()(tiny.images()).logits
+    expected = None
+    for one in (model, peft_model):
+        generator = torch.Generator().manual_seed(1)
+        for param in one.parameters():
+            if param.requires_grad:
+                param.data.normal_(std=0.3, generator=generator)
+        set_head_masks(one, {k: torch.arange(6) != 2 for k in get_head_masks(one, "pets")}, "pets")
+        logits = one.eval()(images).logits
+        assert expected is None or torch.equal(logits, expected)
+        expected = logits
+    assert not torch.allclose(expected, base_logits, atol=1e-2)
+
+    model.save_pretrained(tmp_path)
+    loaded = tiny.make("vit")
+    loaded.load_adapter(str(tmp_path), adapter_name="again")
+    assert torch.equal(loaded.eval()(images).logits, expected)
+    assert {tuple(mask.tolist()) for mask in get_head_masks(loaded, "again").values()} == {
+        (True, True, False, True, True, True)
+    }
+    loaded.disable_adapters()  # its enable_adapters forgets the trained head, of stock adapters as well
+    assert torch.equal(loaded(images).logits, base_logits)
+    model.delete_adapter("pets")
+    assert torch.equal(model(images).logits, base_logits)
 
 
 def test_import_adds_nothing_heavy():
