@@ -542,6 +542,7 @@ def test_an_adapter_of_transformers_own(tmp_path, asked):
         assert torch.equal(loaded.eval()(tiny.images()).logits, model.eval()(tiny.images()).logits)
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
 def test_an_adapter_of_transformers_own_that_cannot_be_scored(tmp_path):
     model = with_own_adapter("foo", modules_to_save=[])
     model.add_adapter(HeadMaskedLoraConfig(ne=1, modules_to_save=[]), adapter_name="bar")  # active from now on
