@@ -21,11 +21,10 @@ from .heads.maskable import deactivated_heads, describe_masks, get_head_masks, m
 from .heads.scores import GRADIENT_CRITERIA, TAYLOR_CRITERIA
 from .plotting import figure_bytes, plot_head_scores
 from .scoring import HeadScorer, TwoScorersError
+from .selection_window import WINDOWS, plan_window, steps_per_epoch
 
 
 logger = logging.getLogger(__name__)
-
-WINDOWS = ("last_epoch", "all", "last_step")
 
 
 class TaylorHeadScorer(TrainerCallback, ExportableState):
@@ -245,32 +244,21 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
 
     def _plan(self, args: TrainingArguments, state: TrainerState, dataloader: Any) -> tuple[int, int]:
         """First and last optimizer step of the scoring window; heads are selected after the last."""
-        steps_per_epoch = _steps_per_epoch(args, dataloader)
-        needs = "warmup_epochs" if self.warmup_epochs is not None else "window='last_epoch'"
-        if steps_per_epoch is None and (self.warmup_epochs is not None or self.window == "last_epoch"):
-            raise ValueError(
-                f"{needs} needs the length of an epoch, which is unknown for this training dataset; give select_at "
-                "in steps (select_at=500) and window='all' or 'last_step'"
-            )
-        if self.warmup_epochs is not None:
-            last = _whole_steps(self.warmup_epochs * steps_per_epoch)
-            asked = f"warmup_epochs={self.warmup_epochs} of {steps_per_epoch} steps"
-        else:
-            last = _whole_steps(self.select_at * state.max_steps) if self.select_at < 1 else int(self.select_at)
-            asked = f"select_at={self.select_at}"
-        if last > state.max_steps:
-            raise ValueError(
-                f"{asked} selects heads at step {last}, after the end of training at step {state.max_steps}; select "
-                "earlier or train longer"
-            )
-        if last == state.max_steps and self._scorer.config.masks_heads:
+        window = plan_window(
+            select_at=self.select_at,
+            warmup_epochs=self.warmup_epochs,
+            window=self.window,
+            max_steps=state.max_steps,
+            steps_per_epoch=steps_per_epoch(args, dataloader),
+        )
+        if window.last == 1 and not state.global_step:
+            self._check_first_step(window.asked)
+        if window.last == state.max_steps and self._scorer.config.masks_heads:
             warnings.warn(
-                f"{asked} selects heads at step {last}, the last of training: no step is trained with the masks"
+                f"{window.asked} selects heads at step {window.last}, the last of training: no step is trained with "
+                "the masks"
             )
-        if last == 1 and not state.global_step:
-            self._check_first_step(asked)
-        length = {"last_epoch": steps_per_epoch, "all": last, "last_step": 1}[self.window]
-        return max(1, last - length + 1), last
+        return window.first, window.last
 
     def _check_first_step(self, asked: str) -> None:
         """Raise ValueError if heads are to be selected by what can only be zero."""
@@ -427,17 +415,3 @@ def _saved_progress(state: TrainerState, adapter_name: str) -> dict[str, Any]:
             "the checkpoint's adapter (set_adapter, TaylorHeadScorer's adapter_name), or begin a new run"
         )
     return own[-1] if own else {}
-
-
-def _steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:
-    """Optimizer steps of an epoch as Trainer counts them; None for a dataset of unknown length."""
-    try:
-        batches = len(dataloader)
-    except TypeError:
-        return None
-    return max(math.ceil(batches / args.gradient_accumulation_steps), 1)
-
-
-def _whole_steps(steps: float) -> int:
-    """Round up as TrainingArguments does, but read 0.28 of 25 steps (7.000000000000001) as 7."""
-    return max(1, math.ceil(round(steps, 6)))
