@@ -36,12 +36,17 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
     From then on both are saved and pushed with the adapter, whose card shows the heat map.
     Checkpoints hold masks and scores: a resumed run selects the same heads.
 
+    Where all heads of a group have the same score (zero gradients, say), the first ones are deactivated: a warning names
+    the group, and `degenerate` is true in the log and in `head_scores.json`. Another names the projections that no
+    gradient has reached in the scored steps.
+
     This is the heads' warm-up; the learning rate's is `TrainingArguments`'.
 
     With `load_best_model_at_end` the active adapters become those of the best checkpoint, whatever their names. That is
-    this callback's doing: Trainer by itself loads the adapter "default" into an active adapter of another name, or
-    nothing, whatever the PEFT method. For models with transformers' own `add_adapter` (no PeftModel around them), into
-    which Trainer can neither load the best checkpoint nor resume, it is refused.
+    this callback's doing. Without it the fault is Trainer's, and any PEFT method's: an active adapter that is not named
+    "default" gets the weights of "default" at the end, or keeps those of the last step. A model with an adapter by
+    transformers' own `add_adapter`, without a PeftModel around it, can be trained and scored, but Trainer can neither
+    load its best checkpoint (refused here) nor resume it.
 
     Args:
         select_at: Below 1 a share of the optimizer steps, from 1 on a step, as `TrainingArguments.warmup_steps` reads
