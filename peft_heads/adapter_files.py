@@ -136,7 +136,9 @@ class AdapterFiles:
         if not self.model_class:
             return  # the configuration alone is saved, without an adapter
         # a run that broke off leaves selection_pending behind, but then it is not Trainer that saves
-        is_warm_up = self.selection_pending and folder.name.startswith("checkpoint-")
+        # an adapter that is not named "default" lies in a folder of its own inside the checkpoint
+        is_checkpoint = any(name.startswith("checkpoint-") for name in (folder.name, folder.parent.name))
+        is_warm_up = self.selection_pending and is_checkpoint
         if warn and config.masks_heads and self.masks and not self.selected and not is_warm_up:
             warnings.warn(
                 f"the adapter saved to {folder} is to deactivate heads ({_heads_asked_for(config)}), but none has "

@@ -11,19 +11,20 @@ from typing import Any
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from .adapter_files import HEAT_MAP_FILE, SCORES_FILE, set_image_processor
-from .heads.maskable import deactivated_heads, describe_masks, get_head_masks
-from .heads.scores import GRADIENT_CRITERIA
+from .best_checkpoint import check_best_checkpoint, load_best_checkpoint
+from .heads.maskable import deactivated_heads, describe_masks, get_head_masks, module_patterns
+from .heads.scores import GRADIENT_CRITERIA, TAYLOR_CRITERIA
 from .plotting import figure_bytes, plot_head_scores
 from .scoring import HeadScorer, TwoScorersError
+from .selection_window import WINDOWS, plan_window, steps_per_epoch
 
 
 logger = logging.getLogger(__name__)
-
-WINDOWS = ("last_epoch", "all", "last_step")
 
 
 class TaylorHeadScorer(TrainerCallback, ExportableState):
@@ -35,7 +36,17 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
     From then on both are saved and pushed with the adapter, whose card shows the heat map.
     Checkpoints hold masks and scores: a resumed run selects the same heads.
 
+    Where all heads of a group have the same score (zero gradients, say), the first ones are deactivated: a warning names
+    the group, and `degenerate` is true in the log and in `head_scores.json`. Another names the projections that no
+    gradient has reached in the scored steps.
+
     This is the heads' warm-up; the learning rate's is `TrainingArguments`'.
+
+    With `load_best_model_at_end` the active adapters become those of the best checkpoint, whatever their names. That is
+    this callback's doing. Without it the fault is Trainer's, and any PEFT method's: an active adapter that is not named
+    "default" gets the weights of "default" at the end, or keeps those of the last step. A model with an adapter by
+    transformers' own `add_adapter`, without a PeftModel around it, can be trained and scored, but Trainer can neither
+    load its best checkpoint (refused here) nor resume it.
 
     Args:
         select_at: Below 1 a share of the optimizer steps, from 1 on a step, as `TrainingArguments.warmup_steps` reads
@@ -43,13 +54,16 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
         warmup_epochs: Instead of `select_at`: the selection comes after so many epochs.
         window: The optimizer steps whose scores are averaged, up to the selection: the last epoch before it, all of
             the warm-up, or the last step alone. A window longer than the warm-up is cut to it.
+        adapter_name: The adapter to score, which must be active; by default the first active one.
 
     Attributes:
         masks: `{module name: bool (num_heads,)}` once the heads are selected, None before.
 
     Raises:
-        ValueError: Wrong arguments; when training begins: a selection after the end of training, a model without a
-            head-masked adapter, a second scorer, or an epoch of unknown length where it is needed.
+        ValueError: Wrong arguments; when training begins: a selection after the end of training, a selection by
+            Taylor scores of the first step alone while the adapter is zero (`lora_B`: every score would be zero), a
+            model without a head-masked adapter, an adapter that is unknown or not active, a second scorer, an epoch
+            of unknown length where it is needed, or `load_best_model_at_end` where the adapter could not be loaded.
 
     Example:
 
@@ -59,7 +73,11 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
     """
 
     def __init__(
-        self, select_at: float | None = None, warmup_epochs: float | None = None, window: str = "last_epoch"
+        self,
+        select_at: float | None = None,
+        warmup_epochs: float | None = None,
+        window: str = "last_epoch",
+        adapter_name: str | None = None,
     ) -> None:
         if select_at is not None and warmup_epochs is not None:
             raise ValueError(
@@ -77,6 +95,7 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
         self.select_at = 0.1 if select_at is None and warmup_epochs is None else select_at
         self.warmup_epochs = warmup_epochs
         self.window = window
+        self.adapter_name = adapter_name
         self.masks = None
         self.progress: dict[str, Any] = {}
         self._training = False  # between the beginning and the end of a run
@@ -104,12 +123,14 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
         self.masks, self._training = None, True
         self._scorer = self._new_scorer(model, state)
         _check_deepspeed(args, self._scorer.config)
+        if args.load_best_model_at_end:
+            check_best_checkpoint(model, _active_adapters(model))
         first, last = self._plan(args, state, kwargs.get("train_dataloader"))
 
-        saved = _saved_progress(state) if state.global_step else {}
+        saved = _saved_progress(state, self._scorer.adapter_name) if state.global_step else {}
         self._check_settings(saved)
         self.progress = {"first_step": first, "select_step": last, "selected_at": saved.get("selected_at")}
-        self.progress["settings"] = self._settings()
+        self.progress |= {"adapter": self._scorer.adapter_name, "settings": self._settings()}
         set_image_processor(model, kwargs.get("processing_class"), self._scorer.adapter_name)
         # a checkpoint of a run without this callback lacks the entry that Trainer updates at the next checkpoint
         state.stateful_callbacks.setdefault(type(self).__name__, {})
@@ -159,6 +180,9 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
         self._training = False
         self._scorer.config.adapter_files.selection_pending = False
         self._scorer.close()
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            # Trainer has loaded what it takes for the adapter a moment ago
+            load_best_checkpoint(kwargs["model"], _active_adapters(kwargs["model"]), state.best_model_checkpoint)
         if self.masks is None and self._scorer.config.masks_heads:
             warnings.warn(
                 f"training ended at step {state.global_step}, before the selection at step "
@@ -177,7 +201,8 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
         # At a checkpoint Trainer uploads output_dir with the checkpoint's weights, but without card and labels.
         # (transformers before 5.0 has no such event: there the card comes with the upload at the end.)
         if self._scorer is not None and state.is_world_process_zero:
-            kwargs["model"].create_or_update_model_card(args.output_dir)
+            if hasattr(kwargs["model"], "create_or_update_model_card"):  # a PeftModel
+                kwargs["model"].create_or_update_model_card(args.output_dir)
             self._scorer.config.adapter_files.write(args.output_dir, self._scorer.config, warn=False)
 
     # ExportableState: what checkpoints hold
@@ -189,13 +214,13 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
                 "select_at": None if self.warmup_epochs is not None else self.select_at,
                 "warmup_epochs": self.warmup_epochs,
                 "window": self.window,
+                "adapter_name": self.adapter_name,
             },
             "attributes": {"progress": {**self.progress, "scores": scores} if self.progress else {}},
         }
 
     def _new_scorer(self, model: Any, state: TrainerState) -> HeadScorer:
-        active = model.active_adapters if hasattr(model, "peft_config") else []
-        adapter_name = active[0] if isinstance(active, list) and active else "default"
+        adapter_name = self._adapter_to_score(model)
         try:
             scorer = HeadScorer(model, adapter_name, recording=False)
         except TwoScorersError as error:
@@ -206,32 +231,54 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
         scorer.run = state
         return scorer
 
+    def _adapter_to_score(self, model: Any) -> str:
+        active = _active_adapters(model)
+        name = self.adapter_name
+        if name is None:
+            return active[0] if active else "default"
+        existing = getattr(model, "peft_config", {})
+        if existing and name not in existing:
+            raise ValueError(f"the model has no adapter {name!r}; it has: {', '.join(existing)}")
+        if existing and name not in active:
+            raise ValueError(
+                f"adapter {name!r} is not active, so that no gradient would reach it (active: "
+                f"{', '.join(active) or 'none'}); call model.set_adapter({name!r}) before training, or pass another "
+                "adapter_name"
+            )
+        return name
+
     def _plan(self, args: TrainingArguments, state: TrainerState, dataloader: Any) -> tuple[int, int]:
         """First and last optimizer step of the scoring window; heads are selected after the last."""
-        steps_per_epoch = _steps_per_epoch(args, dataloader)
-        needs = "warmup_epochs" if self.warmup_epochs is not None else "window='last_epoch'"
-        if steps_per_epoch is None and (self.warmup_epochs is not None or self.window == "last_epoch"):
-            raise ValueError(
-                f"{needs} needs the length of an epoch, which is unknown for this training dataset; give select_at "
-                "in steps (select_at=500) and window='all' or 'last_step'"
-            )
-        if self.warmup_epochs is not None:
-            last = _whole_steps(self.warmup_epochs * steps_per_epoch)
-            asked = f"warmup_epochs={self.warmup_epochs} of {steps_per_epoch} steps"
-        else:
-            last = _whole_steps(self.select_at * state.max_steps) if self.select_at < 1 else int(self.select_at)
-            asked = f"select_at={self.select_at}"
-        if last > state.max_steps:
-            raise ValueError(
-                f"{asked} selects heads at step {last}, after the end of training at step {state.max_steps}; select "
-                "earlier or train longer"
-            )
-        if last == state.max_steps and self._scorer.config.masks_heads:
+        window = plan_window(
+            select_at=self.select_at,
+            warmup_epochs=self.warmup_epochs,
+            window=self.window,
+            max_steps=state.max_steps,
+            steps_per_epoch=steps_per_epoch(args, dataloader),
+        )
+        if window.last == 1 and not state.global_step:
+            self._check_first_step(window.asked)
+        if window.last == state.max_steps and self._scorer.config.masks_heads:
             warnings.warn(
-                f"{asked} selects heads at step {last}, the last of training: no step is trained with the masks"
+                f"{window.asked} selects heads at step {window.last}, the last of training: no step is trained with "
+                "the masks"
             )
-        length = {"last_epoch": steps_per_epoch, "all": last, "last_step": 1}[self.window]
-        return max(1, last - length + 1), last
+        return window.first, window.last
+
+    def _check_first_step(self, asked: str) -> None:
+        """Raise ValueError if heads are to be selected by what can only be zero."""
+        scorer, config = self._scorer, self._scorer.config
+        masked = any(not layer.get_head_mask(scorer.adapter_name).all() for layer in scorer.layers.values())
+        if masked or not config.masks_heads or config.criterion not in TAYLOR_CRITERIA:
+            return  # nothing will be selected, or not by products with the adapter's parameters
+        zero = scorer.without_update()
+        if zero:
+            raise ValueError(
+                f"{asked} selects heads by the {config.criterion!r} scores of step 1 alone, which are products with the "
+                f"adapter's parameters, and these are zero before step 1 (lora_B of a new adapter) in "
+                f"{module_patterns(zero, scorer.layouts)}: every score would be zero. Select later (select_at=2 or "
+                "more, several epochs of warm-up), or by another criterion (grad_norm)"
+            )
 
     def _settings(self) -> dict[str, Any]:
         names = ("ne", "ratio", "granularity", "joint", "criterion", "mask_seed", "mask_scope")
@@ -278,14 +325,14 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
 
     def _select(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any) -> None:
         scorer = self._scorer
-        scores = scorer.all_scores()
+        scores, degenerate = scorer.all_scores(), scorer.is_degenerate()
         self.masks = scorer.apply(optimizer)
         self.progress["selected_at"] = state.global_step
         self._scorer.config.adapter_files.selection_pending = False
 
         heads = describe_masks(self.masks)
         logger.info("step %d: deactivated heads by %s: %s", state.global_step, scorer.config.criterion, heads)
-        entry = {"deactivated_heads": heads}
+        entry = {"deactivated_heads": heads, "degenerate": degenerate}
         if self._trainer is not None:
             should_log = control.should_log
             self._trainer.log(entry)
@@ -294,12 +341,13 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
             # a callback has no handle on the trainer, and reporters stand before it
             state.log_history.append({**entry, "epoch": state.epoch, "step": state.global_step})
         if state.is_world_process_zero:
-            self._write(args.output_dir, state, scores)
+            self._write(args.output_dir, state, scores, degenerate)
 
-    def _write(self, output_dir: str, state: TrainerState, scores: dict[str, dict]) -> None:
+    def _write(self, output_dir: str, state: TrainerState, scores: dict[str, dict], degenerate: bool) -> None:
         config = self._scorer.config
         report = {
             "peft_heads_version": importlib.metadata.version("peft-heads"),
+            "adapter": self._scorer.adapter_name,
             "step": state.global_step,
             "epoch": state.epoch,
             "window": {
@@ -309,6 +357,8 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
                 "steps_skipped": self._scorer.num_skipped,
             },
             **self._settings(),
+            # whether in some group all heads had the same score, so that their order alone has decided
+            "degenerate": degenerate,
             "deactivated_heads": deactivated_heads(self.masks),
             "masks": {name: mask.tolist() for name, mask in self.masks.items()},
             "scores": {c: {name: s.tolist() for name, s in by_name.items()} for c, by_name in scores.items()},
@@ -343,22 +393,30 @@ def _check_deepspeed(args: TrainingArguments, config: Any) -> None:
         )
 
 
-def _saved_progress(state: TrainerState) -> dict[str, Any]:
-    """Our entry in a checkpoint. Trainer restores callbacks only on request, but always loads their state."""
-    saved = state.stateful_callbacks.get(TaylorHeadScorer.__name__) or {}
-    saved = saved[0] if isinstance(saved, list) else saved
-    return saved.get("attributes", {}).get("progress", {})
+def _active_adapters(model: Any) -> list[str]:
+    """Names of the active adapters, whoever has put them into the model: PEFT, or transformers' `add_adapter`."""
+    active = getattr(model, "active_adapters", None)
+    if isinstance(active, list):
+        return active
+    layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
+    return list(layer.active_adapters) if layer is not None else []
 
 
-def _steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:
-    """Optimizer steps of an epoch as Trainer counts them; None for a dataset of unknown length."""
-    try:
-        batches = len(dataloader)
-    except TypeError:
-        return None
-    return max(math.ceil(batches / args.gradient_accumulation_steps), 1)
+def _saved_progress(state: TrainerState, adapter_name: str) -> dict[str, Any]:
+    """Our entry in a checkpoint. Trainer restores callbacks only on request, but always loads their state.
 
-
-def _whole_steps(steps: float) -> int:
-    """Round up as TrainingArguments does, but read 0.28 of 25 steps (7.000000000000001) as 7."""
-    return max(1, math.ceil(round(steps, 6)))
+    Raises:
+        ValueError: The checkpoint's entries are those of other adapters.
+    """
+    saved = state.stateful_callbacks.get(TaylorHeadScorer.__name__) or []
+    saved = saved if isinstance(saved, list) else [saved]  # one entry per scorer, or more: Trainer appends
+    found = [progress for entry in saved if (progress := entry.get("attributes", {}).get("progress", {}))]
+    # before the adapter's name was recorded, there was one scorer
+    own = [progress for progress in found if progress.get("adapter", adapter_name) == adapter_name]
+    if found and not own:
+        others = ", ".join(dict.fromkeys(repr(progress["adapter"]) for progress in found))
+        raise ValueError(
+            f"the checkpoint has scored the heads of adapter {others}, but this run scores {adapter_name!r}; activate "
+            "the checkpoint's adapter (set_adapter, TaylorHeadScorer's adapter_name), or begin a new run"
+        )
+    return own[-1] if own else {}

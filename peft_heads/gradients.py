@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .heads.maskable import HeadMaskable
+from .heads.maskable import HeadMaskable, module_patterns
 from .sharding import is_dtensor, whole, whole_shape, whole_value
 
 
@@ -103,8 +103,9 @@ class StepGradients:
         num_gradients, others_broken, finite = torch.stack([*flags, finite]).tolist()
         if not num_gradients:
             raise RuntimeError(
-                f"no gradient has reached adapter {self.adapter_name!r} since the last update: is it the active "
-                "adapter, was backward() called, and was update() called only once for the step?"
+                f"no gradient has reached adapter {self.adapter_name!r} since the last update, in any of its "
+                f"projections ({module_patterns(self.layers)}): is it the active adapter, was backward() called, was "
+                "update() called only once for the step, and does the loss depend on these layers?"
             )
         return grads, bool(finite) and not others_broken
 

@@ -15,12 +15,20 @@ from .heads.maskable import (
     HeadMaskable,
     describe_masks,
     head_layers,
+    module_patterns,
     named_layouts,
     read_masks,
     write_masks,
 )
 from .heads.scores import CRITERIA, GRADIENT_CRITERIA, STATISTICS, all_head_statistics, head_scores
-from .heads.selection import groups_kept_whole, plan_groups, select_heads
+from .heads.selection import (
+    HeadGroup,
+    degenerate_groups,
+    group_scores,
+    groups_kept_whole,
+    plan_groups,
+    select_heads,
+)
 from .sharding import whole_shape, zero_rows
 
 
@@ -194,27 +202,79 @@ class HeadScorer:
     ) -> dict[str, torch.Tensor]:
         """The masks that the scores ask for; nothing is changed. Arguments left out are the adapter's own.
 
+        Warns of groups whose heads all have the same score, as zero gradients give: there the order of the heads alone
+        decides. Warns of projections that no gradient has reached in the steps so far.
+
         Returns:
             `{projection: bool (num_heads,)}`, True = active.
 
         Raises:
             ValueError: As `scores` does, or `ne`, `ratio`, `granularity`, `joint` do not fit the model.
         """
+        groups = self.groups(ne, ratio, granularity, joint)
+        kept = groups_kept_whole(groups, ne)
+        if kept and ne != self.config.ne:  # the adapter's own ne was warned about when it was created
+            warnings.warn(kept)
+        silent = self.without_gradient()
+        if not any(group.num_deactivated for group in groups):  # ne=0 needs no scores
+            masks = {name: torch.ones(layout.num_heads, dtype=torch.bool) for name, layout in self.layouts.items()}
+        else:
+            scores = self.scores(criterion)
+            masks = select_heads(scores, groups)
+            degenerate = degenerate_groups(scores, groups)
+            if degenerate:
+                warnings.warn(self._describe_degenerate(criterion or self.config.criterion, scores, degenerate))
+            silent = [name for name in silent if not any(name in group.modules for group in degenerate)]
+        if silent:
+            warnings.warn(
+                f"no gradient has reached {module_patterns(silent, self.layouts)} in the {self.num_steps} step(s) that "
+                f"were scored: adapter {self.adapter_name!r} is trained and saved there for nothing. Where the task "
+                "does not use these layers, leave them out (exclude_modules); else look for what keeps the loss from "
+                "depending on them"
+            )
+        return masks
+
+    def groups(
+        self,
+        ne: int | None = None,
+        ratio: float | None = None,
+        granularity: str | None = None,
+        joint: bool | None = None,
+    ) -> list[HeadGroup]:
+        """The groups of projections that share a mask. Arguments left out are the adapter's own."""
         if ne is None and ratio is None:
             ne, ratio = self.config.ne, self.config.ratio
-        groups = plan_groups(
+        return plan_groups(
             self.layouts,
             ne=ne,
             ratio=ratio,
             granularity=granularity or self.config.granularity,
             joint=self.config.joint if joint is None else joint,
         )
-        kept = groups_kept_whole(groups, ne)
-        if kept and ne != self.config.ne:  # the adapter's own ne was warned about when it was created
-            warnings.warn(kept)
-        if not any(group.num_deactivated for group in groups):  # ne=0 needs no scores
-            return {name: torch.ones(layout.num_heads, dtype=torch.bool) for name, layout in self.layouts.items()}
-        return select_heads(self.scores(criterion), groups)
+
+    def is_degenerate(self) -> bool:
+        """Whether the adapter's own criterion leaves it to the order of heads which are deactivated, in some group.
+
+        Raises:
+            ValueError: As `scores` does.
+        """
+        groups = self.groups()
+        wanted = any(group.num_deactivated for group in groups)
+        return wanted and bool(degenerate_groups(self.scores(), groups))
+
+    def without_update(self) -> list[str]:
+        """Projections of groups that give up heads while all their head-wise parameters are zero.
+
+        The product with any gradient is zero there, and with it the scores by a criterion of `TAYLOR_CRITERIA`.
+        """
+        norms = self.scores("weight_norm")
+        equal = [group.modules for group in degenerate_groups(norms, self.groups())]
+        return [name for names in equal if not any(norms[each].any() for each in names) for name in names]
+
+    def without_gradient(self) -> list[str]:
+        """Projections that no gradient other than zero has reached in the steps so far."""
+        norms = {name: sums[STATISTICS.index("grad_norm")] for name, sums in self._sums_by_name().items()}
+        return [name for name, norm in norms.items() if not norm.any()]
 
     @torch.no_grad()
     def apply(self, optimizer: Any = None, masks: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
@@ -274,6 +334,19 @@ class HeadScorer:
             raise ValueError(f"the saved head scores are those of another model: they have {shapes}, not {expected}")
         self._sums = torch.cat([sums[name] for name in self.layouts], dim=1) if sums else None
         self.num_steps, self.num_skipped = state["num_steps"], state["num_skipped"]
+
+    def _describe_degenerate(self, criterion: str, scores: dict[str, torch.Tensor], groups: list[HeadGroup]) -> str:
+        where = "; ".join(
+            f"the score of all {group.num_heads} heads is {group_scores(scores, group)[0]:g} in "
+            f"{module_patterns(group.modules, self.layouts)}, and head{'s' * (group.num_deactivated > 1)} "
+            f"{', '.join(map(str, range(group.num_deactivated)))} will be deactivated"
+            for group in groups
+        )
+        return (
+            f"the scores by {criterion!r} do not tell heads apart, so that their order decides: {where}. A score "
+            "of 0 means that no gradient has reached these projections or that their adapter was zero when it was "
+            "scored: score later or more steps, and leave out layers that the task does not use (exclude_modules)"
+        )
 
     def _by_projection(self, of_modules: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """`{module name: (out_features, n)}` to `{projection: (num_rows, n)}`."""

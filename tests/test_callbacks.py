@@ -5,45 +5,23 @@ import warnings
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch.utils.data import IterableDataset
+from trainers import STEPS_PER_EPOCH, make_trainer, off
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from peft_heads import HeadMaskedLoraConfig, HeadScorer, TaylorHeadScorer, get_head_masks, set_head_masks
+from peft_heads import (
+    HeadMaskedLoraConfig,
+    HeadScorer,
+    RLRRConfig,
+    TaylorHeadScorer,
+    get_head_masks,
+    set_head_masks,
+)
 from peft_heads.demo.model import load_demo_processor
 from peft_heads.heads import CRITERIA
-
-
-STEPS_PER_EPOCH = 4  # 32 examples in batches of 8
-
-
-def make_trainer(folder, callbacks, model=None, train_dataset=None, ne=1, seed=0, eval_dataset=None, **arguments):
-    arguments = {"num_train_epochs": 4, "save_strategy": "no", "learning_rate": 1e-2, **arguments}
-    args = TrainingArguments(
-        str(folder),
-        per_device_train_batch_size=arguments.pop("per_device_train_batch_size", 8),
-        report_to="none",
-        disable_tqdm=True,
-        label_names=["labels"],
-        seed=seed,
-        use_cpu=True,
-        logging_strategy=arguments.pop("logging_strategy", "no"),
-        **arguments,
-    )
-    if model is None:
-        model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=ne, lora_dropout=0.1))
-    return Trainer(
-        model,
-        args,
-        train_dataset=tiny.examples() if train_dataset is None else train_dataset,
-        eval_dataset=eval_dataset,
-        callbacks=callbacks,
-    )
-
-
-def off(model):
-    return {tuple((~mask).nonzero().flatten().tolist()) for mask in get_head_masks(model).values()}
 
 
 class Watch(TrainerCallback):
@@ -105,7 +83,9 @@ def test_gradient_accumulation_counts_optimizer_steps(tmp_path):
 
 def scores_of_a_run(folder, **arguments):
     model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=1))
-    make_trainer(folder, [TaylorHeadScorer(warmup_epochs=1)], model=model, **arguments).train()
+    trainer = make_trainer(folder, [TaylorHeadScorer(warmup_epochs=1)], model=model, **arguments)
+    with pytest.warns(UserWarning, match="the score of all 6 heads is 0"):  # lora_B stays zero
+        trainer.train()
     return json.loads((folder / "head_scores.json").read_text())["scores"]
 
 
@@ -369,6 +349,218 @@ def test_selection_at_the_last_step(tmp_path):
     with pytest.warns(UserWarning, match="the last of training: no step is trained with the masks"):
         trainer.train()
     assert off(trainer.model) != {()}
+
+
+def begin(folder, scorer, model, **arguments):
+    """What happens before the first step."""
+    trainer = make_trainer(folder, [scorer], model=model, **arguments)
+    state = TrainerState(max_steps=16)
+    dataloader = trainer.get_train_dataloader()
+    scorer.on_train_begin(trainer.args, state, trainer.control, model=model, train_dataloader=dataloader)
+
+
+FIRST_STEP = [
+    ({"select_at": 1}, {}),
+    ({"select_at": 1, "window": "last_step"}, {}),
+    ({"select_at": 1, "window": "all"}, {}),
+    ({"select_at": 0.05}, {}),
+    ({"warmup_epochs": 0.2}, {}),
+    ({"warmup_epochs": 1}, {"gradient_accumulation_steps": 4}),  # epochs of one step
+]
+
+
+@pytest.mark.parametrize(("when", "arguments"), FIRST_STEP, ids=str)
+def test_selection_by_the_first_step_of_a_new_adapter(tmp_path, when, arguments):
+    trainer = make_trainer(tmp_path, [TaylorHeadScorer(**when)], **arguments)
+    where = tiny.now(r"vit\.layers\.\*\.attention\.q_proj, vit\.layers\.\*\.attention\.v_proj")
+    (name, value), *_ = when.items()
+    with pytest.raises(
+        ValueError, match=f"{name}={value} .*'absolute' scores of step 1 alone.*in {where}: .*select_at=2"
+    ):
+        trainer.train()
+    assert trainer.state.global_step == 0 and off(trainer.model) == {()}
+    if when == {"select_at": 1}:
+        trainer.remove_callback(TaylorHeadScorer)
+        TaylorHeadScorer(select_at=2).attach(trainer)  # the way out
+        trainer.train()
+        assert off(trainer.model) != {()}
+
+
+@pytest.mark.parametrize("criterion", ["positive", "negative", "most_responsive"])
+@pytest.mark.parametrize("lora", [{}, {"lora_bias": True}, {"use_dora": True}, {"granularity": "layer"}], ids=str)
+def test_every_taylor_criterion_is_refused_at_the_first_step(tmp_path, criterion, lora):
+    model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=1, criterion=criterion, **lora))
+    with pytest.raises(ValueError, match=f"{criterion!r} scores of step 1 alone"):
+        begin(tmp_path, TaylorHeadScorer(select_at=1), model)
+
+
+def test_rlrr_that_begins_with_zero_is_refused_at_the_first_step(tmp_path):
+    model = get_peft_model(tiny.make("vit"), RLRRConfig(ne=1, init="zero"))
+    with pytest.raises(ValueError, match="scores of step 1 alone"):
+        begin(tmp_path, TaylorHeadScorer(select_at=1), model)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(HeadMaskedLoraConfig(ne=1, criterion=each) for each in ("grad_norm", "front", "random")),
+        HeadMaskedLoraConfig(ne=0),
+        HeadMaskedLoraConfig(ne=1, init_lora_weights=False),
+        HeadMaskedLoraConfig(ne=1, adapter_bits=1),
+        RLRRConfig(ne=1),
+    ],
+    ids=lambda config: f"{config.peft_type.value} {config.criterion}",
+)
+def test_selection_by_the_first_step_where_it_says_something(tmp_path, config):
+    model = get_peft_model(tiny.make("vit"), config)
+    make_trainer(tmp_path, [TaylorHeadScorer(select_at=1)], model=model, max_steps=2).train()  # warnings are errors
+    assert (off(model) == {()}) == (config.ne == 0)
+
+
+def test_a_trained_adapter_may_be_scored_by_the_first_step(tmp_path):
+    model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=1))
+    begin(tmp_path, TaylorHeadScorer(select_at=2), model)
+    tiny.randomize_lora(model)
+    begin(tmp_path, TaylorHeadScorer(select_at=1), model)
+    set_head_masks(model, tiny.masks_off(model, 4))
+    tiny.randomize_lora(model, std=0)
+    with pytest.warns(UserWarning, match="keeps them"):  # nothing is scored
+        begin(tmp_path, TaylorHeadScorer(select_at=1), model)
+
+
+def test_scores_that_are_all_equal_are_told_once_and_recorded(tmp_path):
+    """No learning: lora_B stays zero."""
+    trainer = make_trainer(tmp_path, [TaylorHeadScorer(select_at=3)], learning_rate=0.0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warnings.simplefilter("ignore", FutureWarning)
+        trainer.train()
+    (warning,) = [str(each.message) for each in caught if "head" in str(each.message)]
+    assert tiny.now("vit.layers.*.attention.q_proj, vit.layers.*.attention.v_proj, and head 0 will") in warning
+    (entry,) = [entry for entry in trainer.state.log_history if "deactivated_heads" in entry]
+    assert entry["degenerate"] is True
+    report = json.loads((tmp_path / "head_scores.json").read_text())
+    assert report["degenerate"] is True and off(trainer.model) == {(0,)}
+
+
+# Which adapter
+
+
+def two_adapters(active):
+    model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=1, modules_to_save=[]))
+    model.add_adapter("second", HeadMaskedLoraConfig(ne=2, modules_to_save=[]))
+    model.base_model.set_adapter(active)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("active", "name", "scored"),
+    [
+        (["second"], None, "second"),
+        (["second"], "second", "second"),
+        (["default", "second"], "second", "second"),
+        (["default", "second"], None, "default"),
+    ],
+    ids=str,
+)
+def test_the_adapter_that_is_scored(tmp_path, active, name, scored):
+    model = two_adapters(active)
+    scorer = TaylorHeadScorer(select_at=2, adapter_name=name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*none has been selected")  # the other adapter
+        make_trainer(tmp_path, [scorer], model=model, max_steps=4, save_strategy="steps", save_steps=2).train()
+    (other,) = {"default", "second"} - {scored}
+    assert off(model, other) == {()} and {len(heads) for heads in off(model, scored)} == {model.peft_config[scored].ne}
+    report = json.loads((tmp_path / "head_scores.json").read_text())
+    assert report["adapter"] == scored
+    saved = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    saved = saved["stateful_callbacks"]["TaylorHeadScorer"]
+    assert saved["args"]["adapter_name"] == name and saved["attributes"]["progress"]["adapter"] == scored
+    assert TaylorHeadScorer.from_state(saved).adapter_name == name
+
+
+def test_an_adapter_that_cannot_be_scored(tmp_path):
+    model = two_adapters(["default"])
+    with pytest.raises(ValueError, match="the model has no adapter 'third'; it has: default, second"):
+        make_trainer(tmp_path, [TaylorHeadScorer(adapter_name="third")], model=model).train()
+    with pytest.raises(ValueError, match=r"adapter 'second' is not active.*active: default.*set_adapter\('second'\)"):
+        make_trainer(tmp_path, [TaylorHeadScorer(adapter_name="second")], model=model).train()
+    with pytest.raises(ValueError, match="no head-masked adapter"):
+        make_trainer(tmp_path, [TaylorHeadScorer(adapter_name="second")], model=tiny.make("vit")).train()
+    model.set_requires_grad("default", False)
+    with pytest.raises(ValueError, match="adapter 'default' cannot be scored: its parameters in .* are frozen"):
+        make_trainer(tmp_path, [TaylorHeadScorer(adapter_name="default")], model=model).train()
+
+
+def test_checkpoints_of_another_adapter_s_warm_up(tmp_path):
+    """They lie in a folder of the adapter's name; are saved without a warning; and resume this adapter alone."""
+    model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=1), adapter_name="foo")
+    settings = {"save_strategy": "epoch", "num_train_epochs": 3}
+    make_trainer(tmp_path, [TaylorHeadScorer(warmup_epochs=2)], model=model, **settings).train()
+    resumed = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=1), adapter_name="foo")
+    trainer = make_trainer(tmp_path / "again", [TaylorHeadScorer(warmup_epochs=2)], model=resumed, **settings)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    weights = [trainable(each) for each in (model, resumed)]
+    assert off(model, "foo") == off(resumed, "foo") != {()}
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+    state = TrainerState.load_from_json(str(tmp_path / "checkpoint-4" / "trainer_state.json"))
+    scorer = TaylorHeadScorer(warmup_epochs=2)
+    trainer = make_trainer(tmp_path / "other", [scorer], **settings)  # of an adapter "default"
+    with pytest.raises(ValueError, match="scored the heads of adapter 'foo', but this run scores 'default'"):
+        scorer.on_train_begin(trainer.args, state, trainer.control, model=trainer.model,
+                              train_dataloader=trainer.get_train_dataloader())  # fmt: skip
+
+
+# transformers' own add_adapter
+
+
+def with_own_adapter(name, **settings):
+    """A model of transformers with an adapter of its own, without a PeftModel around it."""
+    model = tiny.make("vit")
+    try:
+        model.add_adapter(HeadMaskedLoraConfig(ne=1, **settings), adapter_name=name)
+    except (ValueError, ImportError) as error:
+        if "peft" not in str(error).lower():
+            raise
+        pytest.skip(f"transformers {transformers.__version__} asks for a newer peft: {error}")
+    return model
+
+
+@pytest.mark.parametrize("asked", [None, "foo"])
+def test_an_adapter_of_transformers_own(tmp_path, asked):
+    model = with_own_adapter("foo")
+    scorer = TaylorHeadScorer(select_at=2, adapter_name=asked)
+    trainer = make_trainer(tmp_path, [scorer], model=model, max_steps=4, save_strategy="steps", save_steps=2)
+    trainer.train()
+    assert {len(heads) for heads in off(model, "foo")} == {1}
+    assert json.loads((tmp_path / "head_scores.json").read_text())["adapter"] == "foo"
+    trainer.save_model(str(tmp_path / "final"))
+    loaded = PeftModel.from_pretrained(tiny.make("vit"), tmp_path / "final")
+    assert off(loaded) == off(model, "foo")
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(tiny.images()).logits, model.eval()(tiny.images()).logits)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_an_adapter_of_transformers_own_that_cannot_be_scored(tmp_path):
+    model = with_own_adapter("foo", modules_to_save=[])
+    model.add_adapter(HeadMaskedLoraConfig(ne=1, modules_to_save=[]), adapter_name="bar")  # active from now on
+    with pytest.raises(ValueError, match="the model has no adapter 'third'; it has: foo, bar"):
+        make_trainer(tmp_path, [TaylorHeadScorer(adapter_name="third")], model=model).train()
+    with pytest.raises(ValueError, match="adapter 'foo' is not active.*active: bar"):
+        make_trainer(tmp_path, [TaylorHeadScorer(adapter_name="foo")], model=model).train()
+    best = {"eval_dataset": tiny.examples(8), "eval_strategy": "epoch", "save_strategy": "epoch"}
+    with pytest.raises(ValueError, match="no PeftModel.*get_peft_model.*load_best_model_at_end=False"):
+        make_trainer(tmp_path, [TaylorHeadScorer()], model=model, load_best_model_at_end=True, **best).train()
+
+
+def test_an_injected_adapter(tmp_path):
+    """Without anything around the model that knows the adapter's name."""
+    model = inject_adapter_in_model(HeadMaskedLoraConfig(ne=1), tiny.make("vit"), "foo")
+    scorer = TaylorHeadScorer(select_at=2)
+    begin(tmp_path, scorer, model)
+    assert scorer.progress["adapter"] == "foo"
 
 
 @pytest.mark.parametrize("arguments", [{}, {"warmup_epochs": 1}, {"warmup_epochs": 1, "window": "all"}], ids=str)

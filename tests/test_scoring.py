@@ -1,6 +1,8 @@
 import gc
 import json
 import math
+import re
+import warnings
 from collections import Counter
 
 import backbones
@@ -16,6 +18,7 @@ from peft_heads import HeadMaskedLoraConfig, HeadScorer, get_head_masks, set_hea
 from peft_heads.heads import CRITERIA, head_statistics
 from peft_heads.heads.maskable import head_layers
 from peft_heads.heads.renames import place_of
+from peft_heads.heads.scores import TAYLOR_CRITERIA
 
 
 def make(backbone="vit", std=0.1, **config):
@@ -314,7 +317,8 @@ def test_no_step_is_an_error():
 def test_update_without_a_gradient():
     model = make()
     scorer = HeadScorer(model)
-    with pytest.raises(RuntimeError, match="no gradient has reached adapter 'default'"):
+    where = tiny.now(r"vit\.layers\.\*\.attention\.q_proj, vit\.layers\.\*\.attention\.v_proj")
+    with pytest.raises(RuntimeError, match=f"no gradient has reached adapter 'default'.*projections \\({where}\\)"):
         scorer.update()
     scorer.stop()
     with pytest.raises(RuntimeError, match="not recording; call start"):
@@ -429,3 +433,165 @@ def test_step_after_the_optimizer():
             call()
         scores.append(scorer.scores("absolute"))
     assert all(torch.equal(scores[0][name], scores[1][name]) for name in scores[0])
+
+
+# Scores that say nothing
+
+
+@pytest.fixture
+def caught():
+    """Our warnings, which are errors otherwise."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warnings.simplefilter("ignore", FutureWarning)  # those between the hosts
+        yield caught
+
+
+def step(model, scorer, factor=1.0, **options):
+    (model(**tiny.batch()).loss * factor).backward()
+    assert scorer.update(**options)
+    model.zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("std", "factor", "loss_scale"),
+    [(0.0, 1.0, 1.0), (0.1, 0.0, 1.0), (0.1, 1.0, math.inf)],
+    ids=["first step", "zero gradients", "infinite loss scale"],
+)
+@pytest.mark.parametrize("criterion", TAYLOR_CRITERIA)
+def test_scores_of_zero_are_told(caught, std, factor, loss_scale, criterion):
+    model = make(std=std, criterion=criterion, ne=2)
+    scorer = HeadScorer(model)
+    for _ in range(2):
+        step(model, scorer, factor, loss_scale=loss_scale)
+    assert scorer.is_degenerate()
+    masks = scorer.apply()
+    assert {tuple(off(mask)) for mask in masks.values()} == {(0, 1)}  # invariant 6
+    (warning,) = caught
+    where = tiny.now(r"vit\.layers\.\*\.attention\.q_proj, vit\.layers\.\*\.attention\.v_proj")
+    assert re.search(f"by '{criterion}'.*all 6 heads is 0 in {where}, and heads 0, 1 will be", str(warning.message))
+
+
+def test_equal_scores_other_than_zero_are_told(caught):
+    model = make(criterion="weight_norm")
+    for layer in head_layers(model).values():
+        layer.lora_B["default"].weight.data.fill_(0.5)
+    masks = HeadScorer(model).select()
+    assert {tuple(off(mask)) for mask in masks.values()} == {(0,)}
+    (warning,) = caught
+    assert "by 'weight_norm' do not tell heads apart" in str(warning.message)
+    assert re.search(r"all 6 heads is \d+\.\d+ in", str(warning.message))
+
+
+def test_weight_norms_of_a_new_adapter_are_told():
+    scorer = HeadScorer(make(std=0, criterion="weight_norm"))
+    with pytest.warns(UserWarning, match="by 'weight_norm' do not tell heads apart"):
+        scorer.select()
+
+
+@pytest.mark.parametrize("criterion", ["front", "random", "grad_norm"])
+def test_criteria_that_tell_heads_apart_at_the_first_step(criterion):
+    model = make(std=0, criterion=criterion)
+    scorer = HeadScorer(model)
+    step(model, scorer)
+    assert not scorer.is_degenerate()
+    scorer.apply()  # warnings are errors
+
+
+@pytest.mark.parametrize(("granularity", "joint"), [("global", True), ("layer", True), ("layer", False)])
+def test_the_group_is_named(caught, granularity, joint):
+    """Where only some of a group's projections are zero, the others tell its heads apart."""
+    model = make(granularity=granularity, joint=joint)
+    name = tiny.now("vit.layers.1.attention.q_proj")
+    head_layers(model)[name].lora_B["default"].weight.data.zero_()
+    scorer = HeadScorer(model)
+    step(model, scorer)
+    scorer.select()
+    if joint:
+        assert not caught and not scorer.is_degenerate()
+    else:
+        (warning,) = caught
+        assert f"all 6 heads is 0 in {name}, and head 0 will be" in str(warning.message) and scorer.is_degenerate()
+
+
+def test_ne_0_is_never_degenerate():
+    model = make(std=0, ne=0)
+    scorer = HeadScorer(model)
+    step(model, scorer)
+    assert not scorer.is_degenerate()
+    scorer.apply()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["weights", "statistics"])
+def test_scores_that_are_not_finite_set_no_mask(value, where):
+    model = make(criterion="weight_norm" if where == "weights" else "absolute")
+    scorer = HeadScorer(model)
+    step(model, scorer)
+    if where == "weights":
+        next(iter(head_layers(model).values())).lora_B["default"].weight.data[5] = value
+    else:
+        scorer._sums[:, 3] = value
+    with pytest.raises(ValueError, match=tiny.now(r"scores of vit\.layers\.0\.attention\.q_proj are not finite")):
+        scorer.apply()
+    assert all(mask.all() for mask in get_head_masks(model).values())
+
+
+def skip_layer(model, index):
+    """The loss does not depend on a layer's output, as a video classifier's on the predictor of its backbone."""
+    backbone = model.get_base_model().vit
+    layer = (backbone.layers if hasattr(backbone, "layers") else backbone.encoder.layer)[index]
+    forward = layer.forward
+
+    def skipped(hidden_states, *args, **kwargs):
+        output = forward(hidden_states, *args, **kwargs)
+        return (hidden_states, *output[1:]) if isinstance(output, tuple) else hidden_states
+
+    layer.forward = skipped
+
+
+@pytest.mark.parametrize("criterion", ["absolute", "front"])
+def test_projections_without_gradient_are_named_at_selection(caught, criterion):
+    model = make(criterion=criterion)
+    skip_layer(model, 1)
+    scorer = HeadScorer(model)
+    step(model, scorer)
+    step(model, scorer)
+    masks = scorer.apply()
+    (warning,) = caught
+    names = [name for name in masks if ".1." in name]
+    assert len(names) == 2 and f"no gradient has reached {', '.join(names)} in the 2 step(s)" in str(warning.message)
+    assert "exclude_modules" in str(warning.message)
+
+
+def test_without_a_gradient_each_projection_is_named_once(caught):
+    """Layer by layer the same projections cannot be selected from either."""
+    model = make(granularity="layer")
+    skip_layer(model, 1)
+    scorer = HeadScorer(model)
+    step(model, scorer)
+    scorer.apply()
+    (warning,) = caught
+    assert "do not tell heads apart" in str(warning.message) and ".0." not in str(warning.message)
+
+
+def test_what_only_some_steps_reach_is_not_named(caught):
+    model = make()
+    scorer = HeadScorer(model)
+    step(model, scorer)
+    skip_layer(model, 1)
+    step(model, scorer)
+    scorer.select()
+    assert not caught
+
+
+def test_the_window_without_gradient_goes_through_a_checkpoint(caught):
+    model = make()
+    skip_layer(model, 1)
+    scorer = HeadScorer(model)
+    step(model, scorer)
+    state = json.loads(json.dumps(scorer.state_dict()))
+    scorer.close()
+    other = HeadScorer(model)
+    other.load_state_dict(state)
+    assert [".1." in name for name in other.without_gradient()] == [True, True]

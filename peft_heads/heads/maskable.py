@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -145,6 +145,28 @@ def check_mask(name: str, mask: torch.Tensor, num_heads: int) -> None:
             f"the head mask of {name} must be a bool tensor of shape ({num_heads},), one entry per head "
             f"(True = active); got {actual}"
         )
+
+
+def module_patterns(names: Iterable[str], among: Collection[str] = ()) -> str:
+    """Module names with layer numbers folded: `vit.layers.*.attention.q_proj`.
+
+    Args:
+        names: The names.
+        among: All names of the kind, if a pattern is to stand only where every one of them that fits it is meant.
+
+    Example:
+        >>> module_patterns(["layers.0.q_proj", "layers.1.q_proj", "layers.0.v_proj"])
+        'layers.*.q_proj, layers.*.v_proj'
+        >>> module_patterns(["layers.0.q_proj"], among=["layers.0.q_proj", "layers.1.q_proj"])
+        'layers.0.q_proj'
+    """
+    names = list(names)
+    of_others = {_fold(name) for name in among if name not in names}
+    return ", ".join(dict.fromkeys(name if _fold(name) in of_others else _fold(name) for name in names))
+
+
+def _fold(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def deactivated_heads(masks: dict[str, torch.Tensor]) -> dict[str, list[int]]:

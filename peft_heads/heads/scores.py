@@ -31,6 +31,8 @@ Criterion = Literal[
 CRITERIA = get_args(Criterion)
 # Criteria that need gradients, hence a window of training steps.
 GRADIENT_CRITERIA = ("absolute", "positive", "negative", "grad_norm", "most_responsive")
+# Those that are products with the adapter's parameters, hence zero as long as these are, whatever the gradient.
+TAYLOR_CRITERIA = ("absolute", "positive", "negative", "most_responsive")
 
 _FROM_STATISTICS = {  # criterion: (row of STATISTICS, sign)
     "absolute": (0, 1),

@@ -114,6 +114,9 @@ def select_heads(
     Returns:
         `{module name: bool (num_heads,)}`, True = active.
 
+    Raises:
+        ValueError: A score of a group that gives up heads is not finite.
+
     Example:
         >>> groups = [HeadGroup(("a.q", "a.v"), num_heads=3, num_deactivated=1)]
         >>> scores = {"a.q": torch.tensor([1.0, 0.0, 2.0]), "a.v": torch.tensor([0.0, 3.0, 0.0])}
@@ -122,11 +125,38 @@ def select_heads(
     """
     masks = {}
     for group in groups:
-        total = torch.stack([scores[name].double().cpu() for name in group.modules]).sum(dim=0)  # (num_heads,)
+        total = group_scores(scores, group)
+        if group.num_deactivated and not torch.isfinite(total).all():
+            raise ValueError(
+                f"the scores of the heads of {', '.join(group.modules[:2])}{', …' * (len(group.modules) > 2)} are not "
+                f"finite: {total.tolist()}; heads cannot be ordered by them"
+            )
         mask = torch.ones(group.num_heads, dtype=torch.bool)
         mask[torch.argsort(total, stable=True)[: group.num_deactivated]] = False
         masks.update({name: mask.clone() for name in group.modules})
     return masks
+
+
+def group_scores(scores: dict[str, torch.Tensor], group: HeadGroup) -> torch.Tensor:
+    """float64 (num_heads,) on the CPU: what the heads of a group are ordered by, the sum over its projections."""
+    return torch.stack([scores[name].double().cpu() for name in group.modules]).sum(dim=0)
+
+
+def degenerate_groups(scores: dict[str, torch.Tensor], groups: list[HeadGroup]) -> list[HeadGroup]:
+    """The groups that give up heads although all their heads have the same score: their order alone decides.
+
+    Example:
+        >>> groups = [HeadGroup(("a.q", "a.v"), num_heads=2, num_deactivated=1)]
+        >>> degenerate_groups({"a.q": torch.zeros(2), "a.v": torch.ones(2)}, groups) == groups
+        True
+        >>> degenerate_groups({"a.q": torch.zeros(2), "a.v": torch.tensor([1.0, 2.0])}, groups)
+        []
+    """
+    return [
+        group
+        for group in groups
+        if group.num_deactivated and (total := group_scores(scores, group)).eq(total[0]).all()
+    ]
 
 
 def _is_number(value: object) -> bool:

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from ..heads.layout import ProjectionLayout
-from ..heads.maskable import check_mask, deactivated_heads
+from ..heads.maskable import check_mask, deactivated_heads, module_patterns
 from .saved_config import SavedConfig
-from .targets import module_patterns
 
 
 class HeadMask(nn.Module):

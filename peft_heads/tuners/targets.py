@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Iterable
 
 from torch import nn
 
 from ..heads.layout import ProjectionLayout
+from ..heads.maskable import module_patterns
 from ..heads.resolve import bypassed_projections, matches_pattern
 from ..heads.selection import groups_kept_whole, plan_groups
 from .saved_config import SavedConfig
-
-
-def module_patterns(names: Iterable[str]) -> str:
-    """Module names with layer numbers folded: `vit.layers.*.attention.q_proj`."""
-    return ", ".join(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names))
 
 
 def check_called(model: nn.Module, targets: list[str]) -> None:

@@ -5,7 +5,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_heads.heads.layout import HeadLayout
-from peft_heads.heads.selection import check_head_count, floor_ratio, groups_kept_whole, plan_groups, select_heads
+from peft_heads.heads.selection import (
+    check_head_count,
+    degenerate_groups,
+    floor_ratio,
+    groups_kept_whole,
+    plan_groups,
+    select_heads,
+)
 
 
 def swin_b():
@@ -120,3 +127,24 @@ def test_zero_is_allowed():
 def test_floor_ratio():
     assert floor_ratio(0.29, 100) == 29  # 0.29 * 100 == 28.999999999999996
     assert [floor_ratio(0.25, heads) for heads in (3, 4, 8, 16, 32)] == [0, 1, 2, 4, 8]
+
+
+def test_scores_that_are_not_finite_order_nothing():
+    layouts = {"a.q": HeadLayout("query", 3, 1), "a.v": HeadLayout("value", 3, 1)}
+    scores = {"a.q": torch.tensor([1.0, 2.0, 3.0]), "a.v": torch.tensor([0.0, float("nan"), 0.0])}
+    with pytest.raises(ValueError, match=r"heads of a\.q, a\.v are not finite: \[1\.0, nan, 3\.0\]"):
+        select_heads(scores, plan_groups(layouts, ne=1))
+    assert off(select_heads(scores, plan_groups(layouts, ne=0))["a.v"]) == set()
+    # the sum of finite scores
+    scores = dict.fromkeys(scores, torch.full((3,), 1.5e308, dtype=torch.float64))
+    with pytest.raises(ValueError, match="not finite"):
+        select_heads(scores, plan_groups(layouts, ne=1))
+
+
+def test_degenerate_groups():
+    layouts = {"a.q": HeadLayout("query", 3, 1), "b.q": HeadLayout("query", 2, 1), "c.q": HeadLayout("query", 4, 1)}
+    scores = {"a.q": torch.full((3,), 0.25), "b.q": torch.zeros(2), "c.q": torch.tensor([0.0, 0.0, 0.0, 1.0])}
+    groups = plan_groups(layouts, ne=2)
+    assert [group.modules for group in degenerate_groups(scores, groups)] == [("a.q",)]  # b keeps all its heads
+    assert off(select_heads(scores, groups)["a.q"]) == {0, 1}
+    assert degenerate_groups(scores, plan_groups(layouts, ne=0)) == []
