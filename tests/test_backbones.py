@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from contextlib import nullcontext
 
 import backbones
 import pytest
@@ -207,6 +208,11 @@ def test_a_second_adapter_finds_the_same(name):
     assert task_head_names(base) == task_head_names(build(name)) == list(FAMILIES[name].head)
 
 
+# Attention to a single key does not depend on the query (segformer's, in such small images); BEiT's last layer lies
+# behind the last one that its head reads.
+WITHOUT_GRADIENT = {"segformer segmentation": "q", "beit segmentation": "layer.*3"}
+
+
 @pytest.mark.parametrize("name", ["segformer segmentation", "beit segmentation", "upernet swin"])
 def test_segmentation_trains_and_saves_its_head(name, tmp_path):
     base, model = adapted(name)
@@ -227,7 +233,10 @@ def test_segmentation_trains_and_saves_its_head(name, tmp_path):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    assert not all(mask.all() for mask in scorer.apply(optimizer).values())
+    silent = WITHOUT_GRADIENT.get(name)
+    with pytest.warns(UserWarning, match=f"no gradient has reached .*{silent}") if silent else nullcontext():
+        masks = scorer.apply(optimizer)
+    assert not all(mask.all() for mask in masks.values())
     model.eval()
     assert any(not torch.equal(v, start[k]) for k, v in wrapper.modules_to_save["default"].state_dict().items())
     model.save_pretrained(tmp_path)

@@ -226,7 +226,7 @@ def test_saved_dataset_other_columns_and_do_normalize(train, tmp_path):
 
 def test_without_validation_split(train, folders, tmp_path, capsys):
     data = ["--train_dir", str(folders / "train"), "--train_val_split=0"]
-    assert train("--max_steps=2", data=data) == 0
+    assert train("--max_steps=4", data=data) == 0
     assert "eval_loss" not in results(tmp_path)
     assert train("--max_steps=2", "--do_train", "--do_eval", data=data) == 2
     assert "evaluation needs a split 'validation'" in capsys.readouterr().err
