@@ -15,7 +15,7 @@ _ROLE = re.compile("w?([qkv]+)|(q)uer(?:y|ies)|(k)eys?|(v)alues?")
 _ATTENTION = re.compile("attention|attn", re.IGNORECASE)
 # A pooling by attention is not one of the backbone's layers (SigLIP's, timm's AttentionPoolLatent).
 _POOLING = re.compile("pool", re.IGNORECASE)
-_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "nhead", "heads", "attention_heads")
+_HEADS = ("head_dim", "num_attention_heads", "num_heads", "n_heads", "n_head", "nhead", "heads", "attention_heads")
 
 
 def overlooked_attention(model: nn.Module) -> list[str]:

@@ -156,7 +156,8 @@ def task_head_names(model: nn.Module) -> list[str]:
     if not names:
         owner = model.get_submodule(backbone)
         prefix = f"{backbone}." if backbone else ""
-        names = [prefix + name for name in HEAD_NAMES if isinstance(getattr(owner, name, None), nn.Module)]
+        heads = {name: getattr(owner, name, None) for name in HEAD_NAMES}
+        names = [prefix + n for n, head in heads.items() if isinstance(head, nn.Module) and _has_parameters(head)]
         names = names or [prefix + name for name in _named_by_model(owner)]
     names = [name for name in names if _is_head(model, name)]
     if takes_labels:
@@ -311,9 +312,10 @@ def _heads_inside(model: nn.Module, names: list[str]) -> list[str]:
 
 
 def _takes_classes(model: nn.Module) -> bool:
-    """Whether the labels that a model takes are classes, and not the words of a language model."""
-    is_language_model = getattr(model, "get_output_embeddings", lambda: None)() is not None
-    return not is_language_model and (getattr(getattr(model, "config", None), "num_labels", 0) or 0) > 0
+    """Whether the labels that a model takes are classes, and not the words of a language model inside."""
+    models = [module for module in model.modules() if hasattr(module, "base_model_prefix")]
+    speaks = any(getattr(part, "get_output_embeddings", lambda: None)() is not None for part in models)
+    return not speaks and (getattr(getattr(model, "config", None), "num_labels", 0) or 0) > 0
 
 
 def _text_towers(model: nn.Module) -> list[str]:
