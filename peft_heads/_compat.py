@@ -186,6 +186,17 @@ def expand_all_linear(config: PeftConfig, model: nn.Module) -> None:
         )
 
 
+def run_while_tracing(function: Callable) -> Callable:
+    """Let `torch.compile` run a function once, while it traces, and put its result into the compiled code.
+
+    As `torch.compiler.assume_constant_result` does, which imports torch's compiler, whether it is wanted or not.
+
+    Delete when importing that does not take a second (torch 2.14).
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
 def silence_known_warnings() -> None:
     """Keep warnings between Hugging Face libraries, about which a user can do nothing, off the command line.
 

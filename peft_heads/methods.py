@@ -8,15 +8,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LNTuningConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
+from transformers import TrainerCallback
 
 from .callbacks import TaylorHeadScorer
-from .heads.resolve import default_targets, task_head_names
+from .heads.blocks import backbone_parts
+from .heads.resolve import default_targets, named_targets, shortest_names, task_head_names
 from .heads.scores import Criterion
 from .tuners import HeadMaskedLoraConfig, RLRRConfig
+from .tuners.calls import watch_calls
 from .tuners.saved_config import SavedConfig
+from .tuners.targets import check_called, module_patterns, warn_of_overlooked
 
 
 @dataclass
@@ -107,6 +112,16 @@ APPLIES = {
 }
 
 
+# Methods of PEFT for language models, beside those that add prompts.
+NOT_FOR_IMAGES = {
+    "ADAPTION_PROMPT": "adds text tokens",
+    "POLY": "asks for task_ids with every batch",
+    "SHADOW": "runs a smaller language model beside a decoder",
+    "TRAINABLE_TOKENS": "trains rows of the embedding of text tokens",
+    "XLORA": "mixes saved adapters of a language model",
+}
+
+
 def check_method_arguments(args: MethodArguments) -> None:
     """Raise ValueError for arguments that contradict each other or would do nothing, before anything is loaded."""
     useless = [name for name in _given(args) if name not in APPLIES[args.method]]
@@ -118,6 +133,9 @@ def check_method_arguments(args: MethodArguments) -> None:
             raise ValueError(f"--{one} and --{other} say the same thing: give one of them")
     if args.method == "peft":
         settings = read_peft_config(args.peft_config)
+        if settings["peft_type"] in NOT_FOR_IMAGES:
+            reason = NOT_FOR_IMAGES[settings["peft_type"]]
+            raise ValueError(f"{settings['peft_type']} {reason}: it does not work on image classifiers")
         scorer = [f"--{name}" for name in _given(args) if name in SCORER]
         if scorer and settings["peft_type"] not in ("HEAD_MASKED_LORA", "RLRR"):
             raise ValueError(f"{', '.join(scorer)} {_does(scorer)} not apply to peft_type {settings['peft_type']}")
@@ -139,15 +157,33 @@ def apply_method(model: nn.Module, args: MethodArguments) -> tuple[nn.Module, li
     config = _adapter_config(model, args)
     if config.is_prompt_learning:
         raise ValueError(f"{config.peft_type.value} adds text tokens: it does not work on image classifiers")
+    if not isinstance(config, SavedConfig):
+        _check_targets(model, config)
+    # one of PEFT's methods may stumble over anything
+    expected = (ValueError, TypeError) if isinstance(config, SavedConfig) else Exception
     try:
         model = get_peft_model(model, config)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{args.method}: {error}") from error
+    except expected as error:
+        raise ValueError(f"{args.method}: {str(error) or type(error).__name__}") from error
+    watch_calls(model)
+    if hasattr(model.base_model, "update_and_allocate"):
+        return model, [RankAllocator(model)]
     if not scores_heads(config):
         return model, []
     window = {} if args.head_window is None else {"window": args.head_window}
     scorer = TaylorHeadScorer(select_at=args.head_select_at, warmup_epochs=args.head_warmup_epochs, **window)
     return model, [scorer]
+
+
+class RankAllocator(TrainerCallback):
+    """Lets methods that allocate their ranks while they train (AdaLoRA, AdaMSS) do so, which PEFT leaves to the loop."""
+
+    def __init__(self, model: PeftModel) -> None:
+        self.model = model
+
+    def on_optimizer_step(self, args, state, control, **kwargs) -> None:
+        """The gradients are still there; `global_step` counts this step only afterwards."""
+        self.model.base_model.update_and_allocate(state.global_step)
 
 
 def scores_heads(config: PeftConfig) -> bool:
@@ -194,20 +230,50 @@ def _adapter_config(model: nn.Module, args: MethodArguments):
     if float(settings.get("lora_alpha", 0.5)).is_integer():
         settings["lora_alpha"] = int(settings["lora_alpha"])
     try:
-        return config_class(**{**_default_modules(model, config_class), **settings})
+        return config_class(**{**_default_modules(model, config_class, settings), **settings})
     except (ValueError, TypeError) as error:
         raise ValueError(str(error)) from error
 
 
-def _default_modules(model: nn.Module, config_class: type) -> dict[str, list[str]]:
-    """Query and value projections and the classification head, where the config has such fields."""
+def _default_modules(model: nn.Module, config_class: type, settings: dict) -> dict[str, list[str]]:
+    """Query and value projections and the classification head, where the config has such fields.
+
+    LN tuning gets the norms.
+    """
     if issubclass(config_class, SavedConfig):
         return {}  # ours find them by themselves
     fields = {f.name for f in dataclasses.fields(config_class)}
-    defaults = {"target_modules": default_targets(model), "modules_to_save": task_head_names(model)}
+    defaults = {"modules_to_save": task_head_names(model)}
+    if "target_modules" in fields and settings.get("target_modules") is None:
+        defaults["target_modules"] = _default_targets(model, config_class)
     if "feedforward_modules" in fields:  # IA3 wants to be told that none of its targets is an MLP layer
         defaults["feedforward_modules"] = []
     return {name: modules for name, modules in defaults.items() if name in fields}
+
+
+def _default_targets(model: nn.Module, config_class: type) -> list[str]:
+    if not issubclass(config_class, LNTuningConfig):
+        warn_of_overlooked(model)
+        return default_targets(model)
+    norms = backbone_parts(model).norms
+    if not norms:
+        raise ValueError(f"LN_TUNING trains norms, but no layer norm was recognised in {type(model).__name__}")
+    return shortest_names(list(norms), model)
+
+
+def _check_targets(model: nn.Module, config: PeftConfig) -> None:
+    """Raise ValueError if a method of PEFT could not act on what it is given, or is not meant for it."""
+    if not getattr(config, "target_modules", None):
+        return
+    modules = {name: module for name, module in named_targets(model) if check_target_module_exists(config, name)}
+    check_called(model, list(modules))
+    others = [name for name, module in modules.items() if "Norm" not in type(module).__name__]
+    if isinstance(config, LNTuningConfig) and others:
+        kinds = ", ".join(dict.fromkeys(type(modules[name]).__name__ for name in others))
+        raise ValueError(
+            f"LN_TUNING trains norms, but target_modules means {module_patterns(others)} ({kinds}); leave target_modules "
+            "out for the norms of the backbone"
+        )
 
 
 def _freeze_all_but_the_head(model: nn.Module) -> nn.Module:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from .classifier import is_loss, label_sized_modules
 from .layout import HeadLayout, ProjectionLayout
 
 
@@ -95,16 +96,25 @@ def default_targets(model: nn.Module) -> list[str]:
 def image_projections(model: nn.Module) -> dict[str, ProjectionLayout]:
     """`{module name: ProjectionLayout}` of every query, key, value and fused projection of the image backbone."""
     layouts = resolve_heads(model)
-    wanted = list(layouts)
-    for tower in _text_towers(model):
-        wanted = [name for name in wanted if not name.startswith(tower + ".")]
+    return {name: layouts[name] for name in in_image_part(model, list(layouts), list(layouts))}
+
+
+def in_image_part(model: nn.Module, names: list[str], projections: list[str]) -> list[str]:
+    """Those of the named modules that lie in the part of the model whose projections are adapted.
+
+    Args:
+        model: The model.
+        names: Names of modules in it.
+        projections: Names of the projections in the whole of it.
+    """
+    towers = tuple(f"{tower}." for tower in _text_towers(model))
+    names, projections = ([n for n in some if not n.startswith(towers or ("\0",))] for some in (names, projections))
     backbone = backbone_name(model)
-    if backbone:
-        inside = [name for name in wanted if name.startswith(backbone + ".")]
-        has_towers = any(_config_of(model, key) is not None for key in TOWER_CONFIGS)
-        # beside a convolutional backbone a detector's transformer is adapted, but not another tower
-        wanted = inside if has_towers else inside or wanted
-    return {name: layouts[name] for name in wanted}
+    has_towers = any(_config_of(model, key) is not None for key in TOWER_CONFIGS)
+    # beside a convolutional backbone a detector's transformer is adapted, but not another tower
+    if backbone and (has_towers or any(name.startswith(f"{backbone}.") for name in projections)):
+        return [name for name in names if name.startswith(f"{backbone}.")]
+    return names
 
 
 def shortest_names(names: list[str], model: nn.Module) -> list[str]:
@@ -129,37 +139,30 @@ def backbone_name(model: nn.Module) -> str:
 def task_head_names(model: nn.Module) -> list[str]:
     """Names of the modules that a task trains from scratch, for PEFT's `modules_to_save`; empty for a bare backbone.
 
-    In a model of transformers that takes labels, everything beside the backbone that is no model or stack of layers
-    itself: `classifier`, DeiT's two classifiers, `decode_head` of a segmentation model. Elsewhere, and inside
-    transformers' wrapper of timm, what bears a head's name (`HEAD_NAMES`).
+    In a model of transformers that takes labels, everything beside the backbone that is no model, stack of layers or
+    loss itself: `classifier`, DeiT's two classifiers, `decode_head` of a segmentation model; and what inside of the
+    backbone is as large as the number of labels (Perceiver, OneFormer). Elsewhere, and inside transformers' wrapper of
+    timm, what bears a head's name (`HEAD_NAMES`), or what timm's `get_classifier` gives. If a model takes labels and no
+    classifier is found, a warning says so.
     """
     backbone = backbone_name(model)
     names: list[str] = []
-    if hasattr(model, "base_model_prefix"):
+    is_transformers = hasattr(model, "base_model_prefix")
+    takes_labels = is_transformers and bool(LABEL_ARGUMENTS & set(inspect.signature(model.forward).parameters))
+    if is_transformers:
         names = [name for name, _ in model.named_children() if backbone and name != backbone.partition(".")[0]]
-        if not LABEL_ARGUMENTS & set(inspect.signature(model.forward).parameters):
+        if not takes_labels:
             return [name for name in names if name.endswith("classifier")]  # DeiT with teacher takes no labels
-    prefix = ""
     if not names:
         owner = model.get_submodule(backbone)
         prefix = f"{backbone}." if backbone else ""
-        names = [prefix + name for name in HEAD_NAMES if isinstance(getattr(owner, name, None), nn.Module)]
-    return _unambiguous(model, [name for name in names if _is_head(model, name)])
-
-
-def bypassed_projections(model: nn.Module) -> list[str]:
-    """Fused projections whose attention layer reads their weight instead of calling them: no adapter can work there.
-
-    timm's BEiT, EVA and Swin V2 do, because they keep the bias of q and v apart.
-    """
-    return [
-        f"{name}.{child_name}"
-        for name, attention in model.named_modules()
-        for child_name in FUSED_PROJECTIONS
-        if isinstance(getattr(attention, child_name, None), nn.Module)
-        and getattr(attention, "q_bias", None) is not None
-        and not getattr(attention, "qkv_bias_separate", False)
-    ]
+        heads = {name: getattr(owner, name, None) for name in HEAD_NAMES}
+        names = [prefix + n for n, head in heads.items() if isinstance(head, nn.Module) and _has_parameters(head)]
+        names = names or [prefix + name for name in _named_by_model(owner)]
+    names = [name for name in names if _is_head(model, name)]
+    if takes_labels:
+        names += _heads_inside(model, names)
+    return _unambiguous(model, names)
 
 
 def interleaved_projections(model: nn.Module) -> list[str]:
@@ -195,13 +198,19 @@ def matches_pattern(pattern: str, name: str) -> bool:
 def _attention_layouts(attention: nn.Module) -> dict[str, ProjectionLayout]:
     """`{child name: layout}` of an attention layer's projections; empty if the module is no attention layer."""
     heads = next((getattr(attention, a) for a in NUM_HEADS_ATTRIBUTES if hasattr(attention, a)), None)
+    stated_dim = getattr(attention, "head_dim", None)
+    stated_dim = stated_dim if isinstance(stated_dim, int) and stated_dim > 0 else None
+    rows = {name: _linear_out_features(child) for name, child in attention.named_children()}
+    if heads is None and stated_dim is not None:  # DETR and its kin
+        heads = _heads_of_width(rows, stated_dim)
     if not isinstance(heads, int) or heads < 1:
         return {}
-    rows = {name: _linear_out_features(child) for name, child in attention.named_children()}
     kv_heads = getattr(attention, "num_key_value_heads", heads)
     fused = {name: _layout(name, rows[name], heads, kv_heads) for name in FUSED_PROJECTIONS if rows.get(name)}
-    if any(fused.values()):
-        return {name: layout for name, layout in fused.items() if layout is not None}
+    # a "qkv" of heads of another width holds something else: keys and values alone (GCViT)
+    fused = {n: layout for n, layout in fused.items() if layout and stated_dim in (None, layout.parts[0].head_dim)}
+    if fused:
+        return fused
 
     rows = {name: rows[name] for name in rows if name in PROJECTION_ROLES and rows[name]}
     by_role = {PROJECTION_ROLES[name]: out_features for name, out_features in rows.items()}
@@ -214,6 +223,15 @@ def _attention_layouts(attention: nn.Module) -> dict[str, ProjectionLayout]:
         for name, out_features in rows.items()
         if out_features % head_dim == 0
     }
+
+
+def _heads_of_width(rows: dict[str, int | None], head_dim: int) -> int | None:
+    """How many heads of this width an attention layer's query, or its fused projection, has; None if it has no such."""
+    for name, out_features in rows.items():
+        parts = len(FUSED_PROJECTIONS.get(name, ())) or int(PROJECTION_ROLES.get(name) == "query")
+        if out_features and parts and out_features % (parts * head_dim) == 0:
+            return out_features // (parts * head_dim)
+    return None
 
 
 def _layout(child_name: str, out_features: int, heads: int, kv_heads: int | None = None) -> ProjectionLayout | None:
@@ -262,17 +280,56 @@ def _is_head(model: nn.Module, name: str) -> bool:
     is_model = name not in HEAD_NAMES and any(hasattr(inner, "base_model_prefix") for inner in module.modules())
     is_stack = isinstance(module, _CONTAINERS) and any(_attention_layouts(inner) for inner in module.modules())
     get_output_embeddings = getattr(model, "get_output_embeddings", lambda: None)
-    return _has_parameters(module) and not is_model and not is_stack and module is not get_output_embeddings()
+    return (
+        _has_parameters(module)
+        and not is_model
+        and not is_stack
+        and not is_loss(module)
+        and module is not get_output_embeddings()
+    )
+
+
+def _named_by_model(model: nn.Module) -> list[str]:
+    """The classifier that a model of timm names itself."""
+    classifier = getattr(model, "get_classifier", lambda: None)()
+    return [name for name, module in model.named_modules() if name and module is classifier]
+
+
+def _heads_inside(model: nn.Module, names: list[str]) -> list[str]:
+    """What is as large as the number of labels, beside the heads of these names; warns if there is no classifier."""
+    inside, lost = label_sized_modules(model, names)
+    if lost:
+        warnings.warn(
+            f"{', '.join(lost)} of {type(model).__name__} depend on the number of labels, but PEFT cannot train them "
+            "without the modules beside them: they stay as they are. Pass modules_to_save= with what is to be trained"
+        )
+    elif not names and not inside and _takes_classes(model):
+        warnings.warn(
+            f"no classifier was found in {type(model).__name__}, so that nothing but the adapter is trained and saved. "
+            "Pass modules_to_save= with the modules that are new for the task, or modules_to_save=[] if there are none"
+        )
+    return inside
+
+
+def _takes_classes(model: nn.Module) -> bool:
+    """Whether the labels that a model takes are classes, and not the words of a language model inside."""
+    models = [module for module in model.modules() if hasattr(module, "base_model_prefix")]
+    speaks = any(getattr(part, "get_output_embeddings", lambda: None)() is not None for part in models)
+    return not speaks and (getattr(getattr(model, "config", None), "num_labels", 0) or 0) > 0
 
 
 def _text_towers(model: nn.Module) -> list[str]:
-    """Names of the models inside a model that read text."""
+    """Names of the models inside a model that read text, and are neither a vision tower nor around or in one."""
+    models = {name: getattr(module, "main_input_name", None) for name, module in model.named_modules() if name}
+    vision = [name for name, main_input in models.items() if main_input == "pixel_values"]
+    vision += [backbone] if (backbone := backbone_name(model)) else []
     return [
         name
-        for name, module in model.named_modules()
-        if name
-        and getattr(module, "main_input_name", None) == "input_ids"
-        and hasattr(getattr(module, "config", None), "vocab_size")
+        for name, main_input in models.items()
+        if main_input == "input_ids"
+        and hasattr(getattr(model.get_submodule(name), "config", None), "vocab_size")
+        and not any(f"{tower}.".startswith(f"{name}.") for tower in vision)
+        and not (backbone and name.startswith(f"{backbone}."))
     ]
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..adapter_files import AdapterFiles
 from ..heads.maskable import read_masks
+from .calls import watch_calls
 from .head_mask import masked_layers
 from .saved_config import SavedConfig
 from .saved_keys import BASE
@@ -41,6 +42,10 @@ class LabelledTuner:
             for option, value in peft_config.chosen.items():
                 if getattr(peft_config, option) == value:
                     setattr(peft_config, option, None)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        watch_calls(model)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapter(s); the model's labels become those of the adapter, or of the first of them."""

@@ -6,21 +6,54 @@ import warnings
 
 from torch import nn
 
+from ..heads.bypass import bypassed_modules
 from ..heads.layout import ProjectionLayout
 from ..heads.maskable import module_patterns
-from ..heads.resolve import bypassed_projections, matches_pattern
+from ..heads.overlooked import overlooked_attention
+from ..heads.resolve import FUSED_PROJECTIONS, matches_pattern
 from ..heads.selection import groups_kept_whole, plan_groups
 from .saved_config import SavedConfig
 
 
 def check_called(model: nn.Module, targets: list[str]) -> None:
-    """Raise ValueError if a target is never called, so that no adapter can work there."""
-    bypassed = [name for name in bypassed_projections(model) if name in targets]
-    if bypassed:
+    """Raise ValueError if a target is never called, by what is known of the module around it.
+
+    The first forward pass shows the rest, see `watch_calls`.
+    """
+    bypassed = bypassed_modules(model, targets)
+    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in bypassed}
+    if not bypassed:
+        return
+    patterns = module_patterns(bypassed)
+    if any(hasattr(owner, "q_bias") and name.endswith(tuple(FUSED_PROJECTIONS)) for name, owner in owners.items()):
         raise ValueError(
-            f"{module_patterns(bypassed)}: the attention layer reads the weight of this projection instead of calling "
-            "it, because it keeps a bias of its own, so that no adapter can work there. With timm, set "
-            "qkv_bias_separate = True on each of these attention layers first; the outputs stay the same"
+            f"{patterns}: the attention layer reads the weight of this projection instead of calling it, because it "
+            "keeps a bias of its own, so that no adapter can work there. With timm, set qkv_bias_separate = True on "
+            "each of these attention layers first; the outputs stay the same"
+        )
+    if any(isinstance(owner, nn.TransformerEncoderLayer) for owner in owners.values()):
+        raise ValueError(
+            f"{patterns}: in evaluation mode torch.nn.TransformerEncoderLayer reads the weight of this layer instead of "
+            "calling it, so that no adapter can work there. Call torch.backends.mha.set_fastpath_enabled(False) first, "
+            "here and wherever the adapter is used; or exclude these modules"
+        )
+    kinds = ", ".join(dict.fromkeys(type(owner).__name__ for owner in owners.values()))
+    raise ValueError(
+        f"{patterns}: {kinds} reads the weight of this layer instead of calling it, so that no adapter can work there "
+        "(expected a call of the layer). Exclude these modules (exclude_modules, or other target_modules), or take an "
+        "implementation that calls them, such as transformers' or timm's of the same architecture"
+    )
+
+
+def warn_of_overlooked(model: nn.Module) -> None:
+    """Warn of the attention layers that the default targets leave out, where only some are recognised."""
+    overlooked = overlooked_attention(model)
+    if overlooked:
+        kinds = dict.fromkeys(type(model.get_submodule(name)).__name__ for name in overlooked)
+        warnings.warn(
+            f"{len(overlooked)} attention layers of {type(model).__name__} are not recognised and stay without an "
+            f"adapter ({', '.join(kinds)}): {', '.join(overlooked)}. Name their projections in target_modules, "
+            'and their heads in num_heads={"to_q": 12}, if they are to be adapted'
         )
 
 

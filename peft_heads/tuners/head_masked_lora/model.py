@@ -18,6 +18,7 @@ from ...sharding import whole
 from ..labelled import LabelledTuner
 from ..quantizer import WeightQuantizer
 from ..saved_keys import follow_file, is_adapter_key, rename_modules
+from ..targets import warn_of_overlooked
 from ..task_heads import check_quantizable, quantize_task_heads, settle_task_heads
 from .config import FULL_PRECISION, HeadMaskedLoraConfig
 from .layer import HeadMaskedLinear
@@ -62,6 +63,7 @@ class HeadMaskedLoraModel(LabelledTuner, LoraModel):
             model_type = self.get_model_config(self.model).get("model_type")
             if not peft_config.target_modules and model_type not in self.target_module_mapping:
                 raise unknown_architecture(self.model)
+            warn_of_overlooked(self.model)
         if peft_config.modules_to_save is None:
             peft_config.choose("modules_to_save", task_head_names(self.model) or None)
         if peft_config.classifier_bits != FULL_PRECISION:

@@ -20,7 +20,7 @@ from ...heads.resolve import named_targets, shortest_names, task_head_names
 from ...sharding import whole
 from ..labelled import LabelledTuner
 from ..saved_keys import follow_file, is_adapter_key, rename_modules
-from ..targets import module_patterns
+from ..targets import module_patterns, warn_of_overlooked
 from .base_layer import RLRRLayer
 from .combination import check_summands, copy_heads, modules_of, sum_into
 from .config import RLRRConfig
@@ -100,6 +100,7 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
         if peft_config.target_modules is None:
             names = default_modules(self.model, peft_config, parts)
             peft_config.choose("target_modules", self._default_targets(peft_config, names))
+            warn_of_overlooked(self.model)
         peft_config = super()._prepare_adapter_config(peft_config, model_config)
         expand_all_linear(peft_config, self.model)
         modules = dict(named_targets(self.model))
