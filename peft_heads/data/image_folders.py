@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 
 from .contents import Content
-from .files import ImageFolder
+from .files import ImageFolder, is_hidden
 from .lists import Row
 from .tasks import Task
 from .trees import Split, summary
@@ -26,7 +26,9 @@ def folder_tasks(root: str | os.PathLike) -> list[Task]:
     """
     if not Path(root).is_dir():
         raise FileNotFoundError(f"{root} is not a folder")
-    names = sorted(path.name for path in Path(root).iterdir() if (path / "train").is_dir())
+    names = sorted(
+        path.name for path in Path(root).iterdir() if not is_hidden(path.name) and (path / "train").is_dir()
+    )
     if not names:
         raise FileNotFoundError(f"no folder in {root} has a folder 'train' in it: expected TASK/train/CLASS/IMAGE")
     return [folder_task(root, name) for name in names]
@@ -49,15 +51,23 @@ def folder_task(root: str | os.PathLike, name: str) -> Task:
 
 
 def class_folders(split: Path) -> list[str]:
-    return sorted(path.name for path in split.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(path.name for path in split.iterdir() if path.is_dir() and not is_hidden(path.name))
 
 
-def load_folder_split(root: str | os.PathLike, task: Task, split: str) -> Split:
-    """A split of such a task; hidden files are passed over. Every file is looked at, none is decoded.
+def load_folder_split(
+    root: str | os.PathLike, task: Task, split: str, image_range: tuple[float, float] | None = None
+) -> Split:
+    """A split of such a task. Hidden files and folders are passed over; links are followed in the task's folder.
+
+    Every file is looked at and read, for its fingerprint; only those of more than 8 bits per channel are decoded.
+
+    Args:
+        image_range: What is black and white in images of more than 8 bits, see `decode_image`.
 
     Raises:
         FileNotFoundError: There is no such split.
-        ValueError: It has other classes than `train`, no images, or files that are none, each named.
+        ValueError: It has other classes than `train`, no images, files that are none or need an `image_range`, each
+            named, or folders that are links and lead out of the task's folder.
     """
     home = Path(root) / task.name
     folder = home / split
@@ -67,11 +77,9 @@ def load_folder_split(root: str | os.PathLike, task: Task, split: str) -> Split:
     others = sorted(set(class_folders(folder)) - set(names))
     if others:
         raise ValueError(f"{folder} has classes that {home / 'train'} has not: {', '.join(others[:10])}")
-    images, content = ImageFolder(home), Content([], [], [])
+    images, content = ImageFolder(home, image_range), Content([], [], [])
     for label, name in enumerate(names):
-        paths = (folder / name).rglob("*") if (folder / name).is_dir() else ()
-        for path in sorted(path for path in paths if not path.name.startswith(".") and not path.is_dir()):
-            image = path.relative_to(home).as_posix()
+        for image in images.below(f"{split}/{name}") if (folder / name).is_dir() else ():
             try:
                 content.files.append(images.file("", image))
                 content.rows.append(Row(image, label, image))
@@ -92,4 +100,5 @@ def load_folder_split(root: str | os.PathLike, task: Task, split: str) -> Split:
         layout="image folder",
         image_format="+".join(sorted(content.formats())),
         fingerprint=content.fingerprint(),
+        content_fingerprint=content.content_fingerprint(),
     )

@@ -48,9 +48,9 @@ def decoded(monkeypatch):
     """Paths of the images that were decoded."""
     paths = []
 
-    def decode(image):
+    def decode(image, image_range=None):
         paths.append(image["path"])
-        return decode_image(image)
+        return decode_image(image, image_range)
 
     monkeypatch.setattr(image_store, "decode_image", decode)
     return paths
@@ -199,7 +199,8 @@ def test_a_damaged_entry_is_made_anew(split, cache_dir, decoded):
         if content is not None:
             (entry.path / name).write_bytes(content)
         assert cache_entries() == []
-        images = CachedImages(split, SMALL)
+        with pytest.warns(UserWarning, match="vtab cifar train800, 8 images.* is damaged"):
+            images = CachedImages(split, SMALL)
         assert len(decoded) == before + 8 and images[7]["pixel_values"].isfinite().all()
 
 
@@ -256,8 +257,8 @@ def test_an_entry_that_appears_meanwhile_is_used(split, cache_dir, monkeypatch, 
 
     def overtaken(target):
         with make(target) as folder:
-            image_store._write_pixels(split.dataset["image"], SMALL, folder / "pixels.bin", 1)
-            content = {"description": "faster", "shapes": [[16, 16]] * 8}
+            _, checksums = image_store._write_pixels(split.dataset["image"], SMALL, folder / "pixels.bin", 1)
+            content = {"description": "faster", "shapes": [[16, 16]] * 8, "checksums": checksums}
             (folder / "entry.json").write_text(json.dumps(content))
         return make(target)
 
@@ -284,10 +285,10 @@ from peft_heads.data.cache import CachedImages
 from peft_heads.data.preprocessing import Preprocessing
 from peft_heads.data.trees import load_split
 decode = image_store.decode_image
-def slow(image):
+def slow(image, image_range):
     print("decoding", flush=True)
     time.sleep({seconds})
-    return decode(image)
+    return decode(image, image_range)
 image_store.decode_image = slow
 split = load_split({root!r}, trees.small("cifar", "vtab"), "train800")
 print("values", CachedImages(split, Preprocessing(size=16), workers=1)[7]["pixel_values"].sum().item(), flush=True)
@@ -361,6 +362,8 @@ def test_the_default_folder(monkeypatch, tmp_path):
 def test_an_entry_says_what_it_is(split, cache_dir):
     entry = CachedImages(split, SMALL).entry
     content = json.loads((entry.path / "entry.json").read_text())
-    assert content == {"format": 1, "description": "vtab cifar train800, 8 images", "shapes": [[16, 16]] * 8}
+    checksums = content.pop("checksums")
+    assert content == {"format": 2, "description": "vtab cifar train800, 8 images", "shapes": [[16, 16]] * 8}
+    assert len(set(checksums)) == 8 and all(0 <= number < 2**64 for number in checksums)
     assert (entry.path / "pixels.bin").stat().st_size == 8 * 3 * 16 * 16
     shutil.rmtree(cache_dir)

@@ -126,6 +126,7 @@ def test_fingerprint(vtab):
         "layout": "text lists",
         "image_format": "JPEG",
         "fingerprint": split.fingerprint,
+        "content_fingerprint": split.content_fingerprint,
         "repeated": 0,
         "drawn": None,
         "shots": None,
