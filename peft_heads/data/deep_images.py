@@ -146,9 +146,10 @@ def _colour_values(picture: PIL.Image.Image, reopen, image_range, white: int) ->
             low = np.asarray(other).astype(np.uint16)
     except ValueError as error:  # Pillow has no unpacker of that name
         bytes_ = np.asarray(picture)
-        if image_range is not None or (white == FULL and bytes_.max() < TWELVE_BITS >> 8):
+        most = bytes_[..., :-1].max() if picture.mode.endswith("A") else bytes_.max()
+        if image_range is not None or (white == FULL and most <= TWELVE_BITS >> 8):
             raise ValueError(
-                f"of its {picture.mode} values of 16 bits only the upper 8 can be read, at most {bytes_.max()}, and "
+                f"of its {picture.mode} values of 16 bits only the upper 8 can be read, at most {most}, and "
                 "--image_range (image_range=(LOW, HIGH) in Python) needs all: save it as grey, or with 8 bits"
             ) from error
         return bytes_.astype(np.uint16) * 257, FULL
