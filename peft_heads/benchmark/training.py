@@ -78,7 +78,7 @@ class Training:
     def __init__(self, spec: RunSpec, places: Places) -> None:
         self.spec, self.places = spec, places
         splits = {"train": spec.train_split, "eval": spec.eval_split}
-        self.splits = {part: self._split(split) for part, split in splits.items()}
+        self.splits = {part: self._split(part, split) for part, split in splits.items()}
         processes = PartialState(cpu=places.use_cpu).num_processes
         batch_size, images = spec.recipe["batch_size"], len(self.splits["train"].dataset)
         if batch_size % processes:
@@ -90,9 +90,9 @@ class Training:
         self.drop_last = bool(spec.recipe["drop_last"]) and images >= batch_size
         self.steps_per_epoch = images // batch_size if self.drop_last else math.ceil(images / batch_size)
 
-    def _split(self, name: str) -> Split:
+    def _split(self, part: str, name: str) -> Split:
         spec, root = self.spec, self.places.data_root
-        image_range = check_image_range(spec.preprocessing["train"].get("image_range"))
+        image_range = check_image_range(spec.preprocessing[part].get("image_range"))
         if spec.suite == OFFLINE:
             return _offline_split(os.path.abspath(root), spec.task, name)
         if spec.suite == image_folders.SUITE:

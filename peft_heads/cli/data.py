@@ -19,7 +19,9 @@ def run(argv: list[str]) -> int:
         "Exit code 1: something is missing or wrong.",
     )
     check.add_argument("root", metavar="ROOT", help="the folder that holds one folder per task")
-    check.add_argument("--suite", choices=SUITES, default="vtab", help="default: vtab")
+    check.add_argument(
+        "--suite", choices=(*SUITES, "folder"), default="vtab", help="default: vtab; folder: images of your own"
+    )
     check.add_argument("--task", nargs="+", default=[], metavar="TASK", help="only these (default: all of the suite)")
     check.add_argument(
         "--image_range",
@@ -46,10 +48,15 @@ def run(argv: list[str]) -> int:
 
 def check_trees(root: str, suite: str, names: list[str], image_range: list[float] | None) -> int:
     from ..data.deep_images import check_image_range
+    from ..data.image_folders import SUITE, check_folders
     from ..data.trees import check_tree
 
-    tasks = list(dict.fromkeys(find_task(name, suite) for name in names))
-    reports = check_tree(root, suite, tasks, check_image_range(image_range))
+    image_range = check_image_range(image_range)
+    if suite == SUITE:
+        reports = check_folders(root, names, image_range)
+    else:
+        tasks = list(dict.fromkeys(find_task(name, suite) for name in names))
+        reports = check_tree(root, suite, tasks, image_range)
     for report in reports:
         print("\n".join(describe(report)))
     in_order = sum(not report.faults for report in reports)

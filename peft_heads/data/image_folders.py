@@ -11,11 +11,12 @@ from .contents import Content
 from .files import ImageFolder, is_hidden
 from .lists import Row
 from .tasks import Task
-from .trees import Split, summary
+from .trees import Split, TaskReport, summary
 
 
 SUITE = "folder"
 SPLITS = ("train", "val", "test")
+LAYOUT = "image folder"
 
 
 def folder_tasks(root: str | os.PathLike) -> list[Task]:
@@ -69,10 +70,57 @@ def load_folder_split(
         ValueError: It has other classes than `train`, no images, files that are none or need an `image_range`, each
             named, or folders that are links and lead out of the task's folder.
     """
-    home = Path(root) / task.name
+    names, content = _read(Path(root) / task.name, split, image_range)
+    if content.faults:
+        raise ValueError(f"{Path(root) / task.name / split} cannot be used: {summary(content.faults)}")
+    features = datasets.Features(
+        {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=names)},
+    )
+    columns = {"image": [file.path for file in content.files], "label": [row.label for row in content.rows]}
+    return Split(
+        task,
+        split,
+        datasets.Dataset.from_dict(columns, features=features),
+        layout=LAYOUT,
+        image_format="+".join(sorted(content.formats())),
+        fingerprint=content.fingerprint(),
+        content_fingerprint=content.content_fingerprint(),
+    )
+
+
+def check_folders(
+    root: str | os.PathLike, names: list[str] | None = None, image_range: tuple[float, float] | None = None
+) -> list[TaskReport]:
+    """Check every file of the tasks below `root`, or of those named.
+
+    Raises:
+        FileNotFoundError: `root` is not a folder, there is no task in it, or none of a given name.
+    """
+    found = [folder_task(root, name) for name in names] if names else folder_tasks(root)
+    return [_check(Path(root) / task.name, task, image_range) for task in found]
+
+
+def _check(home: Path, task: Task, image_range: tuple[float, float] | None) -> TaskReport:
+    contents, faults, notes = {}, [], []
+    for split in SPLITS:
+        if not (home / split).is_dir():
+            notes.append(f"there is no folder {split}")
+            continue
+        try:
+            _, contents[split] = _read(home, split, image_range)
+            faults += contents[split].faults
+        except ValueError as error:
+            faults.append(str(error))
+    formats = {name for content in contents.values() for name in content.formats()}
+    images = {split: len(content.rows) for split, content in contents.items()}
+    return TaskReport(task, home, LAYOUT, "+".join(sorted(formats)), images, tuple(notes), tuple(faults))
+
+
+def _read(home: Path, split: str, image_range: tuple[float, float] | None) -> tuple[list[str], Content]:
+    """The classes, and the files with their faults."""
     folder = home / split
     if not folder.is_dir():
-        raise FileNotFoundError(f"{task.name} has no folder {folder} (splits of {SUITE!r}: {', '.join(SPLITS)})")
+        raise FileNotFoundError(f"{home.name} has no folder {folder} (splits of {SUITE!r}: {', '.join(SPLITS)})")
     names = class_folders(home / "train")
     others = sorted(set(class_folders(folder)) - set(names))
     if others:
@@ -87,18 +135,4 @@ def load_folder_split(
                 content.faults.append(f"{image} {error}")
     if not content.rows:
         content.faults.append("it has no images")
-    if content.faults:
-        raise ValueError(f"{folder} cannot be used: {summary(content.faults)}")
-    features = datasets.Features(
-        {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=names)},
-    )
-    columns = {"image": [file.path for file in content.files], "label": [row.label for row in content.rows]}
-    return Split(
-        task,
-        split,
-        datasets.Dataset.from_dict(columns, features=features),
-        layout="image folder",
-        image_format="+".join(sorted(content.formats())),
-        fingerprint=content.fingerprint(),
-        content_fingerprint=content.content_fingerprint(),
-    )
+    return names, content

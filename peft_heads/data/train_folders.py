@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 import datasets
-import PIL.Image
 
+from .._compat import image_suffixes
 from .decoding import check_regular
 from .files import HIDDEN, files_below
 
@@ -24,20 +24,23 @@ def load_folders(folders: dict[str, str | None], cache_dir: str | None) -> datas
         ValueError: A linked folder leads out; a pipe or a device stands for an image; images lie at different depths,
             or so deep that it is not clear which folder is their class.
     """
-    data_files = {}
-    for split, folder in folders.items():
-        if folder is None:
-            continue
+    given = {split: folder for split, folder in folders.items() if folder is not None}
+    images, has_metadata = {}, False
+    for split, folder in given.items():
         if not os.path.isdir(folder):
             raise FileNotFoundError(f"{'train' if split == 'train' else 'validation'}_dir {folder!r} is not a folder")
-        images = image_files(folder)
-        if not any(os.path.basename(path) in METADATA for path in images):
-            check_depths(folder, images)
-        data_files[split] = _patterns(folder, images)
+        images[split] = image_files(folder)
+        has_metadata |= any(os.path.basename(path) in METADATA for path in images[split])
+    if not has_metadata:
+        for split, folder in given.items():
+            check_depths(folder, images[split])
+        if any(map(_is_read_otherwise, given.values())):
+            return _as_datasets(images)
+    data_files = {split: os.path.join(glob.escape(folder), "**") for split, folder in given.items()}
     try:
         return datasets.load_dataset("imagefolder", data_files=data_files, cache_dir=cache_dir)
     except (FileNotFoundError, ValueError) as error:  # no files, or none that are images
-        raise FileNotFoundError(f"no images in {', '.join(filter(None, folders.values()))}") from error
+        raise FileNotFoundError(f"no images in {', '.join(given.values())}") from error
 
 
 def image_files(folder: str) -> list[str]:
@@ -46,7 +49,7 @@ def image_files(folder: str) -> list[str]:
     Raises:
         ValueError: A linked folder leads out, or what is called like an image is a pipe, a device or a broken link.
     """
-    suffixes = tuple(PIL.Image.registered_extensions())
+    suffixes = image_suffixes()
     found = []
     for path in files_below(folder, os.path.realpath(folder)):
         if path.lower().endswith(suffixes):
@@ -91,14 +94,20 @@ def why_no_labels(folder: str | None) -> str:
     return ""
 
 
-def _patterns(folder: str, images: list[str]) -> str | list[str]:
-    """What `datasets` is to read: everything; or folder by folder, where its own rules differ from ours."""
-    folders = [path for path, names, _ in os.walk(folder) for name in names if _is_read_otherwise(path, name)]
-    if not folders:
-        return os.path.join(glob.escape(folder), "**")
-    return [os.path.join(glob.escape(path), "*") for path in sorted({os.path.dirname(path) for path in images})]
+def _is_read_otherwise(folder: str) -> bool:
+    """Whether it has linked folders, which `datasets` leaves out, or folders that it reads and we pass over."""
+    found = ((path, name) for path, names, _ in os.walk(folder) for name in names)
+    return any(name in HIDDEN or os.path.islink(os.path.join(path, name)) for path, name in found)
 
 
-def _is_read_otherwise(path: str, name: str) -> bool:
-    """A linked folder, which `datasets` leaves out, or one that it takes and we pass over."""
-    return os.path.islink(os.path.join(path, name)) or name in HIDDEN
+def _as_datasets(images: dict[str, list[str]]) -> datasets.DatasetDict:
+    """What `datasets` makes of images: the folder that one lies in is its class, one folder alone is none."""
+    classes = {split: [os.path.basename(os.path.dirname(path)) for path in paths] for split, paths in images.items()}
+    names = sorted({name for found in classes.values() for name in found})
+    data = datasets.DatasetDict()
+    for split, paths in images.items():
+        columns, features = {"image": paths}, {"image": datasets.Image()}
+        if len(names) > 1:
+            columns["label"], features["label"] = classes[split], datasets.ClassLabel(names=names)
+        data[split] = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    return data
