@@ -331,8 +331,8 @@ def _how_to_decode(files: AdapterFiles) -> str:
     """For the card: a pipeline would clip images of more than 8 bits."""
     image_range = json.loads(files.image_processor or "{}").get("image_range")
     trained, argument = "", ""
-    if image_range is not None:
-        low, high = image_range
+    if isinstance(image_range, list) and len(image_range) == 2:
+        low, high = map(float, image_range)
         trained = f" This adapter was trained with {low:g} as black and {high:g} as white in them."
         argument = f", image_range=({low:g}, {high:g})"
     return f"""Files of more than 8 bits per channel (16-bit PNG or TIFF, floats) must be decoded before a `pipeline` gets them, which
