@@ -116,9 +116,7 @@ def _declared_white(picture: PIL.Image.Image) -> int | None:
     """The largest value that the format allows, where it makes sense as white: unsigned values of 16 bits or fewer."""
     if picture.format == "PPM" and picture.mode != "F":
         return next((x for tile in picture.tile for x in _arguments(tile) if isinstance(x, int) and x > 255), FULL)
-    # Pillow 11 opens some PNGs as 32 bits
-    unsigned = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG")
-    return FULL if unsigned or _is_colour(picture) else None
+    return FULL if picture.mode.startswith("I;16") or _is_colour(picture) else None
 
 
 def _grey_values(picture: PIL.Image.Image, white: int | None) -> np.ndarray:
@@ -144,7 +142,7 @@ def _colour_values(picture: PIL.Image.Image, reopen, image_range, white: int) ->
         with reopen() as other:
             other.tile = low
             low = np.asarray(other).astype(np.uint16)
-    except ValueError as error:  # Pillow has no unpacker of that name
+    except (ValueError, AttributeError) as error:  # Pillow has no unpacker of that name; a plugin's recipe is another
         bytes_ = np.asarray(picture)
         most = bytes_[..., :-1].max() if picture.mode.endswith("A") else bytes_.max()
         if image_range is not None or (white == FULL and most <= TWELVE_BITS >> 8):
@@ -165,7 +163,7 @@ def _tiles_of_byte(picture: PIL.Image.Image, less: bool) -> list:
     """
     tiles = []
     for tile in picture.tile:
-        codec, first, *rest = tile.codec_name, *_arguments(tile)
+        codec, first, *rest = tile[0], *_arguments(tile)
         if codec == "ppm":  # would divide by the largest value
             codec, first, rest = "raw", f"{first};16B", [0, 1]
         if not isinstance(first, str) or not first.endswith(tuple(OTHER_BYTE)):
@@ -186,8 +184,9 @@ def _is_colour(picture: PIL.Image.Image) -> bool:
         return False
     arguments = [argument for tile in getattr(picture, "tile", ()) for argument in _arguments(tile)]
     in_ppm = picture.format == "PPM" and any(isinstance(x, int) and x > 255 for x in arguments)
-    in_sgi = any(tile.codec_name == "SGI16" for tile in getattr(picture, "tile", ()))
-    return in_ppm or in_sgi or any(isinstance(x, str) and ";16" in x for x in arguments)
+    in_sgi = any(tile[0] == "SGI16" for tile in getattr(picture, "tile", ()))
+    # not ";16" alone: BGR;16 of a BMP is 16 bits in all, for three channels
+    return in_ppm or in_sgi or any(isinstance(x, str) and x.endswith(tuple(OTHER_BYTE)) for x in arguments)
 
 
 def _is_signed_byte(picture: PIL.Image.Image) -> bool:
@@ -195,7 +194,8 @@ def _is_signed_byte(picture: PIL.Image.Image) -> bool:
 
 
 def _arguments(tile: Any) -> tuple:
-    return tile.args if isinstance(tile.args, tuple) else (tile.args,)
+    """Of Pillow's decoder; plugins of others may have plain tuples."""
+    return tile[3] if isinstance(tile[3], tuple) else (tile[3],)
 
 
 def _tags(picture: PIL.Image.Image) -> Any:

@@ -13,10 +13,11 @@ import datasets
 import torch
 
 from .._compat import load_pil_image_processor
+from .dataset_checks import check_columns, check_labels, check_same_labels
 from .decoding import NamingImage, decode_image, name_of
 from .deep_images import check_image_range
 from .preprocessing import resized_by_shorter_side
-from .train_folders import load_folders, why_no_labels
+from .train_folders import load_folders
 
 
 def load_image_dataset(
@@ -70,10 +71,10 @@ def load_image_dataset(
     data = datasets.DatasetDict({split: data[split] for split in ("train", "validation") if split in data} or data)
     for split, rows in data.items():
         folder = dataset_name or (train_dir if split == "train" else validation_dir)
-        _check_columns(split, rows, image_column_name, label_column_name, folder)
-        _check_labels(split, rows, label_column_name)
+        check_columns(split, rows, image_column_name, label_column_name, folder)
+        check_labels(split, rows, label_column_name)
         data[split] = rows.cast_column(image_column_name, NamingImage(rows.features[image_column_name], image_range))
-    _check_same_labels(data, label_column_name)
+    check_same_labels(data, label_column_name)
     if "validation" not in data and "train" in data and train_val_split:
         data = _split_off_validation(data["train"], train_val_split, seed)
     return _limit(data, {"train": max_train_samples, "validation": max_eval_samples}, seed)
@@ -204,58 +205,6 @@ def _load_named(name: str, config_name: str | None, cache_dir: str | None, token
         raise FileNotFoundError(
             f"no dataset {name!r}: neither a local folder nor reachable on the Hub ({type(error).__name__}: {error})"
         ) from error
-
-
-def _check_columns(split: str, rows: datasets.Dataset, image_column: str, label_column: str, folder: str) -> None:
-    found = ", ".join(f"{name!r} ({type(feature).__name__})" for name, feature in rows.features.items())
-    if len(rows) == 0:
-        raise ValueError(f"the split {split!r} has no rows")
-    if image_column not in rows.features:
-        raise ValueError(
-            f"no image column {image_column!r} in split {split!r}; it has {found}: choose one with --image_column_name"
-        )
-    if not isinstance(rows.features[image_column], datasets.Image):
-        raise ValueError(
-            f"column {image_column!r} of split {split!r} holds no images; it has {found}: choose another with "
-            "--image_column_name, or save the data after dataset.cast_column(name, datasets.Image())"
-        )
-    if label_column not in rows.features:
-        raise ValueError(
-            f"no label column {label_column!r} in split {split!r}; it has {found}: choose one with "
-            "--label_column_name. An image folder needs at least two sub-folders, one per class (cat/1.png, dog/2.png)"
-            + why_no_labels(folder)
-        )
-
-
-def _check_labels(split: str, rows: datasets.Dataset, label_column: str) -> None:
-    feature = rows.features[label_column]
-    kind = "int" if isinstance(feature, datasets.ClassLabel) else getattr(feature, "dtype", "")
-    if not kind.startswith(("int", "uint", "string", "large_string")):
-        raise ValueError(
-            f"column {label_column!r} of split {split!r} is {feature}: one class per image is needed (ClassLabel, "
-            "integers or strings); choose another with --label_column_name"
-        )
-    values = rows.unique(label_column)
-    if any(value is None or (isinstance(value, int) and value < 0) for value in values):
-        raise ValueError(f"split {split!r} has images without a label (None or negative) in column {label_column!r}")
-
-
-def _check_same_labels(data: datasets.DatasetDict, label_column: str) -> None:
-    """A separate validation split must speak of the classes that are trained."""
-    if not {"train", "validation"} <= set(data):
-        return
-    features = {split: data[split].features[label_column] for split in ("train", "validation")}
-    if features["train"] != features["validation"]:
-        raise ValueError(
-            f"the label column {label_column!r} differs between the splits: train {features['train']}, "
-            f"validation {features['validation']}; cast both to one ClassLabel"
-        )
-    values = {split: set(data[split].unique(label_column)) for split in features}
-    unseen = sorted(values["validation"] - values["train"])
-    if unseen:
-        if isinstance(features["train"], datasets.ClassLabel):
-            unseen = features["train"].int2str(unseen)
-        raise ValueError(f"validation has labels that no training image has: {', '.join(map(str, unseen[:10]))}")
 
 
 def _split_off_validation(train: datasets.Dataset, share: float, seed: int) -> datasets.DatasetDict:

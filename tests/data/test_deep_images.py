@@ -1,4 +1,5 @@
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -117,6 +118,18 @@ def test_eight_bits_are_taken_as_they_are(tmp_path):
     picture.save(tmp_path / "a.tif")
     for name in ("a.png", "a.tif"):
         assert decode_image(tmp_path / name, (0, 5)).tobytes() == picture.tobytes()
+
+
+def test_16_bits_for_three_channels(tmp_path):
+    """A BMP of 5, 6 and 5 bits."""
+    packed = GREY[:, :12].astype("<u2")
+    head = struct.pack("<IHHI", 0, 0, 0, 66) + struct.pack("<IiiHHIIiiII", 40, 12, -9, 1, 16, 3, 0, 0, 0, 0, 0)
+    masks = struct.pack("<III", 0xF800, 0x7E0, 0x1F)
+    (tmp_path / "a.bmp").write_bytes(b"BM" + head + masks + packed.tobytes())
+    with Image.open(tmp_path / "a.bmp") as image:
+        assert not is_deep(image)
+    found = np.asarray(decode_image(tmp_path / "a.bmp", (0, 5)))
+    assert (found[..., 0] >> 3 == packed >> 11).all()
 
 
 def test_the_largest_value_that_a_file_declares_is_white(tmp_path):

@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import trees
-from PIL import Image, features
+from PIL import Image
 
 from peft_heads.data.tasks import find_task
 from peft_heads.data.trees import check_tree, load_split
@@ -174,7 +174,7 @@ def test_images_that_need_a_range(vtab, name):
 def test_decompression_bombs(vtab, monkeypatch, kind):
     """By their header, of formats that are not known by their first bytes."""
     path = vtab / "cifar" / "images" / "val200" / "000002.jpg"
-    if kind in ("AVIF", "WEBP") and not features.check(kind.lower()):
+    if f".{kind.lower()}" not in Image.registered_extensions():
         pytest.skip(f"this Pillow reads no {kind}")
     Image.new("RGB", (300, 300)).save(path, format=kind)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300 * 300 // 2 - 1)
