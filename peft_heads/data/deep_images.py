@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -35,9 +36,9 @@ def check_image_range(image_range: Any) -> tuple[float, float] | None:
     if image_range is None:
         return None
     if isinstance(image_range, (list, tuple)) and len(image_range) == 2:
-        numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in image_range)
+        numbers = all(isinstance(x, Real) and not isinstance(x, bool) for x in image_range)
         if numbers and all(map(math.isfinite, image_range)) and image_range[0] < image_range[1]:
-            return tuple(image_range)
+            return tuple(int(x) if isinstance(x, Integral) else float(x) for x in image_range)  # not NumPy's
     raise ValueError(f"image_range={image_range!r} must be two finite numbers, LOW HIGH, with LOW below HIGH")
 
 

@@ -108,7 +108,7 @@ def load_image_processor(
         FileNotFoundError: There is no image processor that can be read.
         ValueError: `image_range`, or the one that was saved, is not two numbers.
     """
-    check_image_range(image_range)
+    image_range = check_image_range(image_range)
     try:
         processor = load_pil_image_processor(name_or_path, **kwargs)
     except (OSError, ValueError, AttributeError) as error:  # the last for JSON that is no mapping

@@ -79,7 +79,8 @@ class Preprocessing:
 
     @classmethod
     def from_processor(cls, processor, **settings) -> Preprocessing:
-        """With the checkpoint's own normalisation: that of its image processor, "none" if it does not normalise."""
+        """With the checkpoint's own normalisation and `image_range`; "none" if it does not normalise."""
+        settings = {"image_range": getattr(processor, "image_range", None)} | settings
         if not getattr(processor, "do_normalize", False):
             return cls(normalization="none", **settings)
         return cls(normalization="checkpoint", mean=processor.image_mean, std=processor.image_std, **settings)

@@ -212,6 +212,11 @@ def test_mapping_in_blocks_of_rows():
     assert to_bytes(np.array([-5, 0, 1, 2, 9]), 0, 2).tolist() == [0, 0, 128, 255, 255]
 
 
+def test_ranges_are_plain_numbers():
+    found = check_image_range([np.int64(3), np.float32(4.5)])
+    assert found == (3, 4.5) and [type(x) for x in found] == [int, float]
+
+
 @pytest.mark.parametrize(
     "image_range", [(0,), (1, 0), (1, 1), (0, float("nan")), (0, float("inf")), "01", (0, "1"), (False, True), 5, {}]
 )

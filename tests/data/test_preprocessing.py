@@ -80,6 +80,8 @@ def test_the_checkpoint_s_own(do_normalize):
         size=size, resample=Image.Resampling.BICUBIC, image_mean=mean, image_std=std, do_normalize=do_normalize
     )
     preprocessing = Preprocessing.from_processor(processor, size=24)
+    processor.image_range = [0, 9]
+    assert Preprocessing.from_processor(processor, size=24).image_range == (0, 9)
     image = noise(60, 40)
     found = preprocessing.normalize(torch.from_numpy(preprocessing.pixels(image)))
     expected = ImageTransform(processor)({"image": [image], "label": [0]})["pixel_values"][0]
