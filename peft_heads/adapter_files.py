@@ -327,8 +327,22 @@ from peft_heads import load_image_classifier
 model, image_processor = load_image_classifier("FOLDER_OR_REPOSITORY")
 ```
 
+{_how_to_decode(files)}
+
 or, on a base model of your own, `import peft_heads` and then `PeftModel.from_pretrained(base_model, …)`: importing
 `peft_heads` is what makes the adapter type known to PEFT."""
+
+
+def _how_to_decode(files: AdapterFiles) -> str:
+    """For the card: a pipeline would clip images of more than 8 bits."""
+    image_range = json.loads(files.image_processor or "{}").get("image_range")
+    trained, argument = "", ""
+    if isinstance(image_range, list) and len(image_range) == 2:
+        low, high = map(float, image_range)
+        trained = f" This adapter was trained with {low:g} as black and {high:g} as white in them."
+        argument = f", image_range=({low:g}, {high:g})"
+    return f"""Files of more than 8 bits per channel (16-bit PNG or TIFF, floats) must be decoded before a `pipeline` gets them, which
+would clip their values: `peft_heads.data.images.decode_image("FILE"{argument})`.{trained}"""
 
 
 def _is_repository(base: str | None) -> bool:

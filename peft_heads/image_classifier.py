@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,10 @@ def load_image_classifier(path_or_repo: str | os.PathLike, **kwargs: Any) -> tup
     Works for any PEFT adapter of an image classifier; labels and processor are taken from the adapter's folder where
     it has them (ours does) and from the base model otherwise.
 
+    A pipeline clips files of more than 8 bits per channel (16-bit PNG or TIFF, floats) to white. Decode them first, as
+    in training, and give the pipeline the result: `peft_heads.data.images.decode_image(path)`, with
+    `image_range=image_processor.image_range` where the adapter was trained with one (a warning says so).
+
     Args:
         path_or_repo: Folder or Hub repository of the adapter.
         kwargs: `revision`, `token`, `cache_dir`, `subfolder` of the adapter's repository.
@@ -32,9 +37,9 @@ def load_image_classifier(path_or_repo: str | os.PathLike, **kwargs: Any) -> tup
 
     Raises:
         FileNotFoundError: There is neither a folder nor a repository of that name and revision, or it cannot be read.
-        ValueError: It holds no adapter, or one that does not name its base model.
+        ValueError: It holds no adapter, one that does not name its base model, or an `image_range` that is none.
     """
-    from .data.images import load_image_processor
+    from .data.images import image_range_of, load_image_processor
 
     folder = fetch_adapter(path_or_repo, **kwargs)
     base_kwargs = {key: value for key, value in kwargs.items() if key in ("token", "cache_dir")}
@@ -45,6 +50,13 @@ def load_image_classifier(path_or_repo: str | os.PathLike, **kwargs: Any) -> tup
         config = model.active_peft_config
         base_kwargs["revision"] = config.revision or "main"
         image_processor = load_image_processor(config.base_model_name_or_path, **base_kwargs)
+    if image_range_of(image_processor) is not None:
+        low, high = image_processor.image_range
+        warnings.warn(
+            f"{path_or_repo} was trained on images of more than 8 bits with {low:g} as black and {high:g} as white. A "
+            "pipeline would clip such files: decode them first, by peft_heads.data.images.decode_image(path, "
+            f"image_range=({low:g}, {high:g}))"
+        )
     support_peft_in_image_pipelines()
     return model, image_processor
 

@@ -1,5 +1,6 @@
 import logging
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -8,6 +9,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, pipeline
 
 from peft_heads import HeadMaskedLoraConfig, load_image_classifier, set_head_masks, set_image_processor
+from peft_heads.data.images import ImageTransform, decode_image
 from peft_heads.demo.model import load_demo_processor
 
 
@@ -57,6 +59,38 @@ def test_pipeline(adapter, caplog):
         results = classify(Image.new("RGB", (20, 30), "red"))
     assert {result["label"] for result in results} == {"cat", "dog", "eel"}
     assert "not supported" not in caplog.text
+
+
+def test_images_of_more_than_8_bits(adapter, tmp_path):
+    """A pipeline would clip them; what was recorded says how they are decoded."""
+    model, folder = adapter
+    processor = load_demo_processor()
+    processor.size = {"height": tiny.IMAGE_SIZE, "width": tiny.IMAGE_SIZE}
+    values = np.random.default_rng(0).integers(1000, 3000, (20, 20)).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "scan.png")
+    row = {"image": [{"path": str(tmp_path / "scan.png"), "bytes": None}], "label": [0]}
+    trained_on = ImageTransform(processor, image_range=(1000, 3000))(row)["pixel_values"][0]
+    set_image_processor(model, processor)
+    model.save_pretrained(tmp_path / "ranged")
+
+    card = (tmp_path / "ranged" / "README.md").read_text()
+    assert '`peft_heads.data.images.decode_image("FILE", image_range=(1000, 3000))`' in card
+    assert "trained with 1000 as black and 3000 as white" in card
+    other = (folder / "README.md").read_text()
+    assert '`peft_heads.data.images.decode_image("FILE")`' in other and "as black" not in other
+
+    message = (
+        r"ranged was trained on images of more than 8 bits with 1000 as black .*decode_image\(path, image_range=\(1000"
+    )
+    with pytest.warns(UserWarning, match=message):
+        loaded, again = load_image_classifier(tmp_path / "ranged")
+    picture = decode_image(tmp_path / "scan.png", again.image_range)
+    assert torch.equal(again(picture, return_tensors="pt")["pixel_values"][0], trained_on)
+    classify = pipeline("image-classification", model=loaded, image_processor=again)
+    scores = {entry["label"]: entry["score"] for entry in classify(picture)}
+    with torch.no_grad():
+        expected = loaded(trained_on[None]).logits.softmax(-1)[0]
+    assert [scores[name] for name in ("cat", "dog", "eel")] == pytest.approx(expected.tolist(), abs=1e-6)
 
 
 def test_base_model_fills_in_what_the_folder_lacks(adapter, base):

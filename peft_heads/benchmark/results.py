@@ -16,6 +16,7 @@ from .schema import canonical_json, check_fields, from_mapping, jsonable
 
 FORMAT = 1
 FOLDERS = {True: "official", False: "unofficial"}
+CONTENT = "content_sha256"  # of a part of `data_fingerprint`; results of earlier versions have none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +131,7 @@ class Environment:
     Args:
         versions: `{"peft_heads": …, "torch": …, "python": …, …}`.
         commit, dirty: Of the checkout that the package was imported from; both None for an installed package.
-        data_fingerprint: What tells the data apart, such as `{"train": hash, "test": hash}`.
+        data_fingerprint: What tells the data apart, such as `{"train": hash, "test": hash}`, by `on_different_data`.
         image_format: `"JPEG"`, `"PNG"`, …
         checkpoint_revision: The backbone's commit on the Hub, or a hash of its weights.
         device: In words.
@@ -262,14 +263,30 @@ def find_result(
         if run.result.partial:
             continue
         for name in ("data_fingerprint", "image_format", "checkpoint_revision"):
-            then = getattr(run.environment, name)
-            if environment is not None and jsonable(getattr(environment, name)) != then:
+            if environment is None:
+                break
+            then, now = getattr(run.environment, name), jsonable(getattr(environment, name))
+            if on_different_data([then, now]) if name == "data_fingerprint" else then != now:
                 raise ValueError(
-                    f"{path} is this run with {name} {then!r}, now it is {getattr(environment, name)!r}; "
-                    "give these results another folder"
+                    f"{path} is this run with {name} {then!r}, now it is {now!r}; give these results another folder"
                 )
         return run
     return None
+
+
+def on_different_data(fingerprints: list[dict[str, Any]]) -> bool:
+    """Whether the `data_fingerprint` of some run is not that of the others.
+
+    Results of earlier versions have no hash of the images' content: of them names, labels and sizes are compared.
+    """
+    plain = [_without_content(fingerprint) for fingerprint in fingerprints]
+    full = [x for x, without in zip(fingerprints, plain, strict=True) if x != without]
+    return any(len(set(map(canonical_json, found))) > 1 for found in (plain, full))
+
+
+def _without_content(fingerprint: dict[str, Any]) -> dict[str, Any]:
+    parts = fingerprint.items()
+    return {k: {x: y for x, y in v.items() if x != CONTENT} if isinstance(v, dict) else v for k, v in parts}
 
 
 def describe_method(method: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .averages import mean_and_std
-from .results import Run, describe_method
+from .results import Run, describe_method, on_different_data
 from .schema import canonical_json
 
 
@@ -194,10 +194,10 @@ def _accuracy(run: Run, best: bool) -> float | None:
 
 
 def _on_different_data(seeds: dict[tuple, Run]) -> bool:
-    by_list: dict[Any, set[str]] = {}
+    by_list: dict[Any, list[dict]] = {}
     for (list_seed, _), run in seeds.items():
-        by_list.setdefault(list_seed, set()).add(canonical_json(run.environment.data_fingerprint))
-    return any(len(fingerprints) > 1 for fingerprints in by_list.values())
+        by_list.setdefault(list_seed, []).append(run.environment.data_fingerprint)
+    return any(map(on_different_data, by_list.values()))
 
 
 def _order(row: Row) -> tuple:

@@ -22,6 +22,7 @@ from ..adapter_files import SCORES_FILE
 from ..data import image_folders
 from ..data.augmentation import Augmentation
 from ..data.cache import open_images
+from ..data.deep_images import check_image_range
 from ..data.images import collate
 from ..data.preprocessing import Preprocessing
 from ..data.tasks import OFFLINE, find_task
@@ -36,7 +37,7 @@ from ..tuners import HeadMaskedLoraConfig, pack_adapter
 from .callbacks import Clock, EpochEnds
 from .drop_path import CONFIG_FIELD, add_drop_path, residual_branches
 from .environment import describe_environment
-from .results import Environment, RunResult, RunSpec
+from .results import CONTENT, Environment, RunResult, RunSpec
 
 
 SHIPPED = "peft_heads/vit_strokes"  # the name, in results, of the small ViT in this package
@@ -77,7 +78,7 @@ class Training:
     def __init__(self, spec: RunSpec, places: Places) -> None:
         self.spec, self.places = spec, places
         splits = {"train": spec.train_split, "eval": spec.eval_split}
-        self.splits = {part: self._split(split) for part, split in splits.items()}
+        self.splits = {part: self._split(part, split) for part, split in splits.items()}
         processes = PartialState(cpu=places.use_cpu).num_processes
         batch_size, images = spec.recipe["batch_size"], len(self.splits["train"].dataset)
         if batch_size % processes:
@@ -89,12 +90,13 @@ class Training:
         self.drop_last = bool(spec.recipe["drop_last"]) and images >= batch_size
         self.steps_per_epoch = images // batch_size if self.drop_last else math.ceil(images / batch_size)
 
-    def _split(self, name: str) -> Split:
+    def _split(self, part: str, name: str) -> Split:
         spec, root = self.spec, self.places.data_root
+        image_range = check_image_range(spec.preprocessing[part].get("image_range"))
         if spec.suite == OFFLINE:
             return _offline_split(os.path.abspath(root), spec.task, name)
         if spec.suite == image_folders.SUITE:
-            return image_folders.load_folder_split(root, image_folders.folder_task(root, spec.task), name)
+            return image_folders.load_folder_split(root, image_folders.folder_task(root, spec.task), name, image_range)
         return load_split(
             root,
             find_task(spec.task, spec.suite),
@@ -102,6 +104,7 @@ class Training:
             shots=spec.shots,
             list_seed=spec.list_seed,
             check_sizes=self.places.check_sizes,
+            image_range=image_range,
         )
 
     def environment(self) -> Environment:
@@ -112,7 +115,7 @@ class Training:
         return describe_environment(
             data_fingerprint={
                 part: {"images": len(split.dataset), "layout": split.layout, "drawn": split.drawn}
-                | {"sha256": split.fingerprint}
+                | {"sha256": split.fingerprint, CONTENT: split.content_fingerprint}
                 for part, split in self.splits.items()
             },
             image_format="+".join(sorted({split.image_format for split in self.splits.values()})),

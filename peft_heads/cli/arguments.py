@@ -43,7 +43,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """The names of transformers' image-classification example, and do_normalize."""
+    """The names of transformers' image-classification example, do_normalize and image_range."""
 
     _argument_group_name = "data"
 
@@ -63,6 +63,13 @@ class DataArguments:
     do_normalize: bool | None = field(
         default=None,
         metadata={"help": "false: images stay in [0, 1], as in the papers. Default: as the checkpoint does."},
+    )
+    image_range: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "LOW HIGH: the values that are black and white in images of more than 8 bits (CT, X-ray, satellite). "
+            "Saved with the image processor."
+        },
     )
 
 

@@ -79,6 +79,13 @@ def build_parser(command: str, description: str, lists: bool) -> argparse.Argume
             recipe.add_argument(f"--{field.name}", type=_kind(typing.get_type_hints(Recipe)[field.name])[0])
     for name in ("resize", "filter", "normalization"):
         recipe.add_argument(f"--{name}", help="of training and evaluation images; see data.preprocessing")
+    recipe.add_argument(
+        "--image_range",
+        type=_number,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="the values that are black and white in images of more than 8 bits (CT, X-ray, satellite)",
+    )
     return parser
 
 
@@ -103,7 +110,9 @@ def read_recipe(args: argparse.Namespace) -> Recipe:
     recipe = RECIPES[args.suite]
     changes = {name: value for name in _recipe_numbers() if (value := getattr(args, name)) is not None}
     images = {
-        name: value for name in ("resize", "filter", "normalization") if (value := getattr(args, name)) is not None
+        name: value
+        for name in ("resize", "filter", "normalization", "image_range")
+        if (value := getattr(args, name)) is not None
     }
     for name in ("train_images", "eval_images") if images else ():
         changes[name] = getattr(recipe, name) | images

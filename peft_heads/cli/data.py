@@ -19,8 +19,17 @@ def run(argv: list[str]) -> int:
         "Exit code 1: something is missing or wrong.",
     )
     check.add_argument("root", metavar="ROOT", help="the folder that holds one folder per task")
-    check.add_argument("--suite", choices=SUITES, default="vtab", help="default: vtab")
+    check.add_argument(
+        "--suite", choices=(*SUITES, "folder"), default="vtab", help="default: vtab; folder: images of your own"
+    )
     check.add_argument("--task", nargs="+", default=[], metavar="TASK", help="only these (default: all of the suite)")
+    check.add_argument(
+        "--image_range",
+        nargs=2,
+        type=float,
+        metavar=("LOW", "HIGH"),
+        help="the values that are black and white in images of more than 8 bits",
+    )
     info = commands.add_parser("info", description="Shows what the cache of decoded images holds.")
     clean = commands.add_parser(
         "clean", description="Deletes the cache of decoded images; it is made again if needed."
@@ -33,14 +42,21 @@ def run(argv: list[str]) -> int:
         )
     args = parser.parse_args(argv)
     if args.command == "check":
-        return check_trees(args.root, args.suite, args.task)
+        return check_trees(args.root, args.suite, args.task, args.image_range)
     return show_cache(args.cache_dir, clean=args.command == "clean")
 
 
-def check_trees(root: str, suite: str, names: list[str]) -> int:
+def check_trees(root: str, suite: str, names: list[str], image_range: list[float] | None) -> int:
+    from ..data.deep_images import check_image_range
+    from ..data.image_folders import SUITE, check_folders
     from ..data.trees import check_tree
 
-    reports = check_tree(root, suite, list(dict.fromkeys(find_task(name, suite) for name in names)))
+    image_range = check_image_range(image_range)
+    if suite == SUITE:
+        reports = check_folders(root, names, image_range)
+    else:
+        tasks = list(dict.fromkeys(find_task(name, suite) for name in names))
+        reports = check_tree(root, suite, tasks, image_range)
     for report in reports:
         print("\n".join(describe(report)))
     in_order = sum(not report.faults for report in reports)

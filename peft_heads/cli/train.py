@@ -12,7 +12,7 @@ from accelerate import PartialState
 from datasets import Image
 from transformers import Trainer, TrainingArguments
 
-from ..adapter_files import write_labels
+from ..adapter_files import set_image_processor, write_labels
 from ..checkpoints import checkpoint_fault, checkpoint_folders, last_complete_checkpoint
 from ..data.images import ImageTransform, collate, label_names, load_image_dataset, load_image_processor
 from ..heads.maskable import describe_masks, get_head_masks
@@ -49,9 +49,12 @@ def run(argv: list[str]) -> int:
     processor = load_image_processor(
         model_args.image_processor_name or model_args.model_name_or_path,
         do_normalize=data_args.do_normalize,
+        image_range=data_args.image_range,
         **hub_arguments(model_args),
     )
     transform = ImageTransform(processor, data_args.image_column_name, data_args.label_column_name, names)
+    if hasattr(model, "peft_config"):
+        set_image_processor(model, processor)  # the card says how images are decoded
     columns = [data_args.image_column_name, data_args.label_column_name]
     # undecoded: the transform's error names the file
     undecoded = {split: rows.cast_column(columns[0], Image(decode=False)) for split, rows in data.items()}

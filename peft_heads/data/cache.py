@@ -10,8 +10,8 @@ import datasets
 import numpy as np
 import torch
 
-from .image_store import CacheEntry, cache_entries, cache_size, cached_entry, clean_cache
-from .images import decode_image
+from .cache_entry import CacheEntry, checksum
+from .image_store import cache_entries, cache_size, cached_entry, clean_cache, made_again, read_pixels
 from .preprocessing import Preprocessing
 from .trees import Split
 
@@ -86,6 +86,9 @@ class _Images(torch.utils.data.Dataset):
 class CachedImages(_Images):
     """Images that were decoded and resized once; the first run makes the cache's entry.
 
+    Every image is compared with its checksum when it is read. If the disk has changed it, the entry is made again, with
+    one warning.
+
     Attributes:
         entry: The `CacheEntry`, with its folder and size.
     """
@@ -109,22 +112,42 @@ class CachedImages(_Images):
             FileNotFoundError: A file is gone.
         """
         super().__init__(source, preprocessing, augment=augment)
+        self._fingerprint = source.fingerprint if isinstance(source, Split) else _fingerprint(self.rows)
         self.entry = cached_entry(
             self.rows,
             preprocessing,
-            source.fingerprint if isinstance(source, Split) else _fingerprint(self.rows),
+            self._fingerprint,
             description=f"{_title(source)}, {len(self):,} images",
             cache_dir=cache_dir,
             workers=workers,
         )
-        self._offsets = self.entry.offsets()
-        self._mapped = self.entry.pixels()  # now, so that the entry may be deleted meanwhile
+        self._mapped = None
+        self._open()  # now, so that the entry may be deleted meanwhile
 
     def pixels(self, index: int) -> np.ndarray:
         if self._mapped is None:
-            self._mapped = self.entry.pixels()
+            self._open()
+        image = self._read(index)
+        if image is None:
+            self.entry = made_again(self.entry, self.rows, self.preprocessing, self._fingerprint)
+            self._open()
+            image = self._read(index)
+        if image is None:
+            raise ValueError(
+                f"the image cache's entry {self.entry.path} is damaged, and again after it was made again: check the disk"
+            )
+        return image
+
+    def _open(self) -> None:
+        self._mapped, self._offsets = self.entry.pixels(), self.entry.offsets()
+
+    def _read(self, index: int) -> np.ndarray | None:
+        """None if it is not what was written."""
         begin, end = self._offsets[index : index + 2]
-        return np.array(self._mapped[begin:end]).reshape(3, *self.entry.shapes[index])
+        image, shape = np.array(self._mapped[begin:end]), self.entry.shapes[index]
+        if checksum(image, shape) != self.entry.checksums[index]:
+            return None
+        return image.reshape(3, *shape)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_mapped": None}  # worker processes map the file themselves
@@ -138,7 +161,7 @@ class StreamedImages(_Images):
     """
 
     def pixels(self, index: int) -> np.ndarray:
-        return self.preprocessing.pixels(decode_image(self.rows[index]["image"]))
+        return read_pixels(self.rows[index]["image"], self.preprocessing)
 
 
 def open_images(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .files import ImageFile, ImageFolder
+from .files import ImageFile, ImageFolder, content_hashes
 from .layouts import Layout
 from .lists import Row
 from .tasks import Task
@@ -44,6 +44,17 @@ class Content:
             digest.update(f"{row.image} {row.label} {file.size}\n".encode())
         return digest.hexdigest()
 
+    def content_fingerprint(self) -> str:
+        """sha256 over path, label and the SHA-256 of the content of every image, in the order of the list.
+
+        All files are read, once in a process.
+        """
+        digest = hashlib.sha256()
+        hashes = content_hashes(file.path for file in self.files)
+        for row, content in zip(self.rows, hashes, strict=True):
+            digest.update(f"{row.image} {row.label} {content.hex()}\n".encode())
+        return digest.hexdigest()
+
 
 def class_names(folder: Path, task: Task, layout: Layout) -> tuple[list[str | int], list[str]]:
     """The classes in order, and faults. FGVC lists name classes by any number or text; elsewhere they are 0, 1, …"""
@@ -67,11 +78,13 @@ def read_content(
     shots: int | None = None,
     list_seed: int | None = None,
     check_sizes: bool = True,
+    image_range: tuple[float, float] | None = None,
 ) -> Content:
     """Read a split's list and look at its files.
 
     Args:
         names: What `class_names` says; labels are not checked if it is empty.
+        image_range: Of images of more than 8 bits, see `decode_image`.
 
     Raises:
         FileNotFoundError: there is no such list.
@@ -95,7 +108,7 @@ def read_content(
         content.faults.append(f"{path.name} lists {len(rows):,} images{also}, {expected:,} expected")
     elif not rows:
         content.faults.append(f"{path.name} lists no images")
-    _look_at_files(content, folder, layout, names)
+    _look_at_files(content, ImageFolder(folder, image_range), layout, names)
     return content
 
 
@@ -122,9 +135,9 @@ def _without_repeats(rows: list[Row], expected: int | None) -> tuple[list[Row], 
     return list(first.values()), len(rows) - len(first), contradictions
 
 
-def _look_at_files(content: Content, folder: Path, layout: Layout, names: list) -> None:
-    images, known = ImageFolder(folder), set(names)
-    base = layout.image_folder(folder, content.rows[0].image) if content.rows else ""
+def _look_at_files(content: Content, images: ImageFolder, layout: Layout, names: list) -> None:
+    known = set(names)
+    base = layout.image_folder(Path(images.folder), content.rows[0].image) if content.rows else ""
     for row in content.rows:
         if names and row.label not in known:
             content.faults.append(

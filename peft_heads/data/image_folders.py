@@ -8,14 +8,15 @@ from pathlib import Path
 import datasets
 
 from .contents import Content
-from .files import ImageFolder
+from .files import ImageFolder, is_hidden
 from .lists import Row
 from .tasks import Task
-from .trees import Split, summary
+from .trees import Split, TaskReport, summary
 
 
 SUITE = "folder"
 SPLITS = ("train", "val", "test")
+LAYOUT = "image folder"
 
 
 def folder_tasks(root: str | os.PathLike) -> list[Task]:
@@ -26,7 +27,9 @@ def folder_tasks(root: str | os.PathLike) -> list[Task]:
     """
     if not Path(root).is_dir():
         raise FileNotFoundError(f"{root} is not a folder")
-    names = sorted(path.name for path in Path(root).iterdir() if (path / "train").is_dir())
+    names = sorted(
+        path.name for path in Path(root).iterdir() if not is_hidden(path.name) and (path / "train").is_dir()
+    )
     if not names:
         raise FileNotFoundError(f"no folder in {root} has a folder 'train' in it: expected TASK/train/CLASS/IMAGE")
     return [folder_task(root, name) for name in names]
@@ -49,38 +52,27 @@ def folder_task(root: str | os.PathLike, name: str) -> Task:
 
 
 def class_folders(split: Path) -> list[str]:
-    return sorted(path.name for path in split.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(path.name for path in split.iterdir() if path.is_dir() and not is_hidden(path.name))
 
 
-def load_folder_split(root: str | os.PathLike, task: Task, split: str) -> Split:
-    """A split of such a task; hidden files are passed over. Every file is looked at, none is decoded.
+def load_folder_split(
+    root: str | os.PathLike, task: Task, split: str, image_range: tuple[float, float] | None = None
+) -> Split:
+    """A split of such a task. Hidden files and folders are passed over; links are followed in the task's folder.
+
+    Every file is looked at and read, for its fingerprint; only those of more than 8 bits per channel are decoded.
+
+    Args:
+        image_range: What is black and white in images of more than 8 bits, see `decode_image`.
 
     Raises:
         FileNotFoundError: There is no such split.
-        ValueError: It has other classes than `train`, no images, or files that are none, each named.
+        ValueError: It has other classes than `train`, no images, files that are none or need an `image_range`, each
+            named, or folders that are links and lead out of the task's folder.
     """
-    home = Path(root) / task.name
-    folder = home / split
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{task.name} has no folder {folder} (splits of {SUITE!r}: {', '.join(SPLITS)})")
-    names = class_folders(home / "train")
-    others = sorted(set(class_folders(folder)) - set(names))
-    if others:
-        raise ValueError(f"{folder} has classes that {home / 'train'} has not: {', '.join(others[:10])}")
-    images, content = ImageFolder(home), Content([], [], [])
-    for label, name in enumerate(names):
-        paths = (folder / name).rglob("*") if (folder / name).is_dir() else ()
-        for path in sorted(path for path in paths if not path.name.startswith(".") and not path.is_dir()):
-            image = path.relative_to(home).as_posix()
-            try:
-                content.files.append(images.file("", image))
-                content.rows.append(Row(image, label, image))
-            except ValueError as error:
-                content.faults.append(f"{image} {error}")
-    if not content.rows:
-        content.faults.append("it has no images")
+    names, content = _read(Path(root) / task.name, split, image_range)
     if content.faults:
-        raise ValueError(f"{folder} cannot be used: {summary(content.faults)}")
+        raise ValueError(f"{Path(root) / task.name / split} cannot be used: {summary(content.faults)}")
     features = datasets.Features(
         {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=names)},
     )
@@ -89,7 +81,58 @@ def load_folder_split(root: str | os.PathLike, task: Task, split: str) -> Split:
         task,
         split,
         datasets.Dataset.from_dict(columns, features=features),
-        layout="image folder",
+        layout=LAYOUT,
         image_format="+".join(sorted(content.formats())),
         fingerprint=content.fingerprint(),
+        content_fingerprint=content.content_fingerprint(),
     )
+
+
+def check_folders(
+    root: str | os.PathLike, names: list[str] | None = None, image_range: tuple[float, float] | None = None
+) -> list[TaskReport]:
+    """Check every file of the tasks below `root`, or of those named.
+
+    Raises:
+        FileNotFoundError: `root` is not a folder, there is no task in it, or none of a given name.
+    """
+    found = [folder_task(root, name) for name in names] if names else folder_tasks(root)
+    return [_check(Path(root) / task.name, task, image_range) for task in found]
+
+
+def _check(home: Path, task: Task, image_range: tuple[float, float] | None) -> TaskReport:
+    contents, faults, notes = {}, [], []
+    for split in SPLITS:
+        if not (home / split).is_dir():
+            notes.append(f"there is no folder {split}")
+            continue
+        try:
+            _, contents[split] = _read(home, split, image_range)
+            faults += contents[split].faults
+        except ValueError as error:
+            faults.append(str(error))
+    formats = {name for content in contents.values() for name in content.formats()}
+    images = {split: len(content.rows) for split, content in contents.items()}
+    return TaskReport(task, home, LAYOUT, "+".join(sorted(formats)), images, tuple(notes), tuple(faults))
+
+
+def _read(home: Path, split: str, image_range: tuple[float, float] | None) -> tuple[list[str], Content]:
+    """The classes, and the files with their faults."""
+    folder = home / split
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{home.name} has no folder {folder} (splits of {SUITE!r}: {', '.join(SPLITS)})")
+    names = class_folders(home / "train")
+    others = sorted(set(class_folders(folder)) - set(names))
+    if others:
+        raise ValueError(f"{folder} has classes that {home / 'train'} has not: {', '.join(others[:10])}")
+    images, content = ImageFolder(home, image_range), Content([], [], [])
+    for label, name in enumerate(names):
+        for image in images.below(f"{split}/{name}") if (folder / name).is_dir() else ():
+            try:
+                content.files.append(images.file("", image))
+                content.rows.append(Row(image, label, image))
+            except ValueError as error:
+                content.faults.append(f"{image} {error}")
+    if not content.rows:
+        content.faults.append("it has no images")
+    return names, content

@@ -1,8 +1,9 @@
 """Decoded and resized images on disk, made once and read by any number of runs and processes.
 
 An entry is a folder named after the key, with `pixels.bin` (uint8, one image after another, each (3, H, W)) and
-`entry.json`. The key covers everything that changes pixels. Entries are written beside and renamed; while one process
-makes an entry, others that want it wait.
+`entry.json`, which has a checksum of every image. The key covers everything that changes pixels, the files' contents
+above all. Entries are written beside and renamed; while one process makes an entry, others that want it wait. Every
+image is compared with its checksum whenever it is read; a damaged entry is made again.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import logging
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -25,35 +26,31 @@ import numpy as np
 import PIL
 
 from ..atomic import new_folder
-from .images import decode_image
+from .cache_entry import ENTRY, PIXELS, CacheEntry, checksum, folder_size, read_entry
+from .decoding import decode_image, name_of
+from .files import content_hashes
 from .preprocessing import Preprocessing
 
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CHUNK = 64  # images that are decoded, then written
-PIXELS, ENTRY = "pixels.bin", "entry.json"
 # an entry, or with an underscore one that was not finished (see `new_folder`)
 FOLDER_NAME = re.compile(r"([0-9a-f]{64})|_([0-9a-f]{64})\..+")
 
 
-@dataclass(frozen=True, eq=False)
-class CacheEntry:
-    """A complete entry: its folder, size in bytes, the shapes (images, 2) of its images (H, W), and what it holds."""
+def read_pixels(image, preprocessing: Preprocessing) -> np.ndarray:
+    """An image of a column that is not decoded, uint8 (3, H, W).
 
-    path: Path
-    size: int
-    shapes: np.ndarray
-    description: str
-
-    def pixels(self) -> np.memmap:
-        """All pixels, mapped into memory, read-only (bytes,)."""
-        return np.memmap(self.path / PIXELS, dtype=np.uint8, mode="r")
-
-    def offsets(self) -> np.ndarray:
-        """Where each image begins, and the end (images + 1,)."""
-        return np.concatenate([[0], np.cumsum(3 * self.shapes.prod(axis=1))])
+    Raises:
+        ValueError: It cannot be decoded or resized; the message names its file.
+    """
+    picture = decode_image(image, preprocessing.image_range)
+    try:
+        return preprocessing.pixels(picture)
+    except ValueError as error:
+        raise ValueError(f"image {name_of(image)} cannot be resized: {error}") from error
 
 
 def default_cache_dir() -> Path:
@@ -64,11 +61,11 @@ def default_cache_dir() -> Path:
 def pixel_key(rows: datasets.Dataset, preprocessing: Preprocessing, fingerprint: str) -> str:
     """sha256 (hexadecimal) of everything that changes the pixels of the column `image`, which is not decoded.
 
-    That is the list (`fingerprint`), size and time of every file, or the bytes themselves, the preprocessing without
+    That is the list (`fingerprint`), content and time of every file, or the bytes themselves, the preprocessing without
     the normalisation, Pillow's version and that of the entry's format.
 
     Raises:
-        FileNotFoundError: A file is gone.
+        ValueError, FileNotFoundError: A file cannot be read, or is gone.
     """
     settings = {
         "format": FORMAT_VERSION,
@@ -77,15 +74,13 @@ def pixel_key(rows: datasets.Dataset, preprocessing: Preprocessing, fingerprint:
         "preprocessing": preprocessing.pixel_settings(),
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for image in rows["image"]:
+    images = rows["image"]
+    hashes = iter(content_hashes(image["path"] for image in images if image["bytes"] is None))
+    for image in images:
         if image["bytes"] is not None:
             digest.update(hashlib.sha256(image["bytes"]).digest())
-            continue
-        try:
-            info = os.stat(image["path"])
-        except OSError as error:
-            raise FileNotFoundError(f"image {image['path']} is gone ({error.strerror})") from error
-        digest.update(f"{info.st_size} {info.st_mtime_ns}\n".encode())
+        else:
+            digest.update(next(hashes) + f" {os.stat(image['path']).st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
@@ -114,30 +109,51 @@ def cached_entry(
     """
     folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     target = folder / pixel_key(rows, preprocessing, fingerprint)
-    entry = _read_entry(target)
+    entry = read_entry(target)
     if entry is not None:
         return entry
     with _locked(target) as alone:
-        entry = _read_entry(target)  # of the process that was waited for
+        entry = read_entry(target)  # of the process that was waited for
         if entry is None:
-            for path in _folders(folder):
-                # damaged, or of a process that was killed
-                if path == target or (alone and _key(path) == target.name):
-                    shutil.rmtree(path)
-            _write_entry(rows, preprocessing, description, target, workers)
-            entry = _read_entry(target)
+            if target.exists():
+                _warn_of_damage(target, description)
+            _remove(target, alone)
+            _write_entry(rows, preprocessing, fingerprint, description, target, workers)
+            entry = read_entry(target)
+    return entry
+
+
+def made_again(
+    damaged: CacheEntry,
+    rows: datasets.Dataset,
+    preprocessing: Preprocessing,
+    fingerprint: str,
+    workers: int | None = None,
+) -> CacheEntry:
+    """The entry in place of one that has a damaged image, with one warning; another process may have made it meanwhile.
+
+    Args and errors as of `cached_entry`; and ValueError if the images are no longer those of the entry.
+    """
+    target = damaged.path
+    with _locked(target) as alone:
+        entry = read_entry(target)
+        if entry is None or entry.is_damaged():
+            _warn_of_damage(target, damaged.description)
+            _remove(target, alone)
+            _write_entry(rows, preprocessing, fingerprint, damaged.description, target, workers)
+            entry = read_entry(target)
     return entry
 
 
 def cache_entries(cache_dir: str | os.PathLike | None = None) -> list[CacheEntry]:
     """The complete entries, in the order of their descriptions."""
-    entries = filter(None, map(_read_entry, _folders(cache_dir)))
+    entries = filter(None, map(read_entry, _folders(cache_dir)))
     return sorted(entries, key=lambda entry: (entry.description, entry.path))
 
 
 def cache_size(cache_dir: str | os.PathLike | None = None) -> int:
     """Bytes in the cache, unfinished entries included."""
-    return sum(map(_size, _folders(cache_dir)))
+    return sum(map(folder_size, _folders(cache_dir)))
 
 
 def clean_cache(cache_dir: str | os.PathLike | None = None) -> int:
@@ -150,45 +166,60 @@ def clean_cache(cache_dir: str | os.PathLike | None = None) -> int:
     for path in _folders(cache_dir):
         target = path.parent / _key(path)
         with contextlib.suppress(filelock.Timeout), _locked(target, wait=False):
-            freed += _size(path)
+            freed += folder_size(path)
             shutil.rmtree(path)
             _lock_file(target).unlink(missing_ok=True)
     return freed
 
 
-def _write_entry(rows, preprocessing: Preprocessing, description: str, target: Path, workers: int | None) -> None:
+def _warn_of_damage(target: Path, description: str) -> None:
+    warnings.warn(
+        f"the image cache's entry {target} ({description}) is damaged: it is not what was written there. It is made "
+        "again; check the disk"
+    )
+
+
+def _remove(target: Path, alone: bool) -> None:
+    """An entry that is damaged, and what processes that were killed have left of it, if no other can be at work."""
+    for path in _folders(target.parent):
+        if path == target or (alone and _key(path) == target.name):
+            shutil.rmtree(path)
+
+
+def _write_entry(
+    rows: datasets.Dataset,
+    preprocessing: Preprocessing,
+    fingerprint: str,
+    description: str,
+    target: Path,
+    workers: int | None,
+) -> None:
     try:
         with new_folder(target) as folder:
-            shapes = _write_pixels(rows["image"], preprocessing, folder / PIXELS, workers)
-            content = {"format": FORMAT_VERSION, "description": description, "shapes": shapes}
+            shapes, checksums = _write_pixels(rows["image"], preprocessing, folder / PIXELS, workers)
+            content = {"format": FORMAT_VERSION, "description": description, "shapes": shapes, "checksums": checksums}
             (folder / ENTRY).write_text(json.dumps(content), encoding="utf-8")
+            if pixel_key(rows, preprocessing, fingerprint) != target.name:
+                raise ValueError(f"{description}: the files have changed since they were looked at; start again")
     except (OSError, ValueError):
-        if _read_entry(target) is None:  # where files cannot be locked, another process may have been faster
+        if read_entry(target) is None:  # where files cannot be locked, another process may have been faster
             raise
-    logger.info("%s: decoded into %s (%.1f MB)", description, target.parent, _size(target) / 1e6)
+    logger.info("%s: decoded into %s (%.1f MB)", description, target.parent, folder_size(target) / 1e6)
 
 
-def _write_pixels(images, preprocessing: Preprocessing, path: Path, workers: int | None) -> list[tuple[int, int]]:
-    shapes = []
+def _write_pixels(
+    images, preprocessing: Preprocessing, path: Path, workers: int | None
+) -> tuple[list[tuple[int, int]], list[int]]:
+    """The images' shapes and checksums."""
+    shapes, checksums = [], []
     with open(path, "wb") as file, ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(images), CHUNK):
             chunk = images[start : start + CHUNK]
-            for pixels in pool.map(lambda image: preprocessing.pixels(decode_image(image)), chunk):
-                file.write(pixels.tobytes())
+            for pixels in pool.map(lambda image: read_pixels(image, preprocessing), chunk):
+                file.write(pixels.data)
                 shapes.append(pixels.shape[1:])
-    return shapes
-
-
-def _read_entry(path: Path) -> CacheEntry | None:
-    """None if there is no complete entry."""
-    try:
-        content = json.loads((path / ENTRY).read_text(encoding="utf-8"))
-        shapes = np.asarray(content["shapes"], dtype=np.int64).reshape(-1, 2)
-        if (path / PIXELS).stat().st_size != 3 * shapes.prod(axis=1).sum():
-            return None
-        return CacheEntry(path, _size(path), shapes, str(content["description"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+                checksums.append(checksum(pixels, shapes[-1]))
+    return shapes, checksums
 
 
 def _folders(cache_dir: str | os.PathLike | None) -> list[Path]:
@@ -200,10 +231,6 @@ def _folders(cache_dir: str | os.PathLike | None) -> list[Path]:
 
 def _key(path: Path) -> str:
     return "".join(filter(None, FOLDER_NAME.fullmatch(path.name).groups()))
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _lock_file(target: Path) -> Path:

@@ -5,16 +5,19 @@ The arguments have the names of transformers' image-classification example.
 
 from __future__ import annotations
 
-import glob
 import math
 import os
 from collections.abc import Mapping
 
 import datasets
-import PIL.Image
 import torch
 
 from .._compat import load_pil_image_processor
+from .dataset_checks import check_columns, check_labels, check_same_labels
+from .decoding import NamingImage, decode_image, name_of
+from .deep_images import check_image_range
+from .preprocessing import resized_by_shorter_side
+from .train_folders import load_folders
 
 
 def load_image_dataset(
@@ -29,10 +32,13 @@ def load_image_dataset(
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
     seed: int = 42,
+    image_range: tuple[float, float] | None = None,
     cache_dir: str | None = None,
     token: str | None = None,
 ) -> datasets.DatasetDict:
-    """Load the splits "train" and "validation", whichever there are, and check their columns and labels.
+    """Load the splits "train" and "validation", those that there are, and check their columns and labels.
+
+    Images are decoded on access by `decode_image`: RGB, and errors name the file.
 
     Args:
         dataset_name: A dataset of the Hub, a local folder that `load_dataset` can read, or a folder written by
@@ -42,17 +48,21 @@ def load_image_dataset(
         train_val_split: Share of the training images set aside (drawn with `seed`) where the data has no
             "validation" split; 0 or None sets nothing aside.
         max_train_samples, max_eval_samples: Keep that many images, drawn with `seed`.
+        image_range: (LOW, HIGH), what is black and white in images of more than 8 bits, see `decode_image`. Give it to
+            `ImageTransform` as well.
 
     Raises:
-        ValueError: contradictory arguments, wrong columns, or labels that cannot be trained on.
+        ValueError: contradictory arguments, wrong columns, or labels that cannot be trained on; folders that are links
+            and lead elsewhere, or images at different depths.
         FileNotFoundError: nothing to load under that name.
     """
+    check_image_range(image_range)
     if dataset_name and (train_dir or validation_dir):
         raise ValueError("give either dataset_name or train_dir / validation_dir, not both")
     if dataset_name:
         data = _load_named(dataset_name, dataset_config_name, cache_dir, token)
     elif train_dir or validation_dir:
-        data = _load_folders({"train": train_dir, "validation": validation_dir}, cache_dir)
+        data = load_folders({"train": train_dir, "validation": validation_dir}, cache_dir)
     else:
         raise ValueError(
             "no data: give dataset_name (Hub or saved folder) or train_dir / validation_dir (image folders)"
@@ -60,9 +70,11 @@ def load_image_dataset(
 
     data = datasets.DatasetDict({split: data[split] for split in ("train", "validation") if split in data} or data)
     for split, rows in data.items():
-        _check_columns(split, rows, image_column_name, label_column_name)
-        _check_labels(split, rows, label_column_name)
-    _check_same_labels(data, label_column_name)
+        folder = dataset_name or (train_dir if split == "train" else validation_dir)
+        check_columns(split, rows, image_column_name, label_column_name, folder)
+        check_labels(split, rows, label_column_name)
+        data[split] = rows.cast_column(image_column_name, NamingImage(rows.features[image_column_name], image_range))
+    check_same_labels(data, label_column_name)
     if "validation" not in data and "train" in data and train_val_split:
         data = _split_off_validation(data["train"], train_val_split, seed)
     return _limit(data, {"train": max_train_samples, "validation": max_eval_samples}, seed)
@@ -79,12 +91,24 @@ def label_names(data: Mapping[str, datasets.Dataset], label_column_name: str = "
     return [str(index) for index in range(max(values) + 1)]
 
 
-def load_image_processor(name_or_path: str, do_normalize: bool | None = None, **kwargs):
+def load_image_processor(
+    name_or_path: str,
+    do_normalize: bool | None = None,
+    image_range: tuple[float, float] | None = None,
+    **kwargs,
+):
     """The checkpoint's image processor with the PIL backend: results do not depend on torchvision being there.
 
     Args:
         do_normalize: Overrides the checkpoint's own setting; it is saved with the processor.
+        image_range: (LOW, HIGH), what is black and white in images of more than 8 bits, for [`ImageTransform`]; it is
+            saved with the processor, which does nothing with it.
+
+    Raises:
+        FileNotFoundError: There is no image processor that can be read.
+        ValueError: `image_range`, or the one that was saved, is not two numbers.
     """
+    image_range = check_image_range(image_range)
     try:
         processor = load_pil_image_processor(name_or_path, **kwargs)
     except (OSError, ValueError, AttributeError) as error:  # the last for JSON that is no mapping
@@ -94,46 +118,70 @@ def load_image_processor(name_or_path: str, do_normalize: bool | None = None, **
         ) from error
     if do_normalize is not None:
         processor.do_normalize = do_normalize
+    if image_range is not None:
+        processor.image_range = list(image_range)
+    image_range_of(processor)
     return processor
+
+
+def image_range_of(processor) -> tuple[float, float] | None:
+    """What is black and white in images of more than 8 bits, as it was saved with an image processor; None: nothing.
+
+    Raises:
+        ValueError: It is not two numbers.
+    """
+    return check_image_range(getattr(processor, "image_range", None))
 
 
 class ImageTransform:
     """For `Dataset.with_transform`: a batch of images and labels to `pixel_values` (C, H, W) and `labels` (class index).
 
     The image processor does everything as the checkpoint was made for (resize, rescale, normalise). There is no
-    random augmentation. Images that `datasets` has not decoded (`datasets.Image(decode=False)`) are decoded here.
+    random augmentation. Images that `datasets` has not decoded (`datasets.Image(decode=False)`) are decoded here; only
+    so, or after `load_image_dataset`, an error names the file and 16-bit colours are read in full.
 
     Raises:
-        ValueError: An image cannot be decoded; the message names its file.
+        ValueError: An image cannot be decoded, or becomes too large; the message names its file.
     """
 
-    def __init__(self, processor, image_column: str = "image", label_column: str = "label", names=None):
-        """`names`: the class names in order, needed where the label column holds strings."""
+    def __init__(
+        self,
+        processor,
+        image_column: str = "image",
+        label_column: str = "label",
+        names=None,
+        image_range: tuple[float, float] | None = None,
+    ):
+        """
+        Args:
+            names: The class names in order, needed where the label column holds strings.
+            image_range: (LOW, HIGH), what is black and white in images of more than 8 bits, see `decode_image`. Default:
+                the processor's (`processor.image_range`); if given it is written there, so that it is saved with it.
+        """
+        if image_range is not None:
+            processor.image_range = list(check_image_range(image_range))
         self.processor = processor
+        self.image_range = image_range_of(processor)
         self.image_column = image_column
         self.label_column = label_column
         self.label2id = {name: index for index, name in enumerate(names or [])}
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        images = [decode_image(image) for image in batch[self.image_column]]
+        images = [self._decode(image) for image in batch[self.image_column]]
         pixel_values = self.processor(images, return_tensors="pt")["pixel_values"]
         labels = [self.label2id[x] if isinstance(x, str) else x for x in batch[self.label_column]]
         return {"pixel_values": list(pixel_values), "labels": labels}
 
-
-def decode_image(image) -> PIL.Image.Image:
-    """An image of a `datasets.Image` column, decoded or not, in RGB mode and the right way up (EXIF).
-
-    Raises:
-        ValueError: It cannot be decoded, or has more pixels than Pillow's limit; the message names its file.
-    """
-    if not isinstance(image, dict):
-        return image.convert("RGB")
-    try:
-        return datasets.Image().decode_example(image).convert("RGB")
-    # PIL raises SyntaxError for a damaged PNG
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(f"image {image['path'] or '(bytes without a name)'} cannot be read: {error}") from error
+    def _decode(self, image):
+        decoded = decode_image(image, self.image_range)
+        shorter = dict(getattr(self.processor, "size", None) or {}).get("shortest_edge")
+        longer = dict(self.processor.size).get("longest_edge") if shorter else None
+        if shorter and not longer and getattr(self.processor, "do_resize", True):
+            try:
+                resized_by_shorter_side(decoded.size, shorter)
+            except ValueError as error:
+                raise ValueError(f"image {name_of(image)} cannot be resized: {error}") from error
+        return decoded
 
 
 def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
@@ -157,71 +205,6 @@ def _load_named(name: str, config_name: str | None, cache_dir: str | None, token
         raise FileNotFoundError(
             f"no dataset {name!r}: neither a local folder nor reachable on the Hub ({type(error).__name__}: {error})"
         ) from error
-
-
-def _load_folders(folders: dict[str, str | None], cache_dir: str | None) -> datasets.DatasetDict:
-    data_files = {}
-    for split, folder in folders.items():
-        if folder is None:
-            continue
-        if not os.path.isdir(folder):
-            raise FileNotFoundError(f"{'train' if split == 'train' else 'validation'}_dir {folder!r} is not a folder")
-        data_files[split] = os.path.join(glob.escape(folder), "**")
-    try:
-        return datasets.load_dataset("imagefolder", data_files=data_files, cache_dir=cache_dir)
-    except (FileNotFoundError, ValueError) as error:  # no files, or none that are images
-        raise FileNotFoundError(f"no images in {', '.join(filter(None, folders.values()))}") from error
-
-
-def _check_columns(split: str, rows: datasets.Dataset, image_column: str, label_column: str) -> None:
-    found = ", ".join(f"{name!r} ({type(feature).__name__})" for name, feature in rows.features.items())
-    if len(rows) == 0:
-        raise ValueError(f"the split {split!r} has no rows")
-    if image_column not in rows.features:
-        raise ValueError(
-            f"no image column {image_column!r} in split {split!r}; it has {found}: choose one with --image_column_name"
-        )
-    if not isinstance(rows.features[image_column], datasets.Image):
-        raise ValueError(
-            f"column {image_column!r} of split {split!r} holds no images; it has {found}: choose another with "
-            "--image_column_name, or save the data after dataset.cast_column(name, datasets.Image())"
-        )
-    if label_column not in rows.features:
-        raise ValueError(
-            f"no label column {label_column!r} in split {split!r}; it has {found}: choose one with "
-            "--label_column_name. An image folder needs at least two sub-folders, one per class (cat/1.png, dog/2.png)"
-        )
-
-
-def _check_labels(split: str, rows: datasets.Dataset, label_column: str) -> None:
-    feature = rows.features[label_column]
-    kind = "int" if isinstance(feature, datasets.ClassLabel) else getattr(feature, "dtype", "")
-    if not kind.startswith(("int", "uint", "string", "large_string")):
-        raise ValueError(
-            f"column {label_column!r} of split {split!r} is {feature}: one class per image is needed (ClassLabel, "
-            "integers or strings); choose another with --label_column_name"
-        )
-    values = rows.unique(label_column)
-    if any(value is None or (isinstance(value, int) and value < 0) for value in values):
-        raise ValueError(f"split {split!r} has images without a label (None or negative) in column {label_column!r}")
-
-
-def _check_same_labels(data: datasets.DatasetDict, label_column: str) -> None:
-    """A separate validation split must speak of the classes that are trained."""
-    if not {"train", "validation"} <= set(data):
-        return
-    features = {split: data[split].features[label_column] for split in ("train", "validation")}
-    if features["train"] != features["validation"]:
-        raise ValueError(
-            f"the label column {label_column!r} differs between the splits: train {features['train']}, "
-            f"validation {features['validation']}; cast both to one ClassLabel"
-        )
-    values = {split: set(data[split].unique(label_column)) for split in features}
-    unseen = sorted(values["validation"] - values["train"])
-    if unseen:
-        if isinstance(features["train"], datasets.ClassLabel):
-            unseen = features["train"].int2str(unseen)
-        raise ValueError(f"validation has labels that no training image has: {', '.join(map(str, unseen[:10]))}")
 
 
 def _split_off_validation(train: datasets.Dataset, share: float, seed: int) -> datasets.DatasetDict:

@@ -8,6 +8,8 @@ import numpy as np
 import PIL.Image
 import torch
 
+from .deep_images import check_image_range
+
 
 NORMALIZATIONS = {
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
@@ -33,6 +35,8 @@ class Preprocessing:
         filter: One of Pillow's: "nearest", "box", "bilinear", "hamming", "bicubic" or "lanczos".
         normalization: "none" (values in [0, 1]), "imagenet", "half" (mean and deviation 0.5), or "checkpoint" with
             that model's own `mean` and `std`, one value per channel.
+        image_range: (LOW, HIGH), the values that become black and white in images of more than 8 bits per channel, see
+            `decode_image`; None takes unsigned 16-bit values as they are, and refuses others.
 
     Raises:
         ValueError: An unknown or contradictory setting.
@@ -46,6 +50,7 @@ class Preprocessing:
     normalization: str = "none"
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    image_range: tuple[float, float] | None = None
 
     def __post_init__(self):
         choices = {
@@ -64,6 +69,7 @@ class Preprocessing:
                 f"mean and std are given with normalization='checkpoint', and only with it; got "
                 f"normalization={self.normalization!r}, mean={self.mean}, std={self.std}"
             )
+        object.__setattr__(self, "image_range", check_image_range(self.image_range))
         for name in ("mean", "std"):
             values = getattr(self, name)
             if values is not None:
@@ -73,7 +79,8 @@ class Preprocessing:
 
     @classmethod
     def from_processor(cls, processor, **settings) -> Preprocessing:
-        """With the checkpoint's own normalisation: that of its image processor, "none" if it does not normalise."""
+        """With the checkpoint's own normalisation and `image_range`; "none" if it does not normalise."""
+        settings = {"image_range": getattr(processor, "image_range", None)} | settings
         if not getattr(processor, "do_normalize", False):
             return cls(normalization="none", **settings)
         return cls(normalization="checkpoint", mean=processor.image_mean, std=processor.image_std, **settings)
@@ -86,13 +93,14 @@ class Preprocessing:
         return self.size if self.resize == "squash" else self.size * 256 // 224
 
     def pixels(self, image: PIL.Image.Image) -> np.ndarray:
-        """An image in RGB mode as uint8 (3, H, W); H = W = `size` unless `crop` is "random"."""
-        width, height = image.size
-        if self.resize == "squash":
-            width = height = self.resized
-        else:
-            scale = self.resized / min(width, height)
-            width, height = (max(self.resized, round(side * scale)) for side in (width, height))
+        """An image in RGB mode as uint8 (3, H, W); H = W = `size` unless `crop` is "random".
+
+        Raises:
+            ValueError: It is so long and narrow that it would become too large (`shorter_side`).
+        """
+        width = height = self.resized
+        if self.resize == "shorter_side":
+            width, height = resized_by_shorter_side(image.size, self.resized)
         image = image.resize((width, height), FILTERS[self.filter])
         if self.crop == "center" and (width, height) != (self.size, self.size):
             left, top = (width - self.size) // 2, (height - self.size) // 2
@@ -116,9 +124,32 @@ class Preprocessing:
     def pixel_settings(self) -> dict:
         """What `pixels` depends on, for the key of a cache."""
         settings = self.to_dict()
-        return {name: settings[name] for name in ("size", "resize", "resize_size", "crop", "filter")}
+        names = ("size", "resize", "resize_size", "crop", "filter", "image_range")
+        return {name: settings[name] for name in names if name in settings}
 
     def to_dict(self) -> dict:
-        """All settings as plain values, defaults filled in; mean and std always, whatever they are called."""
+        """All settings as plain values, defaults filled in; mean and std always, whatever they are called.
+
+        `image_range` is left out where there is none: results of before it have no such setting, and stay the same runs.
+        """
         mean, std = self.statistics
-        return {**asdict(self), "resize_size": self.resized, "mean": list(mean), "std": list(std)}
+        settings = {**asdict(self), "resize_size": self.resized, "mean": list(mean), "std": list(std)}
+        image_range = settings.pop("image_range")
+        return settings if image_range is None else settings | {"image_range": list(image_range)}
+
+
+def resized_by_shorter_side(size: tuple[int, int], shorter: int) -> tuple[int, int]:
+    """Width and height of an image, resized so that the shorter side has `shorter` pixels.
+
+    Raises:
+        ValueError: That is more than `PIL.Image.MAX_IMAGE_PIXELS`: a line of 20,000 x 1 would take gigabytes.
+    """
+    scale = shorter / min(size)
+    width, height = (max(shorter, round(side * scale)) for side in size)
+    limit = PIL.Image.MAX_IMAGE_PIXELS
+    if limit is not None and width * height > limit:
+        raise ValueError(
+            f"it has {size[0]} x {size[1]} pixels, and {width} x {height} with the shorter side resized to {shorter}: "
+            f"above the {limit:,} of PIL.Image.MAX_IMAGE_PIXELS. Cut it, or resize by squashing"
+        )
+    return width, height

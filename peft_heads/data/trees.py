@@ -25,6 +25,7 @@ class Split:
         layout: Which of the published forms the tree has.
         image_format: "JPEG", "PNG", …, by the files' content; "JPEG+PNG" if both occur.
         fingerprint: sha256 over the list's lines (path, label) and the sizes of the files.
+        content_fingerprint: sha256 over the list's lines and the contents of the files.
         repeated: Lines left out because they repeat an earlier one.
         drawn: How the split was made where the tree has no list for it.
     """
@@ -35,6 +36,7 @@ class Split:
     layout: str
     image_format: str
     fingerprint: str
+    content_fingerprint: str
     repeated: int = 0
     drawn: str | None = None
     shots: int | None = None
@@ -50,6 +52,7 @@ class Split:
             "layout": self.layout,
             "image_format": self.image_format,
             "fingerprint": self.fingerprint,
+            "content_fingerprint": self.content_fingerprint,
             "repeated": self.repeated,
             "drawn": self.drawn,
             "shots": self.shots,
@@ -78,24 +81,29 @@ def load_split(
     shots: int | None = None,
     list_seed: int | None = None,
     check_sizes: bool = True,
+    image_range: tuple[float, float] | None = None,
 ) -> Split:
-    """A split of the task below `root`. Every file is looked at (its first bytes), none is decoded or copied.
+    """A split of the task below `root`. Every file is looked at and read, for its fingerprint; none is copied.
+
+    Of all images, only those of more than 8 bits per channel are decoded here.
 
     Args:
         root: Holds one folder per task.
         split: One of `task.splits`.
         shots, list_seed: Choose the training list of a few-shot task.
         check_sizes: Whether the number of images must be the published one (`task.size`).
+        image_range: What is black and white in images of more than 8 bits, see `decode_image`.
 
     Raises:
-        ValueError: no such split, or faults of the tree, each with its list and line.
+        ValueError: no such split, or faults of the tree, each with its list and line; an image that needs an
+            `image_range` is one.
         FileNotFoundError: the task's folder or the list is not there.
     """
     shots, list_seed = _check_request(task, split, shots, list_seed)
     folder = task_folder(root, task)
     layout = find_layout(folder, task)
     names, faults = class_names(folder, task, layout)
-    content = read_content(folder, task, layout, names, split, shots, list_seed, check_sizes)
+    content = read_content(folder, task, layout, names, split, shots, list_seed, check_sizes, image_range)
     faults += content.faults
     if faults:
         raise ValueError(f"{task.name} ({split}) in {folder} cannot be used: {summary(faults)}")
@@ -106,6 +114,7 @@ def load_split(
         layout=layout.name,
         image_format="+".join(sorted(content.formats())),
         fingerprint=content.fingerprint(),
+        content_fingerprint=content.content_fingerprint(),
         repeated=content.repeated,
         drawn=content.drawn,
         shots=shots,
@@ -113,15 +122,23 @@ def load_split(
     )
 
 
-def check_tree(root: str | Path, suite: str, tasks: list[Task] | None = None) -> list[TaskReport]:
+def check_tree(
+    root: str | Path,
+    suite: str,
+    tasks: list[Task] | None = None,
+    image_range: tuple[float, float] | None = None,
+) -> list[TaskReport]:
     """Check every list and file of a suite's tasks (or of `tasks`) below `root`.
+
+    Args:
+        image_range: What is black and white in images of more than 8 bits; without it those that need it are faults.
 
     Raises:
         FileNotFoundError: `root` is not a folder.
     """
     if not Path(root).is_dir():
         raise FileNotFoundError(f"{root} is not a folder")
-    return [_check_task(root, task) for task in tasks or [task for task in TASKS if task.suite == suite]]
+    return [_check_task(root, task, image_range) for task in tasks or [task for task in TASKS if task.suite == suite]]
 
 
 def summary(faults: list[str] | tuple[str, ...]) -> str:
@@ -159,7 +176,7 @@ def _dataset(content: Content, task: Task, names: list) -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns, features=features)
 
 
-def _check_task(root: str | Path, task: Task) -> TaskReport:
+def _check_task(root: str | Path, task: Task, image_range: tuple[float, float] | None) -> TaskReport:
     try:
         folder = task_folder(root, task)
         layout = find_layout(folder, task)
@@ -170,7 +187,9 @@ def _check_task(root: str | Path, task: Task) -> TaskReport:
     for split, shots, list_seed in _lists(task):
         label = split if shots is None else f"{split} ({shots} shots, seed {list_seed})"
         try:
-            content = contents[label] = read_content(folder, task, layout, names, split, shots, list_seed)
+            content = contents[label] = read_content(
+                folder, task, layout, names, split, shots, list_seed, image_range=image_range
+            )
         except FileNotFoundError as error:
             faults.append(str(error))
             continue

@@ -126,6 +126,27 @@ def test_finished_runs_are_found(tmp_path):
     assert find_result(tmp_path, RunSpec(**(SPEC | {"seed": 1}))) is None
 
 
+def test_contents_are_compared_where_both_know_them(tmp_path):
+    """Results of earlier versions have names, labels and sizes alone."""
+
+    def environment(sha256, content=None):
+        part = {"images": 3, "sha256": sha256} | ({} if content is None else {"content_sha256": content})
+        return {"data_fingerprint": {"train": part}}
+
+    def find(*found):
+        return find_result(tmp_path, RunSpec(**SPEC), Environment(**(ENVIRONMENT | environment(*found))))
+
+    path = write(tmp_path, environment=environment("1"))
+    assert find("1") and find("1", "a")
+    with pytest.raises(ValueError, match="data_fingerprint"):
+        find("2", "a")
+    path.unlink()
+    write(tmp_path, environment=environment("1", "a"))
+    assert find("1") and find("1", "a")
+    with pytest.raises(ValueError, match="data_fingerprint.*another folder"):
+        find("1", "b")
+
+
 @pytest.mark.parametrize(
     "other", [{"image_format": "JPEG"}, {"checkpoint_revision": None}, {"data_fingerprint": {"train": "00"}}]
 )

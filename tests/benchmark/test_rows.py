@@ -51,6 +51,19 @@ def test_different_data_is_not_averaged():
     assert set(row.samples()["cifar"]) == {(0, 0), (1, 0)} and row.notes == ()
 
 
+def test_different_contents_are_not_averaged():
+    """Beside results of earlier versions, which do not know theirs."""
+
+    def run(seed, content=None):
+        part = {"sha256": "1"} | ({} if content is None else {"content_sha256": content})
+        return make_run(seed=seed, environment={"data_fingerprint": {"train": part}})
+
+    (row,) = make_rows([run(0), run(1, "a"), run(2, "a")])
+    assert len(row.samples()["cifar"]) == 3 and row.notes == ()
+    (row,) = make_rows([run(0), run(1, "a"), run(2, "b")])
+    assert row.samples() == {} and len(row.notes) == 1
+
+
 def test_runs_without_accuracy_are_left_out():
     assert make_rows([make_run(accuracy=None, partial=True)]) == []
 

@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import tiny
 import trees
+from PIL import Image
 
 from peft_heads.benchmark.results import read_results
 from peft_heads.cli.bench_arguments import build_parser, read_method, read_recipe
@@ -172,6 +174,9 @@ def test_given_arguments():
     )
     assert (recipe.epochs, recipe.drop_last, recipe.drop_path) == (70, False, 0)
     assert recipe.train_images["normalization"] == recipe.eval_images["normalization"] == "half"
+    recipe = read_recipe(parse("--image_range", "-1000", "400.5"))
+    assert recipe.train_images["image_range"] == recipe.eval_images["image_range"] == [-1000, 400.5]
+    assert "image_range" not in read_recipe(parse()).train_images
     assert read_method(parse("--method", "linear")) == {"name": "linear"}
     assert read_method(parse("--method", "rlrr")) == {"name": "rlrr", "r": 1}
     rlrr = read_method(parse("--method", "rlrr", "--init", "zero", "kaiming", "--residual", "false", "--ne", "0", "1"))
@@ -188,6 +193,10 @@ def test_given_arguments():
         ("--method linear --ne 1", "--ne does not apply to --method linear"),
         ("--method rlrr --lora_alpha 4", "--lora_alpha does not apply to --method rlrr"),
         ("--method linear --normalization imagenets", "normalization='imagenets' is not one of"),
+        (
+            "--method linear --image_range 5 5",
+            "image_range=[5, 5] must be two finite numbers, LOW HIGH, with LOW below",
+        ),
         ("--method linear --batch_size 0", "batch_size must be positive; got 0"),
         ("--method linear --warmup_epochs 3", "must be below epochs; got 3 of 3"),
         ("--method linear --drop_path 1", "drop_path must be in [0, 1); got 1"),
@@ -206,6 +215,31 @@ def test_a_tree_of_another_size(root, tmp_path, capsys):
     assert main(["bench", "run", *arguments]) == 1
     error = capsys.readouterr().err
     assert "1 runs failed" in error and "1,000" in error
+
+
+def test_images_of_more_than_8_bits(tmp_path, root, capsys):
+    """What is black and white in them is part of the run."""
+    noise = np.random.default_rng(0)
+    for split in ("train", "val", "test"):
+        for label, name in enumerate(["low", "high"]):
+            folder = tmp_path / "data" / "scans" / split / name
+            folder.mkdir(parents=True)
+            for index in range(8):
+                values = noise.integers(0, 300, (16, 16)) + 700 * label - 500
+                Image.fromarray(values.astype(np.int32)).save(folder / f"{index}.tif")
+    arguments = words(root, tmp_path / "out", more="--suite folder --method linear --seed 0")
+    arguments[1] = str(tmp_path / "data")
+    assert main(["bench", "run", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert "train/high/0.tif cannot be read: its values are 32-bit" in error and "--image_range LOW HIGH" in error
+    assert main(["bench", "run", *arguments, "--image_range", "-500", "500"]) == 0
+    (run,) = read_results(tmp_path / "out", unofficial=True)
+    assert (
+        run.spec.preprocessing["train"]["image_range"] == run.spec.preprocessing["eval"]["image_range"] == [-500, 500]
+    )
+    assert run.result.accuracy == 1
+    fingerprints = run.environment.data_fingerprint
+    assert {len(part["content_sha256"]) for part in fingerprints.values()} == {64}
 
 
 def test_images_of_your_own(tmp_path, root, capsys):

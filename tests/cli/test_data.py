@@ -1,5 +1,7 @@
+import numpy as np
 import pytest
 import trees
+from PIL import Image
 
 from peft_heads.cli.main import main
 from peft_heads.data import trees as package
@@ -57,6 +59,40 @@ def test_many_faults_are_counted(root, capsys):
         path.unlink()
     _, lines = run(capsys, "check", root, "--task", "cifar")
     assert lines[-2] == "    and 6 more" and len(lines) == 14
+
+
+def test_check_of_images_of_more_than_8_bits(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(package, "TASKS", [CIFAR])
+    trees.write_vtab(tmp_path, CIFAR)
+    path = tmp_path / "cifar" / "images" / "test" / "000001.jpg"
+    Image.fromarray(np.arange(64, dtype=np.float32).reshape(8, 8)).save(path, format="TIFF")
+    code, lines = run(capsys, "check", tmp_path)
+    assert code == 1 and lines[-1] == "0 of 1 tasks in order"
+    assert lines[-2].startswith("    test.txt:2: 'images/test/000001.jpg' cannot be read: its values are 32-bit float")
+    assert "--image_range LOW HIGH" in lines[-2]
+    code, lines = run(capsys, "check", tmp_path, "--image_range", "-1", "63.5")
+    assert code == 0 and lines[-1] == "1 of 1 tasks in order"
+    assert main(["data", "check", str(tmp_path), "--image_range", "5", "1"]) == 2
+    assert "image_range=[5.0, 1.0] must be two finite numbers" in capsys.readouterr().err
+
+
+def test_check_of_one_s_own_images(tmp_path, capsys):
+    for split in ("train", "val", "test"):
+        for label, name in enumerate(["ant", "bee"]):
+            (tmp_path / "insects" / split / name).mkdir(parents=True)
+            trees.picture(label, 2).save(tmp_path / "insects" / split / name / "0.png")
+    code, lines = run(capsys, "check", tmp_path, "--suite", "folder")
+    assert (code, lines) == (
+        0,
+        [
+            "insects                in order; image folder, PNG",
+            "    train 2, val 2, test 2",
+            "1 of 1 tasks in order",
+        ],
+    )
+    Image.fromarray(np.zeros((8, 8), np.int32)).save(tmp_path / "insects" / "test" / "ant" / "scan.tif")
+    code, lines = run(capsys, "check", tmp_path, "--suite", "folder", "--task", "insects")
+    assert code == 1 and "    test/ant/scan.tif cannot be read: its values are 32-bit" in "\n".join(lines)
 
 
 def test_wrong_arguments(tmp_path, capsys):

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -125,6 +126,29 @@ def test_head_masked_lora_from_folders_to_reloaded_adapter(train, tmp_path, caps
         logits = model(**processor(list(images), return_tensors="pt")).logits
     assert logits.shape == (12, 3)
     assert (logits.argmax(-1) == torch.tensor(labels)).float().mean() > 0.5
+
+
+def test_images_of_more_than_8_bits(train, tmp_path, capsys):
+    """The range is saved with the adapter, and read from a config file as well."""
+    noise = np.random.default_rng(0)
+    for label, name in enumerate(["low", "high"]):
+        (tmp_path / "scans" / name).mkdir(parents=True)
+        for index in range(6):
+            values = noise.integers(0, 1500, (20, 20)) + 2000 * label
+            PIL.fromarray(values.astype(np.uint16)).save(tmp_path / "scans" / name / f"{index}.png")
+    data = ["--train_dir", str(tmp_path / "scans"), "--train_val_split", "0.5"]
+    assert train("--ne=0", data=data) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"error: image .*\d.png cannot be read: .*below 4096.*--image_range LOW HIGH", error), error
+    assert train("--ne=0", "--image_range", "4095", "0", data=data) == 2
+    assert "image_range=[4095.0, 0.0] must be two finite numbers" in capsys.readouterr().err
+    (tmp_path / "range.yaml").write_text("image_range: [0, 4095]\n")
+    assert train("--ne=0", data=data, config=[str(tmp_path / "range.yaml")]) == 0
+    assert results(tmp_path)["eval_accuracy"] == 1
+    assert json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())["image_range"] == [0, 4095]
+    assert "image_range=(0, 4095)" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.warns(UserWarning, match="trained on images of more than 8 bits with 0 as black and 4095 as white"):
+        peft_heads.load_image_classifier(tmp_path / "out")
 
 
 @pytest.mark.parametrize(

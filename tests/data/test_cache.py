@@ -14,8 +14,9 @@ import trees
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from peft_heads.data import image_store
+from peft_heads.data import files, image_store
 from peft_heads.data.cache import CachedImages, StreamedImages, cache_entries, cache_size, clean_cache, open_images
+from peft_heads.data.image_folders import folder_task, load_folder_split
 from peft_heads.data.images import collate, decode_image, load_image_dataset
 from peft_heads.data.preprocessing import Preprocessing
 from peft_heads.data.trees import load_split
@@ -48,9 +49,9 @@ def decoded(monkeypatch):
     """Paths of the images that were decoded."""
     paths = []
 
-    def decode(image):
+    def decode(image, image_range=None):
         paths.append(image["path"])
-        return decode_image(image)
+        return decode_image(image, image_range)
 
     monkeypatch.setattr(image_store, "decode_image", decode)
     return paths
@@ -199,8 +200,166 @@ def test_a_damaged_entry_is_made_anew(split, cache_dir, decoded):
         if content is not None:
             (entry.path / name).write_bytes(content)
         assert cache_entries() == []
-        images = CachedImages(split, SMALL)
+        with pytest.warns(UserWarning, match="vtab cifar train800, 8 images.* is damaged"):
+            images = CachedImages(split, SMALL)
         assert len(decoded) == before + 8 and images[7]["pixel_values"].isfinite().all()
+
+
+def values(images):
+    return [images[i]["pixel_values"] for i in range(len(images))]
+
+
+def test_another_tree_s_pixels_do_not_come_back(tmp_path, cache_dir):
+    """As of an archive: the same names, sizes and times, and other contents."""
+    roots = [tmp_path / name for name in ("one", "two")]
+    for number, root in enumerate(roots):
+        for name in ("train/a/0.bmp", "train/b/0.bmp"):
+            path = root / "task" / name
+            path.parent.mkdir(parents=True)
+            trees.picture(number, 5).save(path)
+            os.utime(path, ns=(10**18, 10**18))
+    splits = [load_folder_split(root, folder_task(root, "task"), "train") for root in roots]
+    assert splits[0].fingerprint == splits[1].fingerprint  # as in results of earlier versions
+    assert splits[0].content_fingerprint != splits[1].content_fingerprint
+    for split in splits:
+        images = zip(values(CachedImages(split, SMALL)), values(StreamedImages(split, SMALL)), strict=True)
+        assert all(torch.equal(one, other) for one, other in images)
+    # the same for rows that come from no tree
+    rows = [split.dataset for split in splits]
+    os.rename(roots[0] / "task", roots[0] / "moved")
+    os.rename(roots[1] / "task", roots[0] / "task")
+    rows[1] = load_folder_split(roots[0], folder_task(roots[0], "task"), "train").dataset
+    assert rows[0]["image"][:] == rows[1]["image"][:]
+    assert torch.equal(
+        CachedImages(rows[1], SMALL)[0]["pixel_values"], StreamedImages(rows[1], SMALL)[0]["pixel_values"]
+    )
+
+
+def flip_a_bit(path, at):
+    with open(path, "r+b") as file:
+        file.seek(at)
+        byte = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte[0] ^ 4]))
+
+
+@pytest.mark.parametrize(
+    ("damage", "is_open"),
+    [(damage, is_open) for damage in ("bit", "zeros", "last byte") for is_open in (False, True)]
+    + [("shape", False), ("checksum", False)],  # of entry.json, which is read once
+)
+def test_damaged_pixels_are_never_returned(split, cache_dir, decoded, damage, is_open):
+    varied = Preprocessing(size=16, resize="shorter_side", resize_size=18, crop="random")
+    images = CachedImages(split, varied, augment=whole)
+    expected, pixels, entry = values(images), images.entry.path / "pixels.bin", images.entry.path / "entry.json"
+    content = json.loads(entry.read_text())
+    if damage == "bit":
+        flip_a_bit(pixels, 5000)
+    elif damage == "zeros":
+        with open(pixels, "r+b") as file:
+            file.write(bytes(pixels.stat().st_size))
+    elif damage == "last byte":
+        flip_a_bit(pixels, pixels.stat().st_size - 1)
+    elif damage == "shape":  # as many bytes
+        content["shapes"][3] = content["shapes"][3][::-1]
+        entry.write_text(json.dumps(content))
+    elif damage == "checksum":
+        content["checksums"][7] += 1
+        entry.write_text(json.dumps(content))
+    if not is_open:
+        images = CachedImages(split, varied, augment=whole)
+    with pytest.warns(UserWarning, match="vtab cifar train800, 8 images.* is damaged.* made again") as said:
+        found = values(images)
+    assert len(said) == 1 and len(decoded) == 16
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    found = values(CachedImages(split, varied, augment=whole))  # on the disk, too
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True)) and len(decoded) == 16
+
+
+def test_two_that_see_the_same_damage_make_it_again_once(split, cache_dir, decoded):
+    images = [CachedImages(split, SMALL) for _ in range(2)]
+    flip_a_bit(images[0].entry.path / "pixels.bin", 0)
+    with pytest.warns(UserWarning, match="is damaged") as said:
+        one, other = (image[0]["pixel_values"] for image in images)
+    assert torch.equal(one, other) and len(said) == 1 and len(decoded) == 16
+
+
+def test_an_entry_is_not_made_again_of_other_images(split, root, cache_dir):
+    images = CachedImages(split, SMALL)
+    flip_a_bit(images.entry.path / "pixels.bin", 0)
+    trees.picture(2, 3, 99).save(root / "cifar/images/train800/000005.jpg")
+    with (
+        pytest.warns(UserWarning, match="is damaged"),
+        pytest.raises(ValueError, match="the files have changed since"),
+    ):
+        images[0]
+    assert cache_entries() == []
+
+
+def test_files_that_change_while_they_are_decoded(split, root, cache_dir, monkeypatch):
+    def decode(image, image_range):
+        trees.picture(2, 3, 99).save(root / "cifar/images/train800/000005.jpg")
+        return decode_image(image, image_range)
+
+    monkeypatch.setattr(image_store, "decode_image", decode)
+    with pytest.raises(ValueError, match="vtab cifar train800, 8 images: the files have changed since"):
+        CachedImages(split, SMALL)
+    assert cache_entries() == []
+
+
+def test_contents_are_read_once(split, root, cache_dir, monkeypatch):
+    """A sweep opens the same images thousands of times."""
+    CachedImages(split, SMALL)
+    monkeypatch.setattr(files, "open", lambda *_, **__: pytest.fail("read again"), raising=False)
+    monkeypatch.setattr(files, "_format", lambda *_: "JPEG")
+    CachedImages(load_split(root, TASK, "train800"), SMALL)
+
+
+def test_a_pipe_among_the_rows(tmp_path, cache_dir):
+    os.mkfifo(tmp_path / "a.png")
+    rows = datasets.Dataset.from_dict(
+        {"image": [str(tmp_path / "a.png")], "label": [0]},
+        features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")}),
+    )
+    with pytest.raises(ValueError, match=r"image .*a.png cannot be read: is not a regular file"):
+        CachedImages(rows, SMALL)
+    with pytest.raises(ValueError, match=r"image .*a.png cannot be read: is not a regular file"):
+        StreamedImages(rows, SMALL)[0]
+
+
+def test_images_of_more_than_8_bits(tmp_path, cache_dir):
+    """Cached and streamed, and the range is part of the key."""
+    values = np.random.default_rng(0).integers(0, 4096, (16, 16)).astype(np.uint16)
+    for name in ("train/a/0.png", "train/b/0.png"):
+        (tmp_path / "task" / name).parent.mkdir(parents=True)
+        Image.fromarray(values).save(tmp_path / "task" / name)
+    task = folder_task(tmp_path, "task")
+    with pytest.raises(ValueError, match=r"train cannot be used: train/a/0.png cannot be read: .*--image_range LOW"):
+        load_folder_split(tmp_path, task, "train")
+    split = load_folder_split(tmp_path, task, "train", (0, 4095))
+    with pytest.raises(ValueError, match=r"image .*0.png cannot be read: .*--image_range LOW HIGH"):
+        CachedImages(split, Preprocessing(size=16))
+    paths = set()
+    for low, high in ((0, 4095), (0, 2000)):
+        preprocessing = Preprocessing(size=16, image_range=(low, high))
+        expected = np.rint(np.clip((values - low) / (high - low), 0, 1) * 255)
+        for kind in (CachedImages, StreamedImages):
+            images = kind(split, preprocessing)
+            assert (images.pixels(0) == expected).all()
+        paths.add(CachedImages(split, preprocessing).entry.path)
+    assert len(paths) == 2
+
+
+def test_a_line_that_would_become_a_sea(tmp_path, cache_dir):
+    """Its shorter side resized, in gigabytes."""
+    for name in ("train/a/0.png", "train/b/0.png"):
+        (tmp_path / "task" / name).parent.mkdir(parents=True)
+        Image.new("RGB", (20_000, 1)).save(tmp_path / "task" / name)
+    split = load_folder_split(tmp_path, folder_task(tmp_path, "task"), "train")
+    for kind in (CachedImages, StreamedImages):
+        with pytest.raises(ValueError, match=r"image .*0.png cannot be resized: it has 20000 x 1 pixels, and 5120000"):
+            kind(split, Preprocessing(resize="shorter_side"))[0]
+    assert StreamedImages(split, Preprocessing())[0]["pixel_values"].shape == (3, 224, 224)
 
 
 def test_a_damaged_image_leaves_nothing_behind(split, root, cache_dir):
@@ -256,8 +415,8 @@ def test_an_entry_that_appears_meanwhile_is_used(split, cache_dir, monkeypatch, 
 
     def overtaken(target):
         with make(target) as folder:
-            image_store._write_pixels(split.dataset["image"], SMALL, folder / "pixels.bin", 1)
-            content = {"description": "faster", "shapes": [[16, 16]] * 8}
+            _, checksums = image_store._write_pixels(split.dataset["image"], SMALL, folder / "pixels.bin", 1)
+            content = {"description": "faster", "shapes": [[16, 16]] * 8, "checksums": checksums}
             (folder / "entry.json").write_text(json.dumps(content))
         return make(target)
 
@@ -279,15 +438,15 @@ MAKER = """
 import sys, time
 sys.path[:0] = {path!r}
 import trees
-from peft_heads.data import image_store
+from peft_heads.data import files, image_store
 from peft_heads.data.cache import CachedImages
 from peft_heads.data.preprocessing import Preprocessing
 from peft_heads.data.trees import load_split
 decode = image_store.decode_image
-def slow(image):
+def slow(image, image_range):
     print("decoding", flush=True)
     time.sleep({seconds})
-    return decode(image)
+    return decode(image, image_range)
 image_store.decode_image = slow
 split = load_split({root!r}, trees.small("cifar", "vtab"), "train800")
 print("values", CachedImages(split, Preprocessing(size=16), workers=1)[7]["pixel_values"].sum().item(), flush=True)
@@ -361,6 +520,8 @@ def test_the_default_folder(monkeypatch, tmp_path):
 def test_an_entry_says_what_it_is(split, cache_dir):
     entry = CachedImages(split, SMALL).entry
     content = json.loads((entry.path / "entry.json").read_text())
-    assert content == {"format": 1, "description": "vtab cifar train800, 8 images", "shapes": [[16, 16]] * 8}
+    checksums = content.pop("checksums")
+    assert content == {"format": 2, "description": "vtab cifar train800, 8 images", "shapes": [[16, 16]] * 8}
+    assert len(set(checksums)) == 8 and all(0 <= number < 2**64 for number in checksums)
     assert (entry.path / "pixels.bin").stat().st_size == 8 * 3 * 16 * 16
     shutil.rmtree(cache_dir)

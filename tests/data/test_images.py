@@ -1,14 +1,25 @@
+import io
+import json
 import os
 import pickle
 
 import datasets
+import numpy as np
 import pytest
 import tiny
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Sequence, Value
 from PIL import Image as PIL
 
-from peft_heads.data.images import ImageTransform, collate, label_names, load_image_dataset, load_image_processor
+from peft_heads.data import decoding
+from peft_heads.data.images import (
+    ImageTransform,
+    collate,
+    image_range_of,
+    label_names,
+    load_image_dataset,
+    load_image_processor,
+)
 
 
 def picture(index=0, mode="RGB"):
@@ -191,7 +202,8 @@ def test_no_image_processor(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "CMYK", "LA"])
-def test_any_image_mode(processor, mode):
+def test_any_image_mode(processor, mode, monkeypatch):
+    monkeypatch.setattr(decoding, "_alpha_was_said", mode in ("RGBA", "LA"))  # see test_decoding
     pixels = ImageTransform(processor)({"image": [picture(1, mode)], "label": [0]})["pixel_values"]
     assert pixels[0].shape == (3, 8, 8)
 
@@ -206,6 +218,47 @@ def test_batches_from_a_dataset(processor):
     assert batch["labels"].tolist() == [1, 0, 1]
     assert batch["labels"].dtype == torch.int64
     assert set(batch) == {"pixel_values", "labels"}
+
+
+def test_a_range_is_saved_with_the_processor(processor, tmp_path):
+    """Once: the transform takes it from there, and writes it there."""
+    image = PIL.fromarray(np.full((8, 8), 200, np.int32))
+    with pytest.raises(ValueError, match="--image_range"):
+        ImageTransform(processor)({"image": [image], "label": [0]})
+    first = ImageTransform(processor, image_range=(100, 300))({"image": [image], "label": [0]})["pixel_values"]
+    processor.save_pretrained(tmp_path)
+    again = load_image_processor(tmp_path)
+    assert image_range_of(again) == (100, 300)
+    assert torch.equal(first[0], ImageTransform(again)({"image": [image], "label": [0]})["pixel_values"][0])
+    again = load_image_processor(tmp_path, image_range=(0, 400))
+    assert image_range_of(again) == ImageTransform(again).image_range == (0, 400)
+    assert image_range_of(load_image_processor(tmp_path, do_normalize=False)) == (100, 300)
+    settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings | {"image_range": [3, "x"]}))
+    with pytest.raises(ValueError, match=r"image_range=\[3, 'x'\] must be two finite numbers"):
+        load_image_processor(tmp_path)
+
+
+def test_a_data_set_with_a_range(folders, tmp_path, processor):
+    deep = np.linspace(0, 4095, 64).reshape(8, 8).astype(np.uint16)
+    for path in folders.glob("train/*/*.png"):
+        PIL.fromarray(deep).save(path)
+    rows = load_folders(folders, tmp_path, train_val_split=0)["train"].with_transform(ImageTransform(processor))
+    with pytest.raises(ValueError, match=r"image .*cat/0.png cannot be read: .*--image_range LOW HIGH"):
+        rows[0]
+    data = load_folders(folders, tmp_path, train_val_split=0, image_range=(0, 4095))
+    assert np.ptp(np.asarray(data["train"][0]["image"])) == 255
+    with pytest.raises(ValueError, match="must be two finite numbers"):
+        load_folders(folders, tmp_path, image_range=(1, 0))
+
+
+def test_a_line_that_would_become_a_sea(processor):
+    """Checked before the processor resizes."""
+    processor.size = {"shortest_edge": 224}
+    line = io.BytesIO()
+    PIL.new("RGB", (20_000, 1)).save(line, "PNG")
+    with pytest.raises(ValueError, match=r"image lines/1.png cannot be resized: it has 20000 x 1 pixels"):
+        ImageTransform(processor)({"image": [{"path": "lines/1.png", "bytes": line.getvalue()}], "label": [0]})
 
 
 def test_transform_goes_to_worker_processes(processor):

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from peft_heads.data.images import ImageTransform
-from peft_heads.data.preprocessing import Preprocessing
+from peft_heads.data.preprocessing import Preprocessing, resized_by_shorter_side
 
 
 def noise(width, height):
@@ -80,6 +80,8 @@ def test_the_checkpoint_s_own(do_normalize):
         size=size, resample=Image.Resampling.BICUBIC, image_mean=mean, image_std=std, do_normalize=do_normalize
     )
     preprocessing = Preprocessing.from_processor(processor, size=24)
+    processor.image_range = [0, 9]
+    assert Preprocessing.from_processor(processor, size=24).image_range == (0, 9)
     image = noise(60, 40)
     found = preprocessing.normalize(torch.from_numpy(preprocessing.pixels(image)))
     expected = ImageTransform(processor)({"image": [image], "label": [0]})["pixel_values"][0]
@@ -102,6 +104,26 @@ def test_to_dict_holds_everything_as_plain_values():
     assert Preprocessing(size=112, resize="shorter_side").to_dict()["resize_size"] == 128
 
 
+def test_a_range_of_deep_images_is_recorded_where_there_is_one():
+    """Runs without it keep their names."""
+    found = Preprocessing(image_range=[0, 4095])
+    assert found.image_range == (0, 4095) and json.loads(json.dumps(found.to_dict()))["image_range"] == [0, 4095]
+    assert Preprocessing(**{**found.to_dict(), "mean": None, "std": None}).image_range == (0, 4095)
+    assert "image_range" not in Preprocessing().to_dict()
+    assert len({str(Preprocessing(image_range=x).pixel_settings()) for x in (None, (0, 1), (0, 2))}) == 3
+
+
+@pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000), (2_000_000, 50)])
+def test_the_shorter_side_of_a_line(size):
+    with pytest.raises(ValueError, match=f"it has {size[0]} x {size[1]} pixels, and .* above the 89,478,485 of PIL"):
+        resized_by_shorter_side(size, 256)
+
+
+def test_a_long_image_has_room():
+    assert Preprocessing(size=8, resize="shorter_side").pixels(Image.new("RGB", (3000, 3))).shape == (3, 8, 8)
+    assert resized_by_shorter_side((13, 7), 14) == (26, 14)
+
+
 def test_pixel_settings_leave_the_normalisation_out():
     settings = Preprocessing().pixel_settings()
     assert settings == Preprocessing(normalization="half").pixel_settings()
@@ -122,6 +144,7 @@ def test_pixel_settings_leave_the_normalisation_out():
         ({"mean": (0.1,) * 3, "std": (1.0,) * 3}, "mean and std are given with normalization='checkpoint'"),
         ({"normalization": "checkpoint", "mean": (0.1,), "std": (1.0,) * 3}, "mean=.* must have three values"),
         ({"normalization": "checkpoint", "mean": (0.1,) * 3, "std": (0.0,) * 3}, "std=.* above 0"),
+        ({"image_range": (5, 5)}, r"image_range=\(5, 5\) must be two finite numbers"),
         ({"size": 0}, "size=0 must be at least 1"),
         ({"size": 224, "resize_size": 200}, "size=224 must be .* not above resize_size=200"),
     ],

@@ -1,10 +1,12 @@
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from hashlib import sha256
 
 import datasets
+import numpy as np
 import pytest
 import trees
 from PIL import Image
@@ -126,11 +128,67 @@ def test_fingerprint(vtab):
         "layout": "text lists",
         "image_format": "JPEG",
         "fingerprint": split.fingerprint,
+        "content_fingerprint": split.content_fingerprint,
         "repeated": 0,
         "drawn": None,
         "shots": None,
         "list_seed": None,
     }
+
+
+def test_fingerprint_of_the_content(vtab):
+    split = load_split(vtab, CIFAR, "val200")
+    lines = [
+        f"images/val200/{i:06}.jpg {i % 3} "
+        f"{sha256((vtab / f'cifar/images/val200/{i:06}.jpg').read_bytes()).hexdigest()}\n"
+        for i in range(4)
+    ]
+    assert split.content_fingerprint == sha256("".join(lines).encode()).hexdigest()
+
+
+DEEP = {
+    "float.tif": np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8),
+    "12bit.png": np.arange(64, dtype=np.uint16).reshape(8, 8),
+    "int.tif": np.arange(64, dtype=np.int32).reshape(8, 8),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_images_that_need_a_range(vtab, name):
+    """Whatever the file is called."""
+    path = vtab / "cifar" / "images" / "val200" / "000002.jpg"
+    Image.fromarray(DEEP[name]).save(path, format=name[-3:].replace("tif", "tiff"))
+    fault = r"val200.txt:3: 'images/val200/000002.jpg' cannot be read: its values .* give --image_range LOW HIGH"
+    with pytest.raises(ValueError, match=rf"cifar \(val200\) in .*cannot be used: {fault}"):
+        load_split(vtab, CIFAR, "val200")
+    assert len(load_split(vtab, CIFAR, "val200", image_range=[0, 63]).dataset) == 4
+    (report,) = check_tree(vtab, "vtab", [CIFAR])
+    assert len(report.faults) == 1 and re.match(fault, report.faults[0])
+    (report,) = check_tree(vtab, "vtab", [CIFAR], (0, 63))
+    assert report.faults == ()
+    Image.fromarray(np.full((8, 8), 60_000, np.uint16)).save(path, format="PNG")  # looked at again
+    assert len(load_split(vtab, CIFAR, "val200").dataset) == 4
+
+
+@pytest.mark.parametrize("kind", ["PPM", "TIFF", "AVIF", "WEBP"])
+def test_decompression_bombs(vtab, monkeypatch, kind):
+    """By their header, of formats that are not known by their first bytes."""
+    path = vtab / "cifar" / "images" / "val200" / "000002.jpg"
+    if f".{kind.lower()}" not in Image.registered_extensions():
+        pytest.skip(f"this Pillow reads no {kind}")
+    Image.new("RGB", (300, 300)).save(path, format=kind)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300 * 300 // 2 - 1)
+    with pytest.raises(ValueError, match=r"val200.txt:3: '.*000002.jpg' cannot be read: .*decompression bomb"):
+        load_split(vtab, CIFAR, "val200")
+
+
+def test_damaged_images_of_more_than_8_bits(vtab):
+    path = vtab / "cifar" / "images" / "val200" / "000002.jpg"
+    noise = np.random.default_rng(0).integers(0, 65536, (32, 32)).astype(np.uint16)
+    Image.fromarray(noise).save(path, format="PNG")
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"val200.txt:3: '.*000002.jpg' cannot be read: "):
+        load_split(vtab, CIFAR, "val200")
 
 
 def test_image_format_is_that_of_the_content(vtab):
