@@ -132,6 +132,7 @@ def trainer_card():
     trainer = Trainer(model, args, train_dataset=[])
     trainer.save_model()
     trainer.create_model_card()
+    Path("trainer/training_args.bin").unlink()  # transformers 4.57 notes the time there
 
 
 def output(model):
