@@ -20,6 +20,10 @@ FULL_TEXTS = ("No space left on device", "os error 28", "Disk quota exceeded", "
 WRITER_TEXTS = ("PytorchStreamWriter failed writing", "iostream error", "unexpected pos")
 
 
+class CommandError(Exception):
+    """What a command tells its user, where the machine is at fault and not the arguments."""
+
+
 def explain(error: BaseException) -> tuple[int, str] | None:
     """`(exit code, one line)`; None for what may be a bug.
 
@@ -30,9 +34,11 @@ def explain(error: BaseException) -> tuple[int, str] | None:
         return None
     if isinstance(error, (ValueError, FileNotFoundError)) and raised_by_this_package(error):
         return 2, str(error)
+    if isinstance(error, CommandError):
+        return 1, str(error)
     full = disk_full(error)
     if full is not None:
-        return 1, full
+        return 1, f"the disk is full: {full}"
     if isinstance(error, (OSError, SafetensorError)) or is_network_error(error):
         return 1, one_line(error)
     return None
@@ -47,7 +53,7 @@ def disk_full(error: BaseException) -> str | None:
         if any(known in text for known in FULL_TEXTS):
             return text
         if isinstance(cause, RuntimeError) and any(known in text for known in WRITER_TEXTS):
-            return f"a file could not be written; is the disk full? ({text})"
+            return f"torch could not write: {text}"
     return None
 
 

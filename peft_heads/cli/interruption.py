@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shlex
 import warnings
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 from transformers import Trainer
 
 from ..checkpoints import last_complete_checkpoint
-from .errors import disk_full
+from .errors import CommandError, disk_full
 
 
 SECRETS = ("--token", "--hub_token")
@@ -27,7 +26,7 @@ def how_to_go_on(trainer: Trainer, argv: list[str]) -> Iterator[None]:
         argv: The words after `peft-heads train`.
 
     Raises:
-        KeyboardInterrupt, OSError: With a message for the user.
+        KeyboardInterrupt, CommandError: With a message for the user.
     """
     try:
         yield
@@ -37,7 +36,7 @@ def how_to_go_on(trainer: Trainer, argv: list[str]) -> Iterator[None]:
         full = disk_full(error)
         if full is None:
             raise
-        raise OSError(errno.ENOSPC, f"the disk is full ({full}) at step {_where(trainer, argv)}") from error
+        raise CommandError(f"the disk is full ({full}) at step {_where(trainer, argv)}") from error
 
 
 def resume_command(argv: list[str], checkpoint: str) -> str:
