@@ -27,9 +27,10 @@ def run(argv: list[str]) -> int:
         raise ValueError(f"{args.results} holds no results{hint}")
 
     from ..atomic import write_atomically
+    from ..benchmark.plans import read_plans
     from ..benchmark.report import make_report
 
-    files = make_report(runs, args.suite)
+    files = make_report(runs, args.suite, read_plans(args.results))
     if args.output_dir is None:
         print(files["report.md"].partition("\n![")[0].rstrip())
         return 0

@@ -85,11 +85,11 @@ def sweep(argv: list[str]) -> int:
         from ..atomic import write_atomically
         from ..benchmark.report import make_report, summarize
 
-        files = make_report(outcome.runs.values(), args.suite)
+        files = make_report(outcome.runs.values(), args.suite, sweep.choices())
         folder = places.work.parent / "report"
         for name in reversed(files):
             write_atomically(folder / name, files[name])
-        print(summarize(outcome.runs.values(), args.suite))
+        print(summarize(outcome.runs.values(), args.suite, sweep.choices()))
         print(f"{len(files)} files in {folder}: report.md has all tables, what the rows share, and the figures")
     return finish(outcome, args)
 
@@ -135,8 +135,7 @@ def _prepare(args: argparse.Namespace, settings: dict[str, Any]):
 def _queue(args: argparse.Namespace, sweep):
     from ..benchmark.shared import SharedQueue, default_study_name
 
-    plan = sweep.search() + sweep.runs(sweep.methods(), sweep.seeds, final=True)
-    name = args.study_name or default_study_name(plan)
+    name = args.study_name or default_study_name(sweep.plan())
     return SharedQueue(args.storage, name, args.output_dir, args.take_over)
 
 
@@ -178,6 +177,8 @@ def finish(outcome, args: argparse.Namespace) -> int:
     if _is_main():
         for run_id, why in outcome.failed.items():
             print(f"failed: {run_id}: {why}", file=sys.stderr)
+        for note in outcome.not_chosen:
+            print(f"not chosen: {note}", file=sys.stderr)
         if outcome.failed:
             print(f"{len(outcome.failed)} runs failed: {args.output_dir}/failed has the traces", file=sys.stderr)
     PartialState().wait_for_everyone()
