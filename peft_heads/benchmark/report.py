@@ -19,6 +19,7 @@ from .plots import (
 )
 from .results import Run
 from .rows import Row, make_rows, row_labels
+from .settings_notes import deviation_notes, settings_notes
 from .suites import suite_groups
 from .tables import Cell, Column, Table, TableRow, to_csv, to_latex, to_markdown, to_text
 
@@ -54,7 +55,12 @@ def make_report(runs: Iterable[Run], suite: str, choices: Iterable[Choice] = ())
     }
     figures = make_figures(tested or rows, groups)
     files: dict[str, str | bytes] = {}
-    sections = [f"# Results on {suite}", _partial_note(own), "\n".join(f"- {note}" for note in notes)]
+    sections = [
+        f"# Results on {suite}",
+        settings_notes(rows, suite),
+        _partial_note(own),
+        "\n".join(f"- {note}" for note in notes),
+    ]
     for name, table in tables.items():
         if table is not None:
             files |= {f"{name}.csv": to_csv(table), f"{name}.tex": to_latex(table)}
@@ -75,13 +81,14 @@ def summarize(runs: Iterable[Run], suite: str, choices: Iterable[Choice] = ()) -
         raise ValueError(f"there are no results of the suite {suite!r}")
     groups = suite_groups(suite, own)
     _, partly = unfinished_choices(choices, {run.spec.run_id for run in own})
-    table = accuracy_table(make_rows(own), groups, f"{suite}: accuracy on test (%)", partly)
+    rows = make_rows(own)
+    table = accuracy_table(rows, groups, f"{suite}: accuracy on test (%)", partly)
     ours = [row.cells for row in table.rows if not row.section.startswith("Published")]
     filled = [c for c in table.columns if any(cells.get(c.name, Cell(None)).mean is not None for cells in ours)]
     tasks = [column for column in filled if column.name in groups]
     averages = [column for column in filled if column.name not in groups]
     few = len(tasks) <= FEW_TASKS or not any(column.group == "averages" for column in averages)
-    return to_text(table, (tasks if few else []) + averages)
+    return "\n".join([to_text(table, (tasks if few else []) + averages), *deviation_notes(rows, suite)])
 
 
 def make_figures(rows: list[Row], groups: dict[str, str]) -> dict[str, bytes]:

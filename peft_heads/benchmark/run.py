@@ -141,7 +141,13 @@ def run(
         _begin(folder, environment)
         trainer = training.trainer(folder, test_every)
         checkpoint = last_complete_checkpoint(folder) or begin_with
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else os.fspath(checkpoint))
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else os.fspath(checkpoint))
+        except KeyboardInterrupt as interrupt:
+            state = trainer.state
+            raise KeyboardInterrupt(
+                f"step {state.global_step:,} of {state.max_steps:,} of {spec.run_id}"
+            ) from interrupt
         result = training.result(trainer)
         for twin, where in twins:
             _add_twin(twin, where, trainer, result)

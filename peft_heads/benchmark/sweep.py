@@ -187,6 +187,7 @@ class Outcome:
 def run_sweep(
     sweep: Sweep,
     places: Places,
+    outcome: Outcome | None = None,
     *,
     share_warmup: bool = True,
     test_every: int = 0,
@@ -201,6 +202,7 @@ def run_sweep(
     Args:
         sweep: What.
         places: Where.
+        outcome: Filled while runs are finished, and given back; by default a new one.
         share_warmup: Whether runs that differ in the selection of heads alone train the epochs before it once. The
             results are the same.
         test_every: As for `run`, for the runs on test images.
@@ -208,7 +210,7 @@ def run_sweep(
             such as a tqdm.
         queue: The groups of runs of all the machines that share the sweep, on the main process of each.
     """
-    outcome, plan, choices = Outcome(), sweep.plan(), sweep.choices()
+    outcome, plan, choices = Outcome() if outcome is None else outcome, sweep.plan(), sweep.choices()
     clear_trunks(places, needed=plan)
     if choices and PartialState().is_main_process:
         write_plan(places.output_dir, default_study_name(plan), choices)
@@ -249,43 +251,15 @@ def execute(
     missing_of = {key: [spec for spec in group if not _is_done(spec, places, dirty)] for key, group in groups.items()}
     bar = progress(sum(map(len, missing_of.values())), title) if progress else None
     shared = _from_main(queue is not None)
-    for key in _turns(groups, places, outcome, title, queue) if shared else groups:
-        group = groups[key]
-        trunk, missing = None, missing_of[key]
-        with ExitStack() as stack:
-            if share_warmup and len(set(map(training_key, missing))) > 1 and trunk_epochs(missing[0]) > 0:
-                # a run without masks can go on from a checkpoint with them, in which all heads are active, not vice versa
-                first = max(missing, key=lambda spec: bool(spec.method.get("ne", 1)))
-                trunk = _attempt(
-                    outcome, first, places, lambda spec=first, stack=stack: _hold_trunk(stack, spec, places)
-                )
-            # to be trained together; not if they are looked at in between: each has a best epoch of its own
-            open_specs = [] if test_every else list(missing)
-            for spec in group:
-                twins = _twins(spec, open_specs, outcome)
-                done = _attempt(
-                    outcome,
-                    spec,
-                    places,
-                    lambda spec=spec, trunk=trunk, twins=twins: run(
-                        spec, places, begin_with=trunk, test_every=test_every, also=twins
-                    ),
-                )
-                if done is not None:
-                    outcome.runs[spec.run_id] = done[0]
-                    outcome.failed.pop(spec.run_id, None)
-                    if done[1]:  # trained, and its twins with it
-                        open_specs = [other for other in open_specs if other not in (spec, *twins)]
-                if bar is not None and spec in missing:
-                    bar.update()
-            if trunk is not None and PartialState().is_main_process:
-                shutil.rmtree(trunk.parent, ignore_errors=True)
-    if bar is not None:
-        bar.close()
-    for spec in itertools.chain(*groups.values()):
-        if (
-            spec.run_id in outcome.failed and not shared and _is_done(spec, places, dirty)
-        ):  # by another sweep meanwhile
+    try:
+        for key in _turns(groups, places, outcome, title, queue) if shared else groups:
+            _run_group(groups[key], missing_of[key], places, outcome, share_warmup, test_every, bar)
+    finally:
+        if bar is not None:
+            bar.close()
+    for spec in () if shared else itertools.chain(*groups.values()):
+        # what was refused here, another sweep in this folder may have finished meanwhile
+        if spec.run_id in outcome.failed and _is_done(spec, places, dirty):
             done = _attempt(outcome, spec, places, lambda spec=spec: run(spec, places))
             if done is not None:
                 outcome.runs[spec.run_id] = done[0]
@@ -294,6 +268,43 @@ def execute(
         if _is_done(spec, places, dirty=True):  # by other machines
             outcome.runs[spec.run_id] = find_result(places.output_dir, spec, unofficial=True)
             outcome.failed.pop(spec.run_id, None)
+
+
+def _run_group(
+    group: list[RunSpec],
+    missing: list[RunSpec],
+    places: Places,
+    outcome: Outcome,
+    share_warmup: bool,
+    test_every: int,
+    bar: Any,
+) -> None:
+    """The runs that share a beginning, which is trained once; `missing` are those without a result."""
+    trunk = None
+    with ExitStack() as stack:
+        if share_warmup and len(set(map(training_key, missing))) > 1 and trunk_epochs(missing[0]) > 0:
+            # a run without masks can go on from a checkpoint with them, in which all heads are active, not vice versa
+            first = max(missing, key=lambda spec: bool(spec.method.get("ne", 1)))
+            trunk = _attempt(outcome, first, places, lambda: _hold_trunk(stack, first, places))
+        # to be trained together; not if they are looked at in between: each has a best epoch of its own
+        open_specs = [] if test_every else list(missing)
+        for spec in group:
+            twins = _twins(spec, open_specs, outcome)
+            done = _attempt(
+                outcome,
+                spec,
+                places,
+                lambda spec=spec, twins=twins: run(spec, places, begin_with=trunk, test_every=test_every, also=twins),
+            )
+            if done is not None:
+                outcome.runs[spec.run_id] = done[0]
+                outcome.failed.pop(spec.run_id, None)
+                if done[1]:  # trained, and its twins with it
+                    open_specs = [other for other in open_specs if other not in (spec, *twins)]
+            if bar is not None and spec in missing:
+                bar.update()
+        if trunk is not None and PartialState().is_main_process:
+            shutil.rmtree(trunk.parent, ignore_errors=True)
 
 
 def _hold_trunk(stack: ExitStack, spec: RunSpec, places: Places) -> Path:

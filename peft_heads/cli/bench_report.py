@@ -10,7 +10,9 @@ def run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="peft-heads bench report",
         description="Prints the tables of a folder of results, with the published rows beside; with --output_dir, "
-        "writes report.md, every table as CSV and LaTeX, and the figures (PNG).",
+        "writes report.md, every table as CSV and LaTeX, and the figures (PNG). What lies in RESULTS_DIR/official are "
+        "complete runs of committed code, or of an installed package; where they depart from the recipe of their suite, "
+        "the report says so.",
     )
     parser.add_argument("results", metavar="RESULTS_DIR", help="the folder that `bench run` and `bench sweep` wrote")
     parser.add_argument("--suite", default="vtab", help="whose results (default vtab)")
