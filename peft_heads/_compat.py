@@ -7,6 +7,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import peft
@@ -203,6 +204,26 @@ def silence_known_warnings() -> None:
     Delete when PEFT asks for `is_activation_checkpointing` (peft 0.21 on transformers 5.23).
     """
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
+
+def trainer_has_overwrite_output_dir() -> bool:
+    """Whether `TrainingArguments` has `overwrite_output_dir`, which transformers 5.0 has dropped.
+
+    Delete when transformers 5.0 is the oldest that is supported.
+    """
+    from transformers import TrainingArguments
+
+    return any(field.name == "overwrite_output_dir" for field in fields(TrainingArguments))
+
+
+def is_network_error(error: BaseException) -> bool:
+    """Whether an error of the Hub's client is one of its HTTP library, which is no `OSError`.
+
+    huggingface_hub 0 has requests, whose errors are; 1 has httpx, and 2 httpx2.
+
+    Delete when huggingface_hub raises errors of its own, or `OSError`, where no server answers.
+    """
+    return any(cls.__module__.partition(".")[0] in ("httpx", "httpx2") for cls in type(error).__mro__)
 
 
 def load_pil_image_processor(name_or_path: str | os.PathLike, **kwargs: Any) -> BaseImageProcessor:

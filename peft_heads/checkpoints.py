@@ -1,4 +1,7 @@
-"""Which checkpoints of a run are complete. Trainer writes, and deletes, them file by file, so a killed run leaves parts."""
+"""Which checkpoints of a run are complete, and which are its own.
+
+Trainer writes, and deletes, them file by file, so a killed run leaves parts.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,10 @@ WEIGHTS = (
 )
 # Any one of them: an ordinary optimizer's state, FSDP's (in one file, in several), DeepSpeed's.
 OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0", "latest")
+# Says in an output folder whose run it is. Trainer uploads no file whose name begins with an underscore.
+RUN_FILE = "_run.json"
+# Under this name a checkpoint's trainer_state.json says the same, see `cli.output_folder.TrainingRun`.
+RUN_STATE = "TrainingRun"
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike, save_only_model: bool = False) -> str | None:
@@ -32,8 +39,12 @@ def last_complete_checkpoint(output_dir: str | os.PathLike, save_only_model: boo
 
     A run that was killed while it saved leaves a newest checkpoint that lacks files or has half-written ones. Such
     checkpoints are skipped with a warning that names the file; nothing is deleted or changed, and the resumed run
-    writes them anew. For adapters and whole models, also of FSDP and DeepSpeed. What cannot be told: whether the files of
-    a folder that a run wrote over another run's are all of the same run; give each run a folder of its own.
+    writes them again. For adapters and whole models, also of FSDP and DeepSpeed.
+
+    `peft-heads train` gives each run an id, which its output folder and its checkpoints hold: a checkpoint of another
+    run is skipped with a warning that names it. One without an id, as a plain Trainer writes it, counts as the user's
+    own. What cannot be told then: whether the files of a folder that a run wrote over another run's are all of the same
+    run; give each run a folder of its own.
 
     Args:
         output_dir: Trainer's output folder, with the folders `checkpoint-N`.
@@ -49,7 +60,11 @@ def last_complete_checkpoint(output_dir: str | os.PathLike, save_only_model: boo
         >>> trainer.train(resume_from_checkpoint=last_complete_checkpoint(trainer.args.output_dir))
         ```
     """
+    foreign = foreign_checkpoints(output_dir, run_of_folder(output_dir))
     for folder in checkpoint_folders(output_dir):
+        if folder in foreign:
+            warnings.warn(f"checkpoint {folder} is of another run ({foreign[folder]}) and skipped")
+            continue
         fault = checkpoint_fault(folder, save_only_model)
         if fault is None:
             return str(folder)
@@ -61,6 +76,22 @@ def checkpoint_folders(output_dir: str | os.PathLike) -> list[Path]:
     """The folders `checkpoint-N` in `output_dir`, the highest N first; none if there is no such folder."""
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir() and _step_of(path) is not None]
     return sorted(folders, key=_step_of, reverse=True)
+
+
+def foreign_checkpoints(output_dir: str | os.PathLike, run: str | None) -> dict[Path, str]:
+    """`{checkpoint: its run}` of those in `output_dir` that are of another run than `run`; none if that is None."""
+    runs = {folder: run_of(folder) for folder in checkpoint_folders(output_dir)} if run is not None else {}
+    return {folder: other for folder, other in runs.items() if other is not None and other != run}
+
+
+def run_of_folder(output_dir: str | os.PathLike) -> str | None:
+    """The id of the run that an output folder belongs to; None if no run has said so."""
+    return _read_id(Path(output_dir) / RUN_FILE)
+
+
+def run_of(checkpoint: str | os.PathLike) -> str | None:
+    """The id of the run that wrote a checkpoint; None if it holds none."""
+    return _read_id(Path(checkpoint) / "trainer_state.json", "stateful_callbacks", RUN_STATE, "args")
 
 
 def checkpoint_fault(folder: str | os.PathLike, save_only_model: bool = False) -> str | None:
@@ -154,6 +185,17 @@ def _step_fault(folder: Path) -> str | None:
     if _step_of(folder) not in (None, step):
         return f"trainer_state.json is that of step {step}"
     return None
+
+
+def _read_id(path: Path, *keys: str) -> str | None:
+    """`run_id` below these keys of a JSON file; None if it is not there, or the file cannot be read."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    for key in (*keys, "run_id"):
+        content = content.get(key) if isinstance(content, dict) else None
+    return content if isinstance(content, str) else None
 
 
 def _read_mapping(path: Path) -> dict:

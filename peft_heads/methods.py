@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from peft import LNTuningConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -184,6 +184,37 @@ class RankAllocator(TrainerCallback):
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
         """The gradients are still there; `global_step` counts this step only afterwards."""
         self.model.base_model.update_and_allocate(state.global_step)
+
+
+def effective_settings(args: MethodArguments) -> dict[str, Any]:
+    """Every setting of a method by its name on the command line, given or by default; needs no model.
+
+    Settings of heads and of their selection are left out where no head is deactivated.
+
+    Raises:
+        ValueError: The arguments contradict each other.
+    """
+    given = {name: getattr(args, name) for name in _given(args)}
+    if args.method == "peft":
+        return read_peft_config(args.peft_config) | {name: given[name] for name in given if name in SCORER}
+    config_class = {"head-masked-lora": HeadMaskedLoraConfig, "rlrr": RLRRConfig, "lora": LoraConfig}.get(args.method)
+    if config_class is None:
+        return {}
+    own = {name: value for name, value in given.items() if name not in ("scale", *SCORER)}
+    if "scale" in given:
+        own["lora_alpha"] = given["scale"] * own.get("r", config_class.r)
+    config = config_class(**own)
+    settings = {name: getattr(config, name, None) for name in APPLIES[args.method]}
+    if "lora_alpha" in settings:
+        settings["scale"] = config.lora_alpha / config.r
+    if isinstance(config, SavedConfig):
+        window = {} if args.head_window is None else {"window": args.head_window}
+        scorer = TaylorHeadScorer(select_at=args.head_select_at, warmup_epochs=args.head_warmup_epochs, **window)
+        settings |= {"head_select_at": scorer.select_at, "head_warmup_epochs": scorer.warmup_epochs}
+        settings["head_window"] = scorer.window
+        if not (config.ne or config.ratio):
+            settings = {name: value for name, value in settings.items() if name not in HEADS + SCORER or name == "ne"}
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def scores_heads(config: PeftConfig) -> bool:

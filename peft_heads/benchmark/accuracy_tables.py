@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from .averages import averages_over_seeds, mean_and_std
 from .published import PublishedRow, disagreements, published_rows
@@ -27,17 +27,19 @@ BACKBONES = {
 CHECKPOINTS = {r"\bmae\b": ("MAE",), r"moco": ("MoCo v3",), "": ("ImageNet-21k", "ImageNet-21k, AugReg")}
 
 
-def accuracy_table(rows: list[Row], groups: Groups, title: str) -> Table:
+def accuracy_table(rows: list[Row], groups: Groups, title: str, partly: Collection[str] = ()) -> Table:
     """Our rows on test, what was chosen per task, and the published rows beside.
 
     Args:
         rows: Rows of `make_rows`, of one suite.
         groups: `{task: group}` of its tasks.
         title: Of the table.
+        partly: Ids of runs by which nothing is to be chosen, see `plans.unfinished_choices`.
     """
     tested = [row for row in rows if row.is_test]
-    by_scale = best_on_validation(rows, SCALE)
-    chosen = by_scale + [row for row in best_on_validation(rows, VARIANTS) if not _same_runs(row, by_scale)]
+    by_scale = best_on_validation(rows, SCALE, partly)
+    by_all = best_on_validation(rows, VARIANTS, partly)
+    chosen = by_scale + [row for row in by_all if not _same_runs(row, by_scale)]
     on_test = best_on_test(rows)
     # runs whose scale was chosen stand in the rows that say so; apart, by scale, each row would have some of the tasks
     shown = _runs(by_scale)

@@ -9,6 +9,7 @@ from ..plotting import figure_bytes
 from .accuracy_tables import accuracy_table, cost_table, validation_table
 from .atlas import plot_head_atlas
 from .overlap import group_p_value, overlaps
+from .plans import Choice, unfinished_choices
 from .plots import (
     criterion_families,
     criterion_wins,
@@ -18,6 +19,7 @@ from .plots import (
 )
 from .results import Run
 from .rows import Row, make_rows, row_labels
+from .settings_notes import deviation_notes, settings_notes
 from .suites import suite_groups
 from .tables import Cell, Column, Table, TableRow, to_csv, to_latex, to_markdown, to_text
 
@@ -25,8 +27,13 @@ from .tables import Cell, Column, Table, TableRow, to_csv, to_latex, to_markdown
 FEW_TASKS = 5
 
 
-def make_report(runs: Iterable[Run], suite: str) -> dict[str, str | bytes]:
+def make_report(runs: Iterable[Run], suite: str, choices: Iterable[Choice] = ()) -> dict[str, str | bytes]:
     """The files of a report on one suite: `{file name: content}`, of which `report.md` shows all tables and figures.
+
+    Args:
+        runs: Of this suite and of others.
+        suite: As `data.tasks` names it.
+        choices: What the sweeps were to choose; of those that lack runs nothing is chosen, and the report says so.
 
     Raises:
         ValueError: None of the runs belongs to the suite.
@@ -39,15 +46,21 @@ def make_report(runs: Iterable[Run], suite: str) -> dict[str, str | bytes]:
     groups = suite_groups(suite, own)
     rows = make_rows(own)
     tested = [row for row in rows if row.is_test]
+    notes, partly = unfinished_choices(choices, {run.spec.run_id for run in own})
     tables = {
-        "accuracy": accuracy_table(rows, groups, f"{suite}: accuracy on test (%)"),
+        "accuracy": accuracy_table(rows, groups, f"{suite}: accuracy on test (%)", partly),
         "validation": validation_table(rows, groups, f"{suite}: accuracy on validation splits (%), for choosing"),
         "cost": cost_table(rows, f"{suite}: what it cost"),
         "overlap": overlap_table(tested or rows, groups, f"{suite}: are the deactivated heads alike?"),
     }
     figures = make_figures(tested or rows, groups)
     files: dict[str, str | bytes] = {}
-    sections = [f"# Results on {suite}", _partial_note(own)]
+    sections = [
+        f"# Results on {suite}",
+        settings_notes(rows, suite),
+        _partial_note(own),
+        "\n".join(f"- {note}" for note in notes),
+    ]
     for name, table in tables.items():
         if table is not None:
             files |= {f"{name}.csv": to_csv(table), f"{name}.tex": to_latex(table)}
@@ -57,7 +70,7 @@ def make_report(runs: Iterable[Run], suite: str) -> dict[str, str | bytes]:
     return {"report.md": "\n\n".join(filter(None, sections)).rstrip() + "\n"} | files
 
 
-def summarize(runs: Iterable[Run], suite: str) -> str:
+def summarize(runs: Iterable[Run], suite: str, choices: Iterable[Choice] = ()) -> str:
     """The accuracies for a terminal: the averages, or the tasks where there are few, or none of the averages is complete.
 
     Raises:
@@ -67,13 +80,15 @@ def summarize(runs: Iterable[Run], suite: str) -> str:
     if not own:
         raise ValueError(f"there are no results of the suite {suite!r}")
     groups = suite_groups(suite, own)
-    table = accuracy_table(make_rows(own), groups, f"{suite}: accuracy on test (%)")
+    _, partly = unfinished_choices(choices, {run.spec.run_id for run in own})
+    rows = make_rows(own)
+    table = accuracy_table(rows, groups, f"{suite}: accuracy on test (%)", partly)
     ours = [row.cells for row in table.rows if not row.section.startswith("Published")]
     filled = [c for c in table.columns if any(cells.get(c.name, Cell(None)).mean is not None for cells in ours)]
     tasks = [column for column in filled if column.name in groups]
     averages = [column for column in filled if column.name not in groups]
     few = len(tasks) <= FEW_TASKS or not any(column.group == "averages" for column in averages)
-    return to_text(table, (tasks if few else []) + averages)
+    return "\n".join([to_text(table, (tasks if few else []) + averages), *deviation_notes(rows, suite)])
 
 
 def make_figures(rows: list[Row], groups: dict[str, str]) -> dict[str, bytes]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic import write_atomically
+from .effective import deviations, effective_method
 from .schema import canonical_json, check_fields, from_mapping, jsonable
 
 
@@ -173,7 +174,10 @@ class Run:
 
 
 def is_official(result: RunResult, environment: Environment) -> bool:
-    """Whether the result may stand in a table: a complete run of code that is committed (or installed)."""
+    """Whether a result is one of a complete run of code that is committed (or installed): it can be found again.
+
+    It says nothing on the recipe: see `effective.deviations`.
+    """
     return not result.partial and not environment.dirty
 
 
@@ -185,6 +189,9 @@ def result_path(root: str | os.PathLike, spec: RunSpec, official: bool = True) -
 def write_result(root: str | os.PathLike, spec: RunSpec, result: RunResult, environment: Environment) -> Path:
     """Write one result, complete or not at all; dirty or partial runs go to `root/unofficial`.
 
+    For readers, the file says besides which settings of the method were in effect, and where the run departs from the
+    recipe of its suite; both follow from the rest and are not read.
+
     Raises:
         ValueError: There is an official result of this run already; it is never replaced.
     """
@@ -193,7 +200,8 @@ def write_result(root: str | os.PathLike, spec: RunSpec, result: RunResult, envi
     if official and path.exists():
         raise ValueError(f"{path} holds a result of this very run already and is not replaced; move it away first")
     parts = {"spec": spec.to_json(), "result": result.to_json(), "environment": environment.to_json()}
-    text = json.dumps({"format": FORMAT, "run_id": spec.run_id, **parts}, indent=2, allow_nan=False)
+    said = {"effective_method": _effective(spec), "deviations": deviations(spec, environment)}
+    text = json.dumps({"format": FORMAT, "run_id": spec.run_id, **parts, **said}, indent=2, allow_nan=False)
     return write_atomically(path, text + "\n")
 
 
@@ -287,6 +295,13 @@ def on_different_data(fingerprints: list[dict[str, Any]]) -> bool:
 def _without_content(fingerprint: dict[str, Any]) -> dict[str, Any]:
     parts = fingerprint.items()
     return {k: {x: y for x, y in v.items() if x != CONTENT} if isinstance(v, dict) else v for k, v in parts}
+
+
+def _effective(spec: RunSpec) -> dict[str, Any]:
+    try:
+        return jsonable(effective_method(spec.method, spec.recipe))
+    except (ValueError, KeyError):
+        return jsonable(spec.method)  # of a method that this version does not know
 
 
 def describe_method(method: dict[str, Any]) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .averages import mean_and_std
@@ -117,14 +117,18 @@ def best_on_test(rows: Iterable[Row], variants: tuple[str, ...] = VARIANTS) -> l
     return chosen
 
 
-def best_on_validation(rows: Iterable[Row], variants: tuple[str, ...] = VARIANTS) -> list[Row]:
+def best_on_validation(
+    rows: Iterable[Row], variants: tuple[str, ...] = VARIANTS, partly: Collection[str] = ()
+) -> list[Row]:
     """For every task the test figure of the variant with the highest *validation* accuracy.
 
-    A task whose chosen variant was not run on test has no figure, and a note says so.
+    All variants that have validation runs on a task are candidates, of one sweep or of several. A task whose chosen
+    variant was not run on test, or for which a sweep has not finished all candidates, has no figure, and a note says so.
 
     Args:
         rows: Rows of `make_rows`, on the validation and on the test split.
         variants: The settings of the method in which the rows to choose from may differ.
+        partly: Ids of runs by which nothing is to be chosen, see `plans.unfinished_choices`.
 
     Returns:
         One row for every family whose validation rows are at least two and of which some test row exists.
@@ -140,8 +144,11 @@ def best_on_validation(rows: Iterable[Row], variants: tuple[str, ...] = VARIANTS
         for split, validated in candidates.get(_key(_without_splits(base)), {}).items():
             if len({_key(row.method) for row in validated}) < 2:
                 continue
-            best, missing = {}, []
+            best, missing, unfinished = {}, [], []
             for task in _tasks(validated):
+                if _has_run_of(validated, task, partly):
+                    unfinished.append(task)
+                    continue
                 method = max(_having(validated, task), key=lambda row: round(row.mean(task), 7)).method
                 found = [row for row in _having(family, task) if _key(row.method) == _key(method)]
                 if found:
@@ -151,10 +158,10 @@ def best_on_validation(rows: Iterable[Row], variants: tuple[str, ...] = VARIANTS
             what = "best" if variants != SCALE else "scale"
             label = f"{describe_method(base['method'])}, {what} per task chosen on {split}"
             row = _choice(base, best, label, variants, f"chosen from {len(validated)} variants")
-            if missing:
-                note = f"chosen, but not run on test: {', '.join(missing)}"
-                row = Row(row.settings, row.runs, row.label, row.choices, (*row.notes, note))
-            chosen.append(row)
+            notes = [f"chosen, but not run on test: {', '.join(missing)}"] if missing else []
+            if unfinished:
+                notes.append(f"nothing chosen, as not all candidates are finished on {split}: {', '.join(unfinished)}")
+            chosen.append(replace(row, notes=(*row.notes, *notes)))
     return chosen
 
 
@@ -244,9 +251,18 @@ def _having(rows: list[Row], task: str) -> list[Row]:
     return [row for row in rows if row.mean(task) is not None]
 
 
+def _has_run_of(rows: list[Row], task: str, run_ids: Collection[str]) -> bool:
+    return (
+        any(run.spec.run_id in run_ids for row in rows for run in row.runs.get(task, {}).values())
+        if run_ids
+        else False
+    )
+
+
+def _describe_choice(row: Row, variants: tuple[str, ...]) -> str:
+    return describe_method({"name": "", **{k: v for k, v in row.method.items() if k in variants}}).strip()
+
+
 def _choice(base: dict, best: dict[str, Row], label: str, variants: tuple[str, ...], note: str) -> Row:
-    choices = {
-        task: describe_method({"name": "", **{k: v for k, v in row.method.items() if k in variants}}).strip()
-        for task, row in best.items()
-    }
+    choices = {task: _describe_choice(row, variants) for task, row in best.items()}
     return Row(base, {task: row.runs[task] for task, row in best.items()}, label, choices, (note,))

@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ PROTOCOL = {  # suite: what settings are chosen by, and what is reported; each (
     "folder": (("train", "val"), ("train", "test")),
     OFFLINE: (("train", "val"), ("train", "test")),
 }
+TRUNK, IN_USE = "trunk-", ".use"  # how the folders of shared beginnings are called, and their second locks
 # What is read when heads are selected, and not before.
 SELECTION = ("ne", "ratio", "criterion", "granularity", "joint", "mask_scope", "mask_seed")
 
@@ -140,7 +141,13 @@ def run(
         _begin(folder, environment)
         trainer = training.trainer(folder, test_every)
         checkpoint = last_complete_checkpoint(folder) or begin_with
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else os.fspath(checkpoint))
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else os.fspath(checkpoint))
+        except KeyboardInterrupt as interrupt:
+            state = trainer.state
+            raise KeyboardInterrupt(
+                f"step {state.global_step:,} of {state.max_steps:,} of {spec.run_id}"
+            ) from interrupt
         result = training.result(trainer)
         for twin, where in twins:
             _add_twin(twin, where, trainer, result)
@@ -173,14 +180,18 @@ def _alone(folder: Path) -> Iterator[None]:
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.parent / f".{folder.name}.lock"
+    lock = filelock.FileLock(path, timeout=0)
     try:
-        with filelock.FileLock(path, timeout=0):
-            yield
+        lock.acquire()
     except filelock.Timeout as error:
         raise ValueError(
-            f"{folder} is being trained by another process; give this one another output_dir, or share the sweep by "
-            "--storage"
+            f"{folder} is being trained by another process; begin again when that one is done, give this one another "
+            "output_dir, or share the sweep by --storage"
         ) from error
+    try:
+        yield
+    finally:
+        lock.release()
     path.unlink(missing_ok=True)
 
 
@@ -237,8 +248,7 @@ def train_trunk(spec: RunSpec, places: Places) -> Path:
         places: Where.
     """
     training, epochs = Training(spec, places), trunk_epochs(spec)
-    digest = hashlib.sha256(trunk_key(spec).encode()).hexdigest()[:10]
-    folder = places.work / f"trunk-{spec.task}-seed{spec.seed}-{digest}"
+    folder = trunk_folder(spec, places)
     end = folder / f"checkpoint-{epochs * training.steps_per_epoch}"
     with _alone(folder):
         _begin(folder, training.environment())
@@ -250,3 +260,50 @@ def train_trunk(spec: RunSpec, places: Places) -> Path:
                 training.trainer(folder, stop_after=epochs).train(resume_from_checkpoint=checkpoint)
             PartialState().wait_for_everyone()
     return end
+
+
+@contextmanager
+def held_trunk(spec: RunSpec, places: Places) -> Iterator[None]:
+    """As long as runs begin with a trunk, no other process uses or clears it.
+
+    Raises:
+        ValueError: Another process holds it.
+    """
+    with _alone(_use_of(trunk_folder(spec, places))):
+        yield
+
+
+def trunk_folder(spec: RunSpec, places: Places) -> Path:
+    """Of all runs of one `trunk_key`."""
+    digest = hashlib.sha256(trunk_key(spec).encode()).hexdigest()[:10]
+    return places.work / f"{TRUNK}{spec.task}-seed{spec.seed}-{digest}"
+
+
+def clear_trunks(places: Places, needed: Iterable[RunSpec] = ()) -> None:
+    """Delete the trunks that killed sweeps have left behind.
+
+    One that another process is using is locked, and stays.
+
+    Args:
+        places: Where.
+        needed: Runs that are still to be done, here or on other machines: their trunks stay.
+    """
+    if not PartialState().is_main_process or not places.work.is_dir():
+        return
+    kept = {trunk_folder(spec, places).name for spec in needed}
+    locks = (path.name.removeprefix(".").removesuffix(".lock") for path in places.work.glob(f".{TRUNK}*.lock"))
+    folders = (path.name for path in places.work.glob(f"{TRUNK}*"))
+    for name in sorted({name.removesuffix(IN_USE) for name in (*folders, *locks)} - kept):
+        folder = places.work / name
+        try:
+            with _alone(_use_of(folder)), _alone(folder):
+                if folder.exists():
+                    logger.warning("%s, which a killed sweep has left behind, is deleted", folder)
+                    shutil.rmtree(folder, ignore_errors=True)
+        except (ValueError, OSError, NotImplementedError):
+            continue  # in use, or on a disk that knows no locks
+
+
+def _use_of(folder: Path) -> Path:
+    """The name under which a trunk is locked while runs begin with it."""
+    return folder.with_name(folder.name + IN_USE)

@@ -8,6 +8,7 @@ import shutil
 import statistics
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,22 @@ from accelerate.utils import broadcast_object_list
 from ..atomic import write_atomically
 from ..data.tasks import Task
 from .environment import source_state
+from .plans import Choice, unfinished_choices, write_plan
 from .recipes import Recipe
 from .results import Run, RunSpec, describe_method, find_result
 from .rows import method_order
-from .run import SELECTION, make_spec, run, train_trunk, training_key, trunk_epochs, trunk_key
-from .shared import WAIT, SharedQueue, take_turns
+from .run import (
+    SELECTION,
+    clear_trunks,
+    held_trunk,
+    make_spec,
+    run,
+    train_trunk,
+    training_key,
+    trunk_epochs,
+    trunk_key,
+)
+from .shared import WAIT, SharedQueue, default_study_name, take_turns
 from .training import Places
 
 
@@ -84,6 +96,10 @@ class Sweep:
         methods = self.methods()
         return self.runs(methods, self.search_seeds, final=False) if len(methods) > 1 else []
 
+    def plan(self) -> list[RunSpec]:
+        """All runs that there may be, whatever is chosen."""
+        return self.search() + self.runs(self.methods(), self.seeds, final=True)
+
     def runs(self, methods: list[dict[str, Any]], seeds: tuple[int, ...], *, final: bool) -> list[RunSpec]:
         """All of these methods, on every task and list, with every seed."""
         return [
@@ -98,7 +114,9 @@ class Sweep:
         """The runs that are reported, once those of `search` are done.
 
         Args:
-            results: Spec to finished run; None if it failed: its setting is not chosen then.
+            results: Spec to finished run; None if it failed, was refused or is not finished: nothing is chosen then, and
+                the row is not run on this task. The best of
+                the candidates that happen to be finished would be another choice than the protocol's.
         """
         specs = []
         for task, shots in self.cells():
@@ -112,22 +130,46 @@ class Sweep:
                     ]
         return specs
 
+    def choices(self) -> list[Choice]:
+        """What is chosen by the runs of `search`, task by task."""
+        return [
+            Choice(
+                what=f"{describe_method(row)} on {task.name}" + ("" if shots is None else f", {shots} shots"),
+                split=self._candidate(task, candidates[0], shots)[0].eval_split,
+                runs={
+                    spec.run_id: describe_method({"name": "", **_without(method, row)}).strip()
+                    for method in candidates
+                    for spec in self._candidate(task, method, shots)
+                },
+            )
+            for task, shots in self.cells()
+            for row, candidates in self.variants()
+            if len(candidates) > 1
+        ]
+
     def _best(self, task, shots, candidates, results) -> dict[str, Any] | None:
-        """The candidate with the highest mean accuracy on validation images; of equals the first in the report's order."""
+        """The candidate with the highest mean accuracy on validation images; of equals the first in the report's order.
+
+        None if a run of a candidate is missing.
+        """
         if len(candidates) == 1:
             return candidates[0]
         means = {}
         candidates = sorted(candidates, key=method_order)
         for index, method in enumerate(candidates):
-            specs = [
-                self._spec(task, method, seed, shots, list_seed, final=False)
-                for seed in self.search_seeds
-                for list_seed in self.list_seeds
-            ]
-            runs = [results(spec) for spec in specs]
-            if all(runs):
-                means[index] = round(statistics.fmean(100 * run.result.accuracy for run in runs), 7)
-        return candidates[max(means, key=means.get)] if means else None
+            runs = [results(spec) for spec in self._candidate(task, method, shots)]
+            if not all(runs):
+                return None
+            means[index] = round(statistics.fmean(100 * run.result.accuracy for run in runs), 7)
+        return candidates[max(means, key=means.get)]
+
+    def _candidate(self, task, method, shots) -> list[RunSpec]:
+        """The runs by which one candidate is judged."""
+        return [
+            self._spec(task, method, seed, shots, list_seed, final=False)
+            for seed in self.search_seeds
+            for list_seed in self.list_seeds
+        ]
 
     def _spec(self, task, method, seed, shots, list_seed, *, final: bool) -> RunSpec:
         return make_spec(task, method, self.recipe, self.backbone, seed, final=final, shots=shots, list_seed=list_seed)
@@ -135,15 +177,17 @@ class Sweep:
 
 @dataclass
 class Outcome:
-    """What came of a list of runs: those that are finished, and why others failed."""
+    """What came of a list of runs: those that are finished, why others failed, and what could not be chosen for that."""
 
     runs: dict[str, Run] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    not_chosen: list[str] = field(default_factory=list)
 
 
 def run_sweep(
     sweep: Sweep,
     places: Places,
+    outcome: Outcome | None = None,
     *,
     share_warmup: bool = True,
     test_every: int = 0,
@@ -152,9 +196,13 @@ def run_sweep(
 ) -> Outcome:
     """Run what has no result yet. A run that fails is recorded, and the others go on.
 
+    Settings are chosen among this sweep's own candidates, whatever else lies in the output folder, and only where all
+    of them are finished.
+
     Args:
         sweep: What.
         places: Where.
+        outcome: Filled while runs are finished, and given back; by default a new one.
         share_warmup: Whether runs that differ in the selection of heads alone train the epochs before it once. The
             results are the same.
         test_every: As for `run`, for the runs on test images.
@@ -162,8 +210,13 @@ def run_sweep(
             such as a tqdm.
         queue: The groups of runs of all the machines that share the sweep, on the main process of each.
     """
-    outcome = Outcome()
+    outcome, plan, choices = Outcome() if outcome is None else outcome, sweep.plan(), sweep.choices()
+    clear_trunks(places, needed=plan)
+    if choices and PartialState().is_main_process:
+        write_plan(places.output_dir, default_study_name(plan), choices)
     execute(sweep.search(), places, outcome, share_warmup=share_warmup, progress=progress, title="search", queue=queue)
+
+    outcome.not_chosen, _ = unfinished_choices(choices, set(outcome.runs))
     final = sweep.final(lambda spec: outcome.runs.get(spec.run_id))
     execute(
         final,
@@ -175,6 +228,7 @@ def run_sweep(
         title="report",
         queue=queue,
     )
+    clear_trunks(places)
     return outcome
 
 
@@ -197,13 +251,41 @@ def execute(
     missing_of = {key: [spec for spec in group if not _is_done(spec, places, dirty)] for key, group in groups.items()}
     bar = progress(sum(map(len, missing_of.values())), title) if progress else None
     shared = _from_main(queue is not None)
-    for key in _turns(groups, places, outcome, title, queue) if shared else groups:
-        group = groups[key]
-        trunk, missing = None, missing_of[key]
+    try:
+        for key in _turns(groups, places, outcome, title, queue) if shared else groups:
+            _run_group(groups[key], missing_of[key], places, outcome, share_warmup, test_every, bar)
+    finally:
+        if bar is not None:
+            bar.close()
+    for spec in () if shared else itertools.chain(*groups.values()):
+        # what was refused here, another sweep in this folder may have finished meanwhile
+        if spec.run_id in outcome.failed and _is_done(spec, places, dirty):
+            done = _attempt(outcome, spec, places, lambda spec=spec: run(spec, places))
+            if done is not None:
+                outcome.runs[spec.run_id] = done[0]
+                outcome.failed.pop(spec.run_id, None)
+    for spec in itertools.chain(*groups.values()) if shared else ():
+        if _is_done(spec, places, dirty=True):  # by other machines
+            outcome.runs[spec.run_id] = find_result(places.output_dir, spec, unofficial=True)
+            outcome.failed.pop(spec.run_id, None)
+
+
+def _run_group(
+    group: list[RunSpec],
+    missing: list[RunSpec],
+    places: Places,
+    outcome: Outcome,
+    share_warmup: bool,
+    test_every: int,
+    bar: Any,
+) -> None:
+    """The runs that share a beginning, which is trained once; `missing` are those without a result."""
+    trunk = None
+    with ExitStack() as stack:
         if share_warmup and len(set(map(training_key, missing))) > 1 and trunk_epochs(missing[0]) > 0:
             # a run without masks can go on from a checkpoint with them, in which all heads are active, not vice versa
             first = max(missing, key=lambda spec: bool(spec.method.get("ne", 1)))
-            trunk = _attempt(outcome, first, places, lambda spec=first: train_trunk(spec, places))
+            trunk = _attempt(outcome, first, places, lambda: _hold_trunk(stack, first, places))
         # to be trained together; not if they are looked at in between: each has a best epoch of its own
         open_specs = [] if test_every else list(missing)
         for spec in group:
@@ -212,9 +294,7 @@ def execute(
                 outcome,
                 spec,
                 places,
-                lambda spec=spec, trunk=trunk, twins=twins: run(
-                    spec, places, begin_with=trunk, test_every=test_every, also=twins
-                ),
+                lambda spec=spec, twins=twins: run(spec, places, begin_with=trunk, test_every=test_every, also=twins),
             )
             if done is not None:
                 outcome.runs[spec.run_id] = done[0]
@@ -225,12 +305,12 @@ def execute(
                 bar.update()
         if trunk is not None and PartialState().is_main_process:
             shutil.rmtree(trunk.parent, ignore_errors=True)
-    if bar is not None:
-        bar.close()
-    for spec in itertools.chain(*groups.values()) if shared else ():
-        if _is_done(spec, places, dirty=True):  # by other machines
-            outcome.runs[spec.run_id] = find_result(places.output_dir, spec, unofficial=True)
-            outcome.failed.pop(spec.run_id, None)
+
+
+def _hold_trunk(stack: ExitStack, spec: RunSpec, places: Places) -> Path:
+    """The shared beginning, this process's until the stack is closed."""
+    stack.enter_context(held_trunk(spec, places))
+    return train_trunk(spec, places)
 
 
 def _twins(spec: RunSpec, open_specs: list[RunSpec], outcome: Outcome) -> tuple[RunSpec, ...]:
@@ -278,6 +358,11 @@ def _attempt(outcome: Outcome, spec: RunSpec, places: Places, call: Callable[[],
     if PartialState().is_main_process:
         path.unlink(missing_ok=True)
     return value
+
+
+def _without(method: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a method that its row leaves open."""
+    return {name: value for name, value in method.items() if name not in row}
 
 
 def _unique(methods: list[dict[str, Any]]) -> list[dict[str, Any]]:

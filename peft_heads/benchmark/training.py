@@ -31,16 +31,15 @@ from ..demo.model import DEMO_MODEL_PATH
 from ..heads.maskable import get_head_masks
 from ..heads.resolve import task_head_names
 from ..image_classifier import new_image_classifier, quiet_loading
-from ..methods import MethodArguments, apply_method, has_scored_heads
+from ..methods import apply_method, has_scored_heads
 from ..metrics.accuracy import compute_metrics
 from ..tuners import HeadMaskedLoraConfig, pack_adapter
 from .callbacks import Clock, EpochEnds
 from .drop_path import CONFIG_FIELD, add_drop_path, residual_branches
+from .effective import method_arguments
 from .environment import describe_environment
+from .recipes import SHIPPED
 from .results import CONTENT, Environment, RunResult, RunSpec
-
-
-SHIPPED = "peft_heads/vit_strokes"  # the name, in results, of the small ViT in this package
 
 
 @dataclass(frozen=True)
@@ -280,24 +279,6 @@ def _offline_split(root: str, name: str, split: str) -> Split:
 def checkpoint_of(backbone: str | os.PathLike) -> str | os.PathLike:
     """Where a run's backbone is: results say `SHIPPED` wherever the package lies."""
     return DEMO_MODEL_PATH if backbone == SHIPPED else backbone
-
-
-def method_arguments(method: dict[str, Any], recipe: dict[str, Any]) -> MethodArguments:
-    """A run's method as `peft-heads train` has it; heads are selected when the recipe says, unless the method does.
-
-    Raises:
-        ValueError: A setting that there is not.
-    """
-    settings = {name: value for name, value in method.items() if name != "name"}
-    deactivates = method["name"] == "head-masked-lora" or (
-        method["name"] == "rlrr" and (settings.get("ne") or settings.get("ratio"))
-    )
-    if deactivates and not {"head_warmup_epochs", "head_select_at"} & settings.keys():
-        settings["head_warmup_epochs"] = recipe["head_warmup_epochs"]
-    try:
-        return MethodArguments(method=method["name"], **settings)
-    except TypeError as error:
-        raise ValueError(f"method {method}: {error}") from error
 
 
 def random_mask_seed(spec: RunSpec) -> int:

@@ -12,6 +12,7 @@ from typing import NoReturn
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from .._compat import trainer_has_overwrite_output_dir
 from ..methods import MethodArguments
 
 
@@ -73,6 +74,18 @@ class DataArguments:
     )
 
 
+@dataclass
+class OutputArguments:
+    """What transformers 4 has among the arguments of Trainer."""
+
+    _argument_group_name = "output"
+
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Replace the adapter, or model, and the checkpoints of an earlier training in output_dir."},
+    )
+
+
 class TrainArgumentParser(HfArgumentParser):
     """Says what is wrong in one line instead of printing the usage of two hundred arguments."""
 
@@ -82,7 +95,13 @@ class TrainArgumentParser(HfArgumentParser):
 
 def build_parser() -> TrainArgumentParser:
     parser = TrainArgumentParser(
-        (ModelArguments, DataArguments, MethodArguments, TrainingArguments),
+        (
+            ModelArguments,
+            DataArguments,
+            MethodArguments,
+            TrainingArguments,
+            *(() if trainer_has_overwrite_output_dir() else (OutputArguments,)),
+        ),
         prog="peft-heads train",
         usage="peft-heads train [CONFIG.yaml|CONFIG.json] [--argument value …]",
         description="Fine-tune an image classifier. A config file holds the same names; the command line overrides it.",
@@ -109,7 +128,11 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Met
             "; ".join(_unknown(name.partition("=")[0], parser, "argument") for name in unknown if name.startswith("-"))
             or f"unused words: {' '.join(unknown)}"
         )
-    arguments[-1].remove_unused_columns = False  # the images are a column that no model knows
+    arguments, output = arguments[:4], arguments[4:]
+    training = arguments[-1]
+    if output:
+        training.overwrite_output_dir = output[0].overwrite_output_dir
+    training.remove_unused_columns = False  # the images are a column that no model knows
     return tuple(arguments)
 
 

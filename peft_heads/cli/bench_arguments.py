@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import re
 import types
 import typing
 from typing import Any
 
 from ..benchmark.recipes import GRIDS, RECIPES, Recipe
+from ..data.preprocessing import Preprocessing
 from ..data.tasks import LIST_SEEDS, SHOTS
-from ..methods import MethodArguments
+from ..methods import MethodArguments, effective_settings
 
 
 METHODS = typing.get_args(typing.get_type_hints(MethodArguments)["method"])
@@ -70,16 +73,26 @@ def build_parser(command: str, description: str, lists: bool) -> argparse.Argume
                 choices=choices,
                 nargs="+" if lists else None,
                 metavar=field.name.upper(),
-                help=field.metadata["help"].replace("%", "%%") + (f" {', '.join(choices)}" if choices else ""),
+                help=_method_help(field, lists).replace("%", "%%")
+                + (f" One of {', '.join(choices)}." if choices else ""),
             )
 
-    recipe = parser.add_argument_group("recipe", "the suite's own unless given")
+    group = parser.add_argument_group("recipe", "the suite's own unless given")
     for field in dataclasses.fields(Recipe):
         if field.name in _recipe_numbers():
-            recipe.add_argument(f"--{field.name}", type=_kind(typing.get_type_hints(Recipe)[field.name])[0])
+            values = {suite: getattr(recipe, field.name) for suite, recipe in RECIPES.items()}
+            group.add_argument(
+                f"--{field.name}",
+                type=_kind(typing.get_type_hints(Recipe)[field.name])[0],
+                help=f"default: {_by_suite(values)}",
+            )
     for name in ("resize", "filter", "normalization"):
-        recipe.add_argument(f"--{name}", help="of training and evaluation images; see data.preprocessing")
-    recipe.add_argument(
+        values = {suite: _image_setting(recipe, name) for suite, recipe in RECIPES.items()}
+        group.add_argument(
+            f"--{name}",
+            help=f"of training and evaluation images; see data.preprocessing (default: {_by_suite(values)})",
+        )
+    group.add_argument(
         "--image_range",
         type=_number,
         nargs=2,
@@ -87,6 +100,57 @@ def build_parser(command: str, description: str, lists: bool) -> argparse.Argume
         help="the values that are black and white in images of more than 8 bits (CT, X-ray, satellite)",
     )
     return parser
+
+
+def _method_help(field: dataclasses.Field, lists: bool) -> str:
+    """The help of `peft-heads train`, with the defaults of the benchmark in place of that command's."""
+    text = re.sub(r" \([Dd]efault[^()]*\)", "", field.metadata["help"])
+    if field.name == "head_select_at":
+        return "When heads are selected, instead of --head_warmup_epochs: below 1 a share of the steps, else a step."
+    if field.name == "head_warmup_epochs":
+        values = {suite: recipe.head_warmup_epochs for suite, recipe in RECIPES.items()}
+        return f"Epochs before the selection (default: the recipe's, {_by_suite(values)})."
+    defaults = {
+        method: _words(settings[field.name], lists)
+        for method, settings in _defaults().items()
+        if field.name in settings
+    }
+    if not defaults:
+        return text
+    if len(set(defaults.values())) == 1:
+        return f"{text} Default: {next(iter(defaults.values()))}."
+    return f"{text} Default: {', '.join(f'{value} of {method}' for method, value in defaults.items())}."
+
+
+@functools.cache
+def _defaults() -> dict[str, dict[str, Any]]:
+    """By method, what is in effect if nothing is given."""
+    methods = [method for method in METHODS if method != "peft"]
+    effective = {method: effective_settings(MethodArguments(method=method)) for method in methods}
+    defaults = {method: effective[method] | GRIDS.get(method, {}) for method in methods}
+    for method, grid in GRIDS.items():
+        for name, other in _INSTEAD.items():
+            if other in grid:
+                defaults[method].pop(name, None)
+    return defaults
+
+
+def _words(value: Any, lists: bool) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value)) if lists else "none, to be given"
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _by_suite(values: dict[str, Any]) -> str:
+    """The first suite's value, and those of the suites that have another."""
+    usual, *_ = values.values()
+    others = [f"{_words(value, True)} of {suite}" for suite, value in values.items() if value != usual]
+    return "; ".join([_words(usual, True), *others])
+
+
+def _image_setting(recipe: Recipe, name: str) -> str:
+    parts = [getattr(Preprocessing(**images), name) for images in (recipe.train_images, recipe.eval_images)]
+    return " / ".join(dict.fromkeys(parts))
 
 
 def read_method(args: argparse.Namespace) -> dict[str, Any]:

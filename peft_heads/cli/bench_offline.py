@@ -29,20 +29,25 @@ def run(argv: list[str]) -> int:
     size.add_argument("--quick", action="store_true", help="few runs of few epochs, to see that everything works")
     parser.add_argument("--seed", type=int, nargs="+", help="default: 0 to 4")
     parser.add_argument("--task", nargs="+", help="default: all six")
-    parser.add_argument("--dry_run", action="store_true", help="only say how many runs there are")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="only say how many runs there are, and with which settings"
+    )
     args = parser.parse_args(argv)
 
     import torch
     from accelerate import PartialState
 
+    from ..benchmark.effective import describe_settings, effective_method
     from ..benchmark.offline import OFFLINE_TASKS, SEEDS, offline_settings, offline_specs
     from ..benchmark.recipes import RECIPES
     from ..benchmark.results import read_results
+    from ..benchmark.run import clear_trunks
     from ..benchmark.sweep import Outcome, execute
     from ..benchmark.training import Places
     from ..data.tasks import OFFLINE, find_task
     from ..demo.offline_tasks import write_offline_task
-    from .bench_run import finish, progress_bar
+    from .bench_run import finish, goes_on, progress_bar
+    from .bench_settings import effective_lines
 
     if PartialState(cpu=True).num_processes > 1:
         raise ValueError(
@@ -57,7 +62,11 @@ def run(argv: list[str]) -> int:
     specs = offline_specs(settings.values(), recipe, seeds, tasks)
     trainings = len(specs) // 2
     print(f"{trainings:,} trainings of {recipe.epochs} epochs, each evaluated on validation and on test images")
+    print("\n".join(effective_lines([spec for spec in specs if spec.seed == seeds[0]])), flush=True)
     if args.dry_run:
+        for name, method in settings.items():
+            effective = effective_method(method, recipe.settings())
+            print(f"  {name}: {describe_settings(effective) or 'no settings'}")
         return 0
     data = args.output_dir / "data"
     for task in tasks:
@@ -71,7 +80,9 @@ def run(argv: list[str]) -> int:
         save_every=0,
         use_cpu=True,
     )
-    execute(specs, places, outcome, progress=progress_bar)
+    with goes_on(outcome):
+        execute(specs, places, outcome, progress=progress_bar)
+    clear_trunks(places)
     if outcome.runs:
         # with what other processes have run
         found = {run.spec.run_id: run for run in read_results(args.output_dir, unofficial=True)}

@@ -10,7 +10,9 @@ def run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="peft-heads bench report",
         description="Prints the tables of a folder of results, with the published rows beside; with --output_dir, "
-        "writes report.md, every table as CSV and LaTeX, and the figures (PNG).",
+        "writes report.md, every table as CSV and LaTeX, and the figures (PNG). What lies in RESULTS_DIR/official are "
+        "complete runs of committed code, or of an installed package; where they depart from the recipe of their suite, "
+        "the report says so.",
     )
     parser.add_argument("results", metavar="RESULTS_DIR", help="the folder that `bench run` and `bench sweep` wrote")
     parser.add_argument("--suite", default="vtab", help="whose results (default vtab)")
@@ -27,9 +29,10 @@ def run(argv: list[str]) -> int:
         raise ValueError(f"{args.results} holds no results{hint}")
 
     from ..atomic import write_atomically
+    from ..benchmark.plans import read_plans
     from ..benchmark.report import make_report
 
-    files = make_report(runs, args.suite)
+    files = make_report(runs, args.suite, read_plans(args.results))
     if args.output_dir is None:
         print(files["report.md"].partition("\n![")[0].rstrip())
         return 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ..data.image_folders import SUITE, folder_task, folder_tasks
@@ -25,11 +27,13 @@ def run(argv: list[str]) -> int:
     sweep, places = _prepare(args, {})
 
     from ..benchmark.sweep import Outcome, execute
+    from .bench_settings import effective_lines
 
-    seeds = sweep.seeds
-    specs = sweep.runs(sweep.methods(), seeds, final=not args.validation)
+    specs = sweep.runs(sweep.methods(), sweep.seeds, final=not args.validation)
+    say(effective_lines(specs, args.any_size))
     outcome = Outcome()
-    execute(specs, places, outcome, test_every=args.test_every, progress=progress_bar)
+    with goes_on(outcome):
+        execute(specs, places, outcome, test_every=args.test_every, progress=progress_bar)
     if _is_main():
         for done in outcome.runs.values():
             print(f"{done.spec.task:22} seed {done.spec.seed}  {100 * done.result.accuracy:6.2f} %  {done.path}")
@@ -59,12 +63,16 @@ def sweep(argv: list[str]) -> int:
     parser.add_argument(
         "--take_over", action="store_true", help="take what other machines have begun by now as well: they are gone"
     )
-    parser.add_argument("--dry_run", action="store_true", help="only say how many runs there are")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="only say how many runs there are, and with which settings"
+    )
     args = parser.parse_args(argv)
     sweep, places = _prepare(args, {} if args.tune is None else {"tuned": tuple(args.tune)})
 
-    from ..benchmark.sweep import run_sweep
+    from ..benchmark.sweep import Outcome, run_sweep
+    from .bench_settings import effective_lines
 
+    effective = effective_lines(sweep.runs(sweep.methods(), sweep.seeds[:1], final=True), args.any_size)
     if args.dry_run:
         search = sweep.search()
         reported = len(sweep.variants()) * len(sweep.runs(sweep.methods()[:1], sweep.seeds, final=True))
@@ -72,24 +80,29 @@ def sweep(argv: list[str]) -> int:
         print(f"recipe: {sweep.recipe.paper}")
         for setting, accuracy in sweep.recipe.expected.items():
             print(f"  published: {accuracy:.2f} %  {setting}")
+        say(effective)
         return 0
-    outcome = run_sweep(
-        sweep,
-        places,
-        share_warmup=not args.no_shared_warmup,
-        test_every=args.test_every,
-        progress=progress_bar,
-        queue=_queue(args, sweep) if args.storage and _is_main() else None,
-    )
+    say(effective)
+    outcome = Outcome()
+    with goes_on(outcome):
+        run_sweep(
+            sweep,
+            places,
+            outcome,
+            share_warmup=not args.no_shared_warmup,
+            test_every=args.test_every,
+            progress=progress_bar,
+            queue=_queue(args, sweep) if args.storage and _is_main() else None,
+        )
     if _is_main() and outcome.runs:
         from ..atomic import write_atomically
         from ..benchmark.report import make_report, summarize
 
-        files = make_report(outcome.runs.values(), args.suite)
+        files = make_report(outcome.runs.values(), args.suite, sweep.choices())
         folder = places.work.parent / "report"
         for name in reversed(files):
             write_atomically(folder / name, files[name])
-        print(summarize(outcome.runs.values(), args.suite))
+        print(summarize(outcome.runs.values(), args.suite, sweep.choices()))
         print(f"{len(files)} files in {folder}: report.md has all tables, what the rows share, and the figures")
     return finish(outcome, args)
 
@@ -135,8 +148,7 @@ def _prepare(args: argparse.Namespace, settings: dict[str, Any]):
 def _queue(args: argparse.Namespace, sweep):
     from ..benchmark.shared import SharedQueue, default_study_name
 
-    plan = sweep.search() + sweep.runs(sweep.methods(), sweep.seeds, final=True)
-    name = args.study_name or default_study_name(plan)
+    name = args.study_name or default_study_name(sweep.plan())
     return SharedQueue(args.storage, name, args.output_dir, args.take_over)
 
 
@@ -165,6 +177,25 @@ def progress_bar(count: int, title: str):
     return tqdm(total=count, desc=title, unit="run", file=sys.stderr, disable=not _is_main())
 
 
+def say(lines: list[str]) -> None:
+    """Once, where several processes run."""
+    if _is_main():
+        print("\n".join(lines), flush=True)
+
+
+@contextmanager
+def goes_on(outcome) -> Iterator[None]:
+    """Around the runs: Ctrl-C says what is done, and how the rest is."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        where = f" at {interrupt}" if str(interrupt) else ""
+        raise KeyboardInterrupt(
+            f"interrupted{where}; {len(outcome.runs):,} runs of this command are finished and kept: the same command, "
+            "given again, goes on from there"
+        ) from interrupt
+
+
 def _is_main() -> bool:
     from accelerate import PartialState
 
@@ -178,6 +209,8 @@ def finish(outcome, args: argparse.Namespace) -> int:
     if _is_main():
         for run_id, why in outcome.failed.items():
             print(f"failed: {run_id}: {why}", file=sys.stderr)
+        for note in outcome.not_chosen:
+            print(f"not chosen: {note}", file=sys.stderr)
         if outcome.failed:
             print(f"{len(outcome.failed)} runs failed: {args.output_dir}/failed has the traces", file=sys.stderr)
     PartialState().wait_for_everyone()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 from .._compat import silence_known_warnings
+from .errors import INTERRUPTED, explain
 
 
 @dataclass(frozen=True)
@@ -38,23 +39,31 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; gives its exit code. 2: a wrong argument or unusable data, said in one line."""
+    """Run one command; gives its exit code.
+
+    2: a wrong argument or unusable data; 1: a full disk, no network, or what the command says; 130: Ctrl-C. Each is said
+    in one line, and with PEFT_HEADS_TRACEBACK=1 in the environment where it happened, too.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] not in COMMANDS:
         parser = build_parser()
         parser.parse_args(argv)  # exits for --help, --version and unknown commands
         parser.print_help()
         return 2
-    silence_known_warnings()
     name, *rest = argv
-    command = importlib.import_module(COMMANDS[name].module)
     try:
-        return command.run(rest)
-    except (ValueError, FileNotFoundError) as error:
-        if not raised_by_this_package(error):
+        silence_known_warnings()
+        return importlib.import_module(COMMANDS[name].module).run(rest)
+    except KeyboardInterrupt as interrupt:
+        print(f"peft-heads {name}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        explained = explain(error)
+        if explained is None:
             raise
-        print(f"peft-heads {name}: error: {error}", file=sys.stderr)
-        return 2
+        code, text = explained
+        print(f"peft-heads {name}: error: {text}", file=sys.stderr)
+        return code
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -67,14 +76,6 @@ def build_parser() -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         commands.add_parser(name, help=command.help, add_help=False)
     return parser
-
-
-def raised_by_this_package(error: BaseException) -> bool:
-    """Whether the error comes from a check of ours, with a message for the user; a library's keeps its traceback."""
-    traceback = error.__traceback__
-    while traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    return traceback.tb_frame.f_globals.get("__name__", "").partition(".")[0] == "peft_heads"
 
 
 if __name__ == "__main__":

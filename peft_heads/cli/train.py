@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -13,7 +14,14 @@ from datasets import Image
 from transformers import Trainer, TrainingArguments
 
 from ..adapter_files import set_image_processor, write_labels
-from ..checkpoints import checkpoint_fault, checkpoint_folders, last_complete_checkpoint
+from ..checkpoints import (
+    checkpoint_fault,
+    checkpoint_folders,
+    foreign_checkpoints,
+    last_complete_checkpoint,
+    read_error,
+    run_of_folder,
+)
 from ..data.images import ImageTransform, collate, label_names, load_image_dataset, load_image_processor
 from ..heads.maskable import describe_masks, get_head_masks
 from ..image_classifier import new_image_classifier
@@ -22,6 +30,9 @@ from ..metrics.accuracy import compute_metrics
 from ..tuners import HeadMaskedLoraConfig, pack_adapter
 from ..tuners.saved_config import SavedConfig
 from .arguments import DataArguments, ModelArguments, parse_arguments
+from .hub import check_hub, push, reachable_hub
+from .interruption import how_to_go_on
+from .output_folder import TrainingRun, check_output_folder, claim_output_folder, forget_replaced, trained_files
 
 
 logger = logging.getLogger(__name__)
@@ -32,6 +43,9 @@ def run(argv: list[str]) -> int:
     model_args, data_args, method_args, training_args = parse_arguments(argv)
     check_method_arguments(method_args)
     checkpoint = find_checkpoint(training_args)
+    if training_args.do_train or (training_args.do_train is None and training_args.do_eval is None):
+        check_output_folder(training_args, checkpoint)
+    check_hub(training_args)
     set_up_logging(training_args)
     if not torch.accelerator.is_available():
         training_args.dataloader_pin_memory = False  # torch would warn that there is nothing to pin for
@@ -59,33 +73,41 @@ def run(argv: list[str]) -> int:
     # undecoded: the transform's error names the file
     undecoded = {split: rows.cast_column(columns[0], Image(decode=False)) for split, rows in data.items()}
     data = {split: rows.with_transform(transform, columns=columns) for split, rows in undecoded.items()}
-    trainer = Trainer(
-        model=model,
-        args=training_args,
-        train_dataset=data.get("train") if training_args.do_train else None,
-        eval_dataset=data.get("validation") if training_args.do_eval else None,
-        data_collator=collate,
-        compute_metrics=compute_metrics,
-        processing_class=processor,
-        callbacks=callbacks,
-    )
+    with reachable_hub(training_args):
+        trainer = Trainer(
+            model=model,
+            args=training_args,
+            train_dataset=data.get("train") if training_args.do_train else None,
+            eval_dataset=data.get("validation") if training_args.do_eval else None,
+            data_collator=collate,
+            compute_metrics=compute_metrics,
+            processing_class=processor,
+            callbacks=callbacks,
+        )
     for scorer in callbacks:
         scorer.attach(trainer)
 
     if training_args.do_train:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-        pack(trainer.model)
-        save(trainer)
+        begin_run(trainer, checkpoint)
+        with how_to_go_on(trainer, argv):
+            result = trainer.train(resume_from_checkpoint=checkpoint)
+            pack(trainer.model)
+            save(trainer)
         _report(trainer, "train", result.metrics)
         trainer.save_state()
+        if trainer.is_world_process_zero():
+            forget_replaced(training_args.output_dir)
     if training_args.do_eval:
         _report(trainer, "eval", trainer.evaluate())
+    not_pushed = push(trainer) if training_args.do_train and training_args.push_to_hub else None
     if training_args.do_train and trainer.is_world_process_zero():
         print(summary(trainer, method_args.method))
     # together: torchrun ends every process as soon as one has failed, be it only while Python cleans up
     PartialState().wait_for_everyone()
     PartialState().destroy_process_group()
-    return 0
+    if not_pushed is not None:
+        print(f"peft-heads train: error: {not_pushed}", file=sys.stderr)
+    return 0 if not_pushed is None else 1
 
 
 def find_checkpoint(args: TrainingArguments) -> str | None:
@@ -103,10 +125,21 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
     fault = checkpoint_fault(asked, args.save_only_model)
     if fault is not None:
         beside = checkpoint_folders(Path(asked).parent)
-        complete = next((str(path) for path in beside if checkpoint_fault(path, args.save_only_model) is None), None)
+        foreign = foreign_checkpoints(Path(asked).parent, run_of_folder(Path(asked).parent))
+        own = (path for path in beside if path not in foreign)
+        complete = next((str(path) for path in own if checkpoint_fault(path, args.save_only_model) is None), None)
         hint = f"; the last complete one is {complete!r}" if complete else ""
         raise ValueError(f"--resume_from_checkpoint {asked!r} is no complete checkpoint: {fault}{hint}")
     return asked
+
+
+def begin_run(trainer: Trainer, checkpoint: str | None) -> None:
+    """The output folder becomes this run's, and its checkpoints say so."""
+    args, state = trainer.args, PartialState()
+    if state.is_main_process:
+        claim_output_folder(args, checkpoint)
+    state.wait_for_everyone()
+    trainer.add_callback(TrainingRun(run_of_folder(args.output_dir) or ""))
 
 
 def set_up_logging(args: TrainingArguments) -> None:
@@ -165,13 +198,20 @@ def pack(model) -> None:
 
 
 def save(trainer: Trainer) -> None:
-    """The final adapter or model, the image processor, and for adapters the label names."""
-    trainer.save_model()
+    """The final adapter or model, the image processor, and for adapters the label names; uploaded by `push`."""
+    folder = Path(trainer.args.output_dir)
+    try:
+        trainer.save_model(_internal_call=True)
+    except BaseException:
+        for path in trained_files(folder):
+            if path.is_file() and read_error(path) is not None:
+                path.unlink(missing_ok=True)  # half-written; the checkpoints are whole
+        raise
     configs = getattr(trainer.model, "peft_config", {}).values()
     is_stock = any(configs) and not any(isinstance(config, SavedConfig) for config in configs)
     if trainer.args.should_save and is_stock:
         # Ours say their labels by themselves; without them the head of a stock adapter could not be rebuilt.
-        write_labels(trainer.args.output_dir, trainer.model.get_base_model().config.id2label)
+        write_labels(folder, trainer.model.get_base_model().config.id2label)
 
 
 def summary(trainer: Trainer, method: str) -> str:

@@ -3,11 +3,15 @@
 import random
 from dataclasses import replace
 
+import filelock
 import pytest
+from benchmark_runs import make_run
 
+from peft_heads.benchmark import run as run_module
 from peft_heads.benchmark import sweep as sweep_module
+from peft_heads.benchmark.plans import read_plans, unfinished_choices
 from peft_heads.benchmark.report import make_report
-from peft_heads.benchmark.results import Run, RunResult, read_results
+from peft_heads.benchmark.results import Run, RunResult, find_result, read_results, write_result
 from peft_heads.benchmark.sweep import Outcome, Sweep, execute, run_sweep
 from peft_heads.benchmark.training import Training
 
@@ -87,10 +91,24 @@ def test_choice_by_validation(bench):
     for spec in final:
         expected = 10 if spec.task == "eurosat" and spec.method["ne"] == 3 else 0.1
         assert spec.method["scale"] == expected
-    # a setting whose run failed is not chosen; where all have failed, there is nothing to report
-    lost = sweep.final(lambda spec: None if spec.method["scale"] == 0.1 else results(spec))
-    assert {spec.method["scale"] for spec in lost} == {10} and len(lost) == len(final)
+
+    # where a candidate is not finished, the best of the others is no choice: the row is not run on this task
+    def lacking(spec):
+        lost = spec.method == HEADS | {"ne": 0, "scale": 0.1} and spec.task == "cifar" and spec.seed == 1
+        return None if lost else results(spec)
+
+    assert [spec for spec in final if (spec.task, spec.method["ne"]) != ("cifar", 0)] == sweep.final(lacking)
     assert sweep.final(lambda spec: None) == []
+    choices = sweep.choices()
+    assert len(choices) == 2 * 5 and all(len(choice.runs) == 4 for choice in choices)
+    finished = {spec.run_id for spec in sweep.search() if lacking(spec)}
+    notes, partly = unfinished_choices(choices, finished)
+    assert notes == [
+        "head-masked-lora adapter_bits=1 ne=0 r=4 on cifar: nothing is chosen, and nothing run on test: 1 of 4 runs on "
+        "val200 are not finished (scale=0.1)"
+    ]
+    assert len(partly) == 3 and partly < finished
+    assert unfinished_choices(choices, {spec.run_id for spec in sweep.search()}) == ([], set())
 
 
 def test_few_shot_lists(bench):
@@ -268,7 +286,8 @@ def test_failed_runs_do_not_stop_the_others(bench, monkeypatch, caplog):
     monkeypatch.setattr(sweep_module, "run", run)
     sweep = sweep_of(bench, HEADS | {"ne": [0, 1]})
     outcome = run_sweep(sweep, bench.places("out"))
-    assert list(outcome.failed.values()) == ["RuntimeError: no memory"] and len(outcome.runs) == 3 + 2
+    assert list(outcome.failed.values()) == ["RuntimeError: no memory"] and len(outcome.runs) == 3 + 1
+    assert len(outcome.not_chosen) == 1
     path = bench.root / "out" / "failed" / f"{next(iter(outcome.failed))}.txt"
     assert "RuntimeError" in path.read_text() and "no memory" in caplog.text
     fails[0] = False
@@ -308,4 +327,143 @@ def test_a_damaged_result_stops_nothing(bench):
     path = next(path for path in (bench.root / "out").rglob("*val200*.json"))
     path.write_text(path.read_text()[:100])
     outcome = run_sweep(sweep, bench.places("out"))
-    assert len(outcome.failed) == 1 and str(path) in next(iter(outcome.failed.values())) and len(outcome.runs) == 2
+    assert len(outcome.failed) == 1 and str(path) in next(iter(outcome.failed.values())) and len(outcome.runs) == 1
+
+
+def busy(spec, places):
+    """The lock that another process holds while it trains this run."""
+    places.work.mkdir(parents=True, exist_ok=True)
+    return filelock.FileLock(places.work / f".{spec.run_id}.lock")
+
+
+@pytest.mark.slow
+def test_a_refused_run_changes_no_choice(bench):
+    """Two sweeps in one folder: what one is training, the other can neither train nor leave out."""
+    sweep, places = sweep_of(bench, HEADS | {"ne": [0, 1]}), bench.places("out")
+    refused = next(spec for spec in sweep.search() if spec.method["ne"] == 0)
+    with busy(refused, places):
+        outcome = run_sweep(sweep, places)
+    assert list(outcome.failed) == [refused.run_id] and "by another process" in outcome.failed[refused.run_id]
+    assert [run.spec.method["ne"] for run in outcome.runs.values() if is_test(run)] == [1]
+    (note,) = outcome.not_chosen
+    assert "ne=0 r=4 on cifar: nothing is chosen" in note
+    assert f"- {note}" in make_report(outcome.runs.values(), "vtab", sweep.choices())["report.md"]
+    again = run_sweep(sweep, places)
+    assert not again.failed and not again.not_chosen and len(again.runs) == 6
+    assert sorted(run.spec.method["ne"] for run in again.runs.values() if is_test(run)) == [0, 1]
+    # the folder remembers what was to be compared: with the best candidate lost, the report chooses no other
+    whole = make_report(read_results(bench.root / "out", unofficial=True), "vtab", sweep.choices())["report.md"]
+    again.runs[refused.run_id].path.unlink()
+    runs, plans = read_results(bench.root / "out", unofficial=True), read_plans(bench.root / "out")
+    assert plans == sweep.choices()
+    assert "as not all candidates are finished on val200: cifar" in make_report(runs, "vtab", plans)["report.md"]
+    assert "not all candidates" not in whole
+
+
+def is_test(run):
+    return run.spec.eval_split == "test"
+
+
+def test_what_another_sweep_has_finished_meanwhile_counts(bench, monkeypatch):
+    sweep, places = sweep_of(bench, HEADS | {"ne": 1}), bench.places("out")
+    original, first = sweep_module.run, sweep.search()[0]
+    tries = []
+
+    def run(spec, *args, **kwargs):
+        if spec == first and not tries:
+            tries.append(spec)
+            original(spec, *args, **kwargs)  # the other one
+            raise ValueError("is being trained by another process")
+        return original(spec, *args, **kwargs)
+
+    monkeypatch.setattr(sweep_module, "run", run)
+    outcome = run_sweep(sweep, places)
+    assert not outcome.failed and not outcome.not_chosen and len(outcome.runs) == 3
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    """Runs have a result at once."""
+
+    def run(spec, places, **kwargs):
+        found = find_result(places.output_dir, spec, unofficial=True)
+        if found is not None:
+            return found, False
+        made = make_run(spec.task, 0.5 + spec.method["scale"] / 100)
+        path = write_result(places.output_dir, spec, made.result, made.environment)
+        return Run(spec, made.result, made.environment, path), True
+
+    def train_trunk(spec, places):
+        folder = run_module.trunk_folder(spec, places)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / "checkpoint-2"
+
+    monkeypatch.setattr(sweep_module, "run", run)
+    monkeypatch.setattr(sweep_module, "train_trunk", train_trunk)
+
+
+def test_sweeps_of_other_values_in_one_folder(bench, made_up):
+    """Each chooses among its own candidates; a report on the folder among all."""
+    places = bench.places("out")
+    first = run_sweep(sweep_of(bench, HEADS | {"ne": 1, "scale": [0.1, 10]}), places)
+    second = run_sweep(sweep_of(bench, HEADS | {"ne": 1, "scale": [0.1, 1]}), places)
+    alone = run_sweep(sweep_of(bench, HEADS | {"ne": 1, "scale": [0.1, 1]}), bench.places("alone"))
+    assert second.runs.keys() == alone.runs.keys()
+    both = make_report(read_results(bench.root / "out", unofficial=True), "vtab")["report.md"]
+    assert (
+        "chosen from 3 variants" in both
+        and "chosen from 2 variants" in (make_report(first.runs.values(), "vtab")["report.md"])
+    )
+
+
+def trunk_names(folder):
+    return sorted(path.name for path in folder.glob("*trunk-*")) if folder.exists() else []
+
+
+def test_trunks_of_killed_sweeps_are_cleared(bench, made_up, monkeypatch):
+    sweep, places = sweep_of(bench, HEADS | {"ne": [0, 1]}), bench.places("out")
+    (places.work / "trunk-cifar-seed9-0123456789" / "checkpoint-2").mkdir(parents=True)
+    original, seen = sweep_module.train_trunk, []
+
+    def killed(spec, places):
+        original(spec, places)
+        raise Killed
+
+    monkeypatch.setattr(sweep_module, "train_trunk", killed)
+    with pytest.raises(Killed):
+        run_sweep(sweep, places)
+    # the one of another plan is gone; of this plan one was begun
+    kept = [name for name in trunk_names(places.work) if not name.startswith(".")]
+    assert len(kept) == 1 and kept != ["trunk-cifar-seed9-0123456789"]
+    monkeypatch.setattr(
+        sweep_module, "train_trunk", lambda *args: seen.append(trunk_names(places.work)) or original(*args)
+    )
+    # a sweep of another plan needs it not, the same plan does
+    other = sweep_of(bench, HEADS | {"ne": 1, "scale": 5})
+    run_sweep(sweep, places)
+    assert kept[0] in seen[0] and trunk_names(places.work) == []
+    (places.work / kept[0]).mkdir()
+    run_sweep(other, places)
+    assert trunk_names(places.work) == []
+
+
+def test_trunks_that_are_in_use_stay(bench):
+    """Those that runs of another process begin with, and those that one is training."""
+    sweep, places = sweep_of(bench, HEADS | {"ne": [0, 1]}), bench.places("out")
+    for spec in sweep.search():
+        run_module.trunk_folder(spec, places).mkdir(parents=True, exist_ok=True)
+    spec, *_ = specs = sweep.search()
+    with run_module.held_trunk(spec, places), busy_trunk(specs[-1], places):
+        run_module.clear_trunks(places)
+        names = {run_module.trunk_folder(s, places).name for s in (spec, specs[-1])}
+        assert len(names) == 2 and names == {path.name for path in places.work.glob("trunk-*")}
+        with pytest.raises(ValueError, match="by another process"), run_module.held_trunk(spec, places):
+            pass
+    run_module.clear_trunks(places, needed=specs[-1:])
+    assert [path.name for path in places.work.glob("trunk-*")] == [run_module.trunk_folder(specs[-1], places).name]
+    run_module.clear_trunks(places)
+    assert list(places.work.iterdir()) == []
+
+
+def busy_trunk(spec, places):
+    return filelock.FileLock(places.work / f".{run_module.trunk_folder(spec, places).name}.lock")

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import peft
 import pytest
 import tiny
 import torch
+from coloured_pictures import LABELS, pictures
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from peft import PeftConfig
 from PIL import Image as PIL
@@ -19,56 +21,6 @@ from peft_heads.cli.arguments import parse_arguments
 from peft_heads.cli.main import main
 from peft_heads.data.images import load_image_processor
 from peft_heads.methods import MethodArguments, check_method_arguments
-
-
-LABELS = ["blue", "green", "red"]
-
-
-def pictures(count, seed):
-    """`count` noisy images per class, (label index, PIL image); the brightest channel says the class."""
-    noise = np.random.default_rng(seed).integers(0, 80, (3 * count, 20, 20, 3)).astype("uint8")
-    for index, pixels in enumerate(noise):
-        pixels[..., 2 - index % 3] += 150
-        yield index % 3, PIL.fromarray(pixels)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A tiny ViT for five classes with its image processor."""
-    folder = str(tmp_path_factory.mktemp("checkpoint"))
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 32}
-    config = ViTConfig(**sizes, image_size=16, patch_size=8, num_labels=5)
-    ViTForImageClassification(config).save_pretrained(folder)
-    tiny.ViTProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images")
-    for split, count in (("train", 8), ("validation", 4)):
-        for name in LABELS:
-            (root / split / name).mkdir(parents=True)
-        for index, (label, image) in enumerate(pictures(count, seed=count)):
-            image.save(root / split / LABELS[label] / f"{index}.png")
-    return root
-
-
-@pytest.fixture
-def train(checkpoint, folders, tmp_path, monkeypatch):
-    """`train(*words, data=…)` runs `peft-heads train` with short settings that the words override."""
-    monkeypatch.setattr(sys, "argv", ["peft-heads"])
-    cache = ["--cache_dir", str(folders / "cache")]
-    folder_data = ["--train_dir", str(folders / "train"), "--validation_dir", str(folders / "validation")]
-
-    def run(*words, data=folder_data, config=()):
-        settings = ["--model_name_or_path", checkpoint, "--output_dir", str(tmp_path / "out"), "--use_cpu", *cache]
-        settings += ["--num_train_epochs=4", "--learning_rate=1e-2", "--per_device_train_batch_size=4"]
-        settings += ["--head_select_at=0.5"] if not any("--method" in str(word) for word in words) else []
-        return main(["train", *config, *settings, *data, *map(str, words)])
-
-    return run
 
 
 def results(tmp_path, split="all"):
@@ -225,7 +177,7 @@ def test_k_bits(train, tmp_path):
 def test_same_seed_same_adapter(train, tmp_path):
     weights = []
     for seed in (3, 3, 4):
-        assert train("--method=lora", f"--seed={seed}", "--max_steps=2") == 0
+        assert train("--method=lora", f"--seed={seed}", "--max_steps=2", "--overwrite_output_dir") == 0
         weights.append(saved_tensors(tmp_path / "out")["base_model.model.classifier.weight"])
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
@@ -252,6 +204,7 @@ def test_without_validation_split(train, folders, tmp_path, capsys):
     data = ["--train_dir", str(folders / "train"), "--train_val_split=0"]
     assert train("--max_steps=4", data=data) == 0
     assert "eval_loss" not in results(tmp_path)
+    shutil.rmtree(tmp_path / "out")
     assert train("--max_steps=2", "--do_train", "--do_eval", data=data) == 2
     assert "evaluation needs a split 'validation'" in capsys.readouterr().err
     assert train(data=["--validation_dir", str(folders / "validation")]) == 2
@@ -362,7 +315,7 @@ def test_wrong_arguments(train, capsys, words, message):
 
 def test_adapter_as_base_model(train, tmp_path, capsys):
     assert train("--method=lora", "--max_steps=1") == 0
-    assert train("--model_name_or_path", tmp_path / "out") == 2
+    assert train("--model_name_or_path", tmp_path / "out", "--output_dir", tmp_path / "other") == 2
     assert "is an adapter: name its base model" in capsys.readouterr().err
 
 

@@ -1,0 +1,132 @@
+"""What a run really uses: the settings that nobody gave as well, and where it departs from the recipe of its suite."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..data.preprocessing import Preprocessing
+from ..data.tasks import TASKS
+from ..methods import MethodArguments, effective_settings
+from .recipes import RECIPES
+from .schema import canonical_json
+
+
+if TYPE_CHECKING:
+    from .results import Environment, RunSpec
+
+# `mean` and `std` are what `normalization` stands for.
+IMAGES = ("size", "resize", "resize_size", "crop", "filter", "normalization")
+
+
+def method_arguments(method: dict[str, Any], recipe: dict[str, Any]) -> MethodArguments:
+    """A run's method as `peft-heads train` has it; heads are selected when the recipe says, unless the method does.
+
+    Raises:
+        ValueError: A setting that there is not.
+    """
+    settings = {name: value for name, value in method.items() if name != "name"}
+    deactivates = method["name"] == "head-masked-lora" or (
+        method["name"] == "rlrr" and (settings.get("ne") or settings.get("ratio"))
+    )
+    if deactivates and not {"head_warmup_epochs", "head_select_at"} & settings.keys():
+        settings["head_warmup_epochs"] = recipe["head_warmup_epochs"]
+    try:
+        return MethodArguments(method=method["name"], **settings)
+    except TypeError as error:
+        raise ValueError(f"method {method}: {error}") from error
+
+
+def effective_method(method: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
+    """`{"name": …}` with every setting of the method, also those that are by default as they are.
+
+    Args:
+        method, recipe: Of a [`RunSpec`].
+
+    Raises:
+        ValueError: A setting that there is not, or that contradicts another.
+    """
+    return {"name": method["name"], **effective_settings(method_arguments(method, recipe))}
+
+
+def deviations(spec: RunSpec, environment: Environment | None = None) -> list[str]:
+    """Where a run departs from the recipe of its suite, in words: epochs, optimizer, backbone, images.
+
+    Args:
+        spec: What is run.
+        environment: On what it ran; with it, the number of images is compared with the published one.
+    """
+    recipe = RECIPES.get(spec.suite)
+    if recipe is None:
+        return []
+    rate = recipe.learning_rates.get(spec.method["name"], recipe.learning_rate)
+    expected = {"epochs": recipe.epochs} | recipe.settings() | {"learning_rate": rate}
+    found = _differences({"epochs": spec.epochs} | spec.recipe, expected)
+    heads = {name: spec.method.get(name) for name in ("head_warmup_epochs", "head_select_at")}
+    found += _differences({name: value for name, value in heads.items() if value is not None}, expected)
+    if heads["head_select_at"] is not None:
+        found.append(f"head_select_at {heads['head_select_at']} (recipe: after {recipe.head_warmup_epochs} epochs)")
+    if recipe.backbone not in (None, spec.backbone):
+        found.append(f"backbone {spec.backbone} (recipe: {recipe.backbone})")
+    return found + _images(spec) + (_numbers_of_images(spec, environment) if environment is not None else [])
+
+
+def describe_settings(settings: dict[str, Any]) -> str:
+    """Settings in words; of several values, as a sweep has them, with a bar between."""
+    return ", ".join(f"{name}={_words(value)}" for name, value in settings.items() if name != "name")
+
+
+def merge_settings(several: list[dict[str, Any]]) -> dict[str, Any]:
+    """One dictionary for some: a setting that differs has the list of its values."""
+    names = dict.fromkeys(name for settings in several for name in settings)
+    values = {name: _unique([settings[name] for settings in several if name in settings]) for name in names}
+    return {name: found[0] if len(found) == 1 else found for name, found in values.items()}
+
+
+def _unique(values: list[Any]) -> list[Any]:
+    return list({canonical_json(value): value for value in values}.values())
+
+
+def _differences(values: dict[str, Any], expected: dict[str, Any], prefix: str = "") -> list[str]:
+    """Of the names that both have."""
+    return [
+        f"{prefix}{name} {_words(values[name])} (recipe: {_words(value)})"
+        for name, value in expected.items()
+        if name in values and canonical_json(values[name]) != canonical_json(value)
+    ]
+
+
+def _images(spec: RunSpec) -> list[str]:
+    """How images are read, and changed at random."""
+    recipe, found = RECIPES[spec.suite], {}
+    for part, settings in (("train", recipe.train_images), ("eval", recipe.eval_images)):
+        values, expected = spec.preprocessing.get(part), Preprocessing(**settings).to_dict()
+        if isinstance(values, dict):
+            names = [name for name in IMAGES if name != "resize_size" or values.get("size") == expected["size"]]
+            found[part] = _differences(values, {name: expected[name] for name in names})
+    train, evaluation = found.get("train", []), found.get("eval", [])
+    both = [text for text in train if text in evaluation]
+    found = [f"images: {text}" for text in both]
+    found += [f"training images: {text}" for text in train if text not in both]
+    found += [f"evaluation images: {text}" for text in evaluation if text not in both]
+    changes = spec.preprocessing.get("augmentation")
+    return found + _differences(changes if isinstance(changes, dict) else {}, recipe.augmentation, "augmentation: ")
+
+
+def _numbers_of_images(spec: RunSpec, environment: Environment) -> list[str]:
+    task = next((task for task in TASKS if task.suite == spec.suite and task.name == spec.task), None)
+    found = []
+    for part, split in (("train", spec.train_split), ("eval", spec.eval_split)):
+        data = environment.data_fingerprint.get(part)
+        images = data.get("images") if isinstance(data, dict) else None
+        published = None if task is None else task.size(split, spec.shots)
+        if images is not None and published not in (None, images):
+            found.append(f"{images:,} images in {split} (published: {published:,})")
+    return found
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "|".join(map(_words, value))
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)

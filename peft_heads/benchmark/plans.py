@@ -1,0 +1,86 @@
+"""Which runs a setting is chosen by, written before they are run: what is chosen among a part of them is no choice."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..atomic import write_atomically
+from .schema import check_fields, from_mapping
+
+
+FOLDER = "plans"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One setting that is chosen.
+
+    Args:
+        what: The row of the report, and the task, in words.
+        split: The validation images.
+        runs: `{run id: candidate in words}` of all runs of all candidates.
+    """
+
+    what: str
+    split: str
+    runs: dict[str, str]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def missing(self, finished: set[str]) -> list[str]:
+        """The runs that are not among the finished."""
+        return [run_id for run_id in self.runs if run_id not in finished]
+
+
+def unfinished_choices(choices: Iterable[Choice], finished: set[str]) -> tuple[list[str], set[str]]:
+    """What cannot be chosen yet, in words, and the finished runs by which it must not be.
+
+    Args:
+        choices: Of one sweep or several.
+        finished: Ids of the runs that have a result.
+    """
+    notes, partly = [], set()
+    for choice in choices:
+        missing = choice.missing(finished)
+        if missing:
+            candidates = ", ".join(dict.fromkeys(choice.runs[run_id] for run_id in missing))
+            notes.append(
+                f"{choice.what}: nothing is chosen, and nothing run on test: {len(missing)} of {len(choice.runs)} runs on "
+                f"{choice.split} are not finished ({candidates})"
+            )
+            partly |= choice.runs.keys() & finished
+    return list(dict.fromkeys(notes)), partly
+
+
+def write_plan(root: str | os.PathLike, name: str, choices: Iterable[Choice]) -> Path:
+    """Write what a sweep is going to choose; the same sweep, begun again, writes the same.
+
+    Args:
+        root: The folder given to `write_result`.
+        name: Equal for equal sweeps.
+        choices: All of the sweep's.
+    """
+    text = json.dumps([asdict(choice) for choice in choices], indent=1)
+    return write_atomically(Path(root) / FOLDER / f"{name}.json", text + "\n")
+
+
+def read_plans(root: str | os.PathLike) -> list[Choice]:
+    """What the sweeps in a folder were to choose; none where older versions have written it.
+
+    Raises:
+        ValueError: A file is damaged.
+    """
+    choices = []
+    for path in sorted((Path(root) / FOLDER).glob("*.json")):
+        try:
+            choices += [from_mapping(Choice, data) for data in json.loads(path.read_text(encoding="utf-8"))]
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{path} is no plan of a sweep ({error}); the sweep writes it when it is begun again"
+            ) from error
+    return choices

@@ -1,0 +1,53 @@
+"""What `peft-heads bench` says before it runs: the settings in effect, and where they depart from the recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from ..benchmark.effective import describe_settings, deviations, effective_method, merge_settings
+from ..benchmark.environment import source_state
+from ..benchmark.results import RunSpec
+
+
+def effective_lines(specs: list[RunSpec], any_size: bool = False) -> list[str]:
+    """Lines for a terminal, on runs of one suite.
+
+    Args:
+        specs: Of all methods and tasks; one seed of each will do.
+        any_size: Whether trees with other numbers of images than the published ones are taken.
+    """
+    methods: dict[str, list[dict[str, Any]]] = {}
+    for spec in specs:
+        methods.setdefault(spec.method["name"], []).append(effective_method(spec.method, spec.recipe))
+    recipe = merge_settings([{"epochs": spec.epochs} | spec.recipe for spec in specs])
+    recipe.pop("head_warmup_epochs", None)  # stands with the methods that it concerns
+    departs = [*_unique(text for spec in specs for text in deviations(spec))]
+    if any_size:
+        departs.append("trees with any number of images (--any_size)")
+    unofficial = source_state()[1]
+    return [
+        "in effect",
+        *(f"  method      {name}: {describe_settings(merge_settings(own))}" for name, own in methods.items()),
+        f"  recipe      {specs[0].suite}: {describe_settings(recipe)}",
+        f"  backbone    {', '.join(_unique(spec.backbone for spec in specs))}",
+        *(f"  {part:11} {text}" for part, text in _images(specs).items()),
+        f"  departs from the recipe of {specs[0].suite}: {'; '.join(departs) or 'nowhere'}",
+        f"  results     {'un' if unofficial else ''}official: of {'un' if unofficial else ''}committed code",
+    ]
+
+
+def _images(specs: list[RunSpec]) -> dict[str, str]:
+    """How training and evaluation images are read."""
+    names = ("size", "resize", "crop", "filter", "normalization")
+    parts = {"train": "images", "eval": "evaluated"}
+    return {
+        title: describe_settings(
+            merge_settings([{name: spec.preprocessing[part][name] for name in names} for spec in specs])
+        )
+        for part, title in parts.items()
+    }
+
+
+def _unique(values: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(values))
