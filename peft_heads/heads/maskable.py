@@ -82,6 +82,15 @@ def get_head_masks(model: nn.Module, adapter_name: str = "default") -> dict[str,
 def set_head_masks(model: nn.Module, masks: dict[str, torch.Tensor], adapter_name: str = "default") -> None:
     """Set masks by hand; projections that `masks` leaves out keep theirs.
 
+    This is also how the average of a model (EMA, SWA) gets the masks, at any time and whatever averages:
+
+        set_head_masks(average, get_head_masks(model))
+
+    Exponential averages over all buffers or over whole state dicts (torch's `AveragedModel(model, multi_avg_fn=…,
+    use_buffers=True)`) keep a head that is off, off, and never activate it again. Averages over parameters alone and
+    libraries that leave bool buffers alone (ema_pytorch) need the call after the selection. torch's equal-weight SWA
+    over buffers raises an error for any bool buffer: average without `use_buffers`, and call.
+
     Args:
         model: A model with a head-masked adapter.
         masks: `{projection: bool tensor (num_heads,)}`, True = active, named as `get_head_masks` names them.

@@ -71,8 +71,8 @@ class WeightQuantizer:
 
         Args:
             linear: The layer. Only its weight is read; it is not called.
-            layout, head_mask: The heads of its rows, and the module whose buffer `mask` says which are active: the
-                other rows are left out. None keeps all rows.
+            layout, head_mask: The heads of its rows, and the module whose property `active` says which are active:
+                the other rows are left out. None keeps all rows.
 
         Raises:
             ValueError: The weight is sharded or flattened, so that its mean and deviation cannot be known here; or the
@@ -95,7 +95,7 @@ class WeightQuantizer:
         # A compiler traces the plain expression; weights that are no parameters are those of a replica or a functional
         # call, and come anew each time.
         if torch.compiler.is_compiling() or not isinstance(weight, nn.Parameter) or weight.is_inference():
-            rows = None if head_mask is None else layout.active_rows(head_mask.mask)
+            rows = None if head_mask is None else layout.active_rows(head_mask.active)
             quantized = _as_packed(linear, rows, quantize_by_autograd(weight, self.bits, rows))
         else:
             entry = self._entries.get(linear)
@@ -139,7 +139,7 @@ class WeightQuantizer:
 
     def _state(self, linear: nn.Linear, entry: _Entry) -> tuple:
         """What a decision belongs to."""
-        weight, mask = linear.weight, getattr(entry.head_mask, "mask", None)
+        weight, mask = linear.weight, getattr(entry.head_mask, "off", None)
         steps = _steps[0] if weight.requires_grad else None
         return (_identity(weight), _identity(mask), steps, self._num_forgotten)
 
@@ -193,7 +193,7 @@ class _Entry:
         self.decision: Decision | None = None
 
     def active_rows(self) -> torch.Tensor:
-        return self.layout.active_rows(self.head_mask.mask)
+        return self.layout.active_rows(self.head_mask.active)
 
 
 def _identity(tensor: torch.Tensor | None) -> tuple | None:

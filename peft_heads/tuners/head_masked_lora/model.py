@@ -15,6 +15,7 @@ from torch import nn
 from ..._compat import expand_all_linear
 from ...heads.resolve import default_targets, named_targets, task_head_names
 from ...sharding import whole
+from ..head_mask import masks_for_file, masks_for_model
 from ..labelled import LabelledTuner
 from ..quantizer import WeightQuantizer
 from ..saved_keys import follow_file, is_adapter_key, rename_modules
@@ -198,12 +199,13 @@ class HeadMaskedLoraModel(LabelledTuner, LoraModel):
         if config.packed:
             write_packed(model, adapter_name, to_return, state_dict)
         cls.describe_for_files(model, config, adapter_name)
-        return to_return
+        return masks_for_file(to_return)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         state_dict = rename_modules(model, state_dict)
         state_dict, config.packed = read_packed(model, adapter_name, state_dict)
+        state_dict = masks_for_model(state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         cls.take_heads_and_labels(model, config, adapter_name, remapped)
         check_state_dict(model, config, adapter_name, remapped)

@@ -99,7 +99,7 @@ def write_packed(
             for key in (
                 f"lora_A.{adapter_name}.weight",
                 f"lora_B.{adapter_name}.weight",
-                f"lora_head_mask.{adapter_name}.mask",
+                f"lora_head_mask.{adapter_name}.off",
             ):
                 state_dict.pop(f"{name}.{key}", None)
             state_dict[f"{name}.{PACKED}.{adapter_name}"] = pack_module(factors, mask)
@@ -215,7 +215,7 @@ def _quantized(
 
 def _in_force(linear: nn.Linear, heads: dict[str, Any]) -> PackedWeight | None:
     mask = heads.get("head_mask")
-    return packed_weight(linear, None if mask is None else heads["layout"].active_rows(mask.mask))
+    return packed_weight(linear, None if mask is None else heads["layout"].active_rows(mask.active))
 
 
 def _layers(model: nn.Module, adapter_name: str) -> Iterable[tuple[str, HeadMaskedLinear]]:

@@ -92,7 +92,7 @@ class RLRRLinear(HeadMaskedLayer, RLRRLayer):
         """`rows` (out, ...) with those of deactivated heads replaced by zero."""
         if adapter_name not in self.rlrr_head_mask:
             return rows
-        return torch.where(self.active_rows(adapter_name).view(-1, *[1] * (rows.dim() - 1)), rows, 0)
+        return torch.where(self.deactivated_rows(adapter_name).view(-1, *[1] * (rows.dim() - 1)), 0, rows)
 
     # How the adapters act
 
