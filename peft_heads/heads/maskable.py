@@ -86,10 +86,10 @@ def set_head_masks(model: nn.Module, masks: dict[str, torch.Tensor], adapter_nam
 
         set_head_masks(average, get_head_masks(model))
 
-    Exponential averages over all buffers or over whole state dicts (torch's `AveragedModel(model, multi_avg_fn=…,
-    use_buffers=True)`) keep a head that is off, off, and never activate it again. Averages over parameters alone and
-    libraries that leave bool buffers alone (ema_pytorch) need the call after the selection. torch's equal-weight SWA
-    over buffers raises an error for any bool buffer: average without `use_buffers`, and call.
+    Exponential averages over buffers or over whole state dicts (torch's `AveragedModel(model, multi_avg_fn=…,
+    use_buffers=True)`) keep a head that is off, off, and never activate it again; torch's averages without
+    `use_buffers` copy the masks. Libraries that leave bool buffers alone (ema_pytorch) need the call after the
+    selection. torch's equal-weight SWA with `use_buffers=True` raises an error at any bool buffer: leave it out.
 
     Args:
         model: A model with a head-masked adapter.

@@ -39,15 +39,14 @@ class HeadMask(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         old = state_dict.pop(f"{prefix}mask", None)  # torch hands over a dict of its own
-        if old is not None and (
-            old.dtype != torch.bool or not torch.equal(state_dict.get(f"{prefix}off", ~old), ~old)
-        ):
-            errors.append(
-                f"{prefix}mask (True = active) must be a bool tensor that agrees with {prefix}off; got {old.dtype}: "
-                "was it edited or averaged?"
-            )
-        elif old is not None:
-            state_dict[f"{prefix}off"] = ~old
+        if old is not None:
+            off = state_dict.setdefault(f"{prefix}off", ~old if old.dtype == torch.bool else None)
+            if off is None or not torch.equal(off, ~old):
+                errors.append(
+                    f"{prefix}mask (True = active) must be a bool tensor that agrees with {prefix}off (True = "
+                    f"deactivated) if that is there too; got {old.dtype}: was it edited or averaged?"
+                )
+                return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
