@@ -131,8 +131,16 @@ def write_masks(layers: dict[str, HeadMaskable], masks: dict[str, torch.Tensor],
         mask = torch.cat([masks[key].cpu() for key in layer.head_layout[adapter_name].named_parts(name)])
         if not torch.equal(mask, layer.get_head_mask(adapter_name).cpu()):
             changes[layer] = mask
-    for layer, mask in changes.items():
-        layer.set_head_mask(adapter_name, mask)
+    before = {layer: layer.get_head_mask(adapter_name) for layer in changes}
+    changed = []
+    try:
+        for layer, mask in changes.items():
+            layer.set_head_mask(adapter_name, mask)
+            changed.append(layer)
+    except ValueError:  # merged, or offloaded
+        for layer in changed:
+            layer.set_head_mask(adapter_name, before[layer])
+        raise
 
 
 def check_masks(layers: dict[str, HeadMaskable], masks: dict[str, torch.Tensor], adapter_name: str) -> None:

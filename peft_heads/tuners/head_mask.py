@@ -26,16 +26,22 @@ class HeadMask(nn.Module):
     The sense is the model's alone: an exponential average over buffers is above zero for a head that is off, rounds to
     True, and so keeps the head off. Files, and all functions that take or give masks, say True = active. The buffer
     of earlier versions, `mask`, said so too; it is converted where a state dict has it.
+
+    Call the module to read the buffer: Accelerate, which may have offloaded it, brings it back around a call.
     """
 
     def __init__(self, num_heads: int) -> None:
         super().__init__()
         self.register_buffer("off", torch.zeros(num_heads, dtype=torch.bool))
 
+    def forward(self) -> torch.Tensor:
+        """bool (num_heads,), True = deactivated."""
+        return self.off
+
     @property
     def active(self) -> torch.Tensor:
         """bool (num_heads,), True = active; a copy."""
-        return ~self.off
+        return ~self()
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         old = state_dict.pop(f"{prefix}mask", None)  # torch hands over a dict of its own
@@ -128,14 +134,20 @@ class HeadMaskedLayer:
             )
         if adapter_name in self.merged_adapters:
             raise ValueError(f"adapter {adapter_name!r} is merged; call unmerge_adapter() before changing its masks")
-        self.head_masks[adapter_name].off.copy_(~mask)
+        off = self.head_masks[adapter_name].off
+        if off.is_meta:
+            raise ValueError(
+                f"the head masks of adapter {adapter_name!r} are offloaded (offload_buffers=True) and cannot be changed "
+                "there; set them before the model is offloaded, or offload without buffers"
+            )
+        off.copy_(~mask)
 
     def deactivated_rows(self, adapter_name: str) -> torch.Tensor:
         """bool (out,), True = the row belongs to a deactivated head."""
         layout = self.head_layout[adapter_name]
         if adapter_name not in self.head_masks:
             return layout.deactivated_rows(self.get_head_mask(adapter_name))
-        return layout.rows_of(self.head_masks[adapter_name].off)
+        return layout.rows_of(self.head_masks[adapter_name]())
 
 
 def check_saved_masks(

@@ -89,8 +89,8 @@ class WeightQuantizer:
         if problem is not None:
             raise ValueError(
                 f"a weight with {self.bits} bits is quantised by the mean and deviation of the whole matrix "
-                f"({linear.out_features}, {linear.in_features}), but {problem}; use DistributedDataParallel or ZeRO 1 "
-                "or 2, or adapter_bits=32 and classifier_bits=32"
+                f"({linear.out_features}, {linear.in_features}), but {problem}, or use adapter_bits=32 and "
+                "classifier_bits=32"
             )
         # A compiler traces the plain expression; weights that are no parameters are those of a replica or a functional
         # call, and come anew each time.
@@ -168,7 +168,8 @@ class WeightQuantizer:
 def packed_weight(linear: nn.Linear, rows: torch.Tensor | None) -> PackedWeight | None:
     """The codes by which the layer acts, if it was packed or loaded so and nothing has changed its weight since."""
     packed = getattr(linear, "packed_weight", None)
-    if packed is not None and not packed.is_behind(linear.weight.detach(), rows):
+    # of an offloaded weight nothing can be said; whoever has it asks again
+    if packed is not None and not linear.weight.is_meta and not packed.is_behind(linear.weight.detach(), rows):
         packed = linear.packed_weight = None
     return packed
 
@@ -202,9 +203,11 @@ def _identity(tensor: torch.Tensor | None) -> tuple | None:
 
 def _why_not(linear: nn.Linear) -> str | None:
     """What keeps a weight from being quantised, None if nothing does."""
-    weight = linear.weight
+    weight, unsharded = linear.weight, "use DistributedDataParallel or ZeRO 1 or 2"
     if is_dtensor(weight):
-        return "it is sharded over the processes (FSDP2)"
+        return f"it is sharded over the processes (FSDP2); {unsharded}"
     if tuple(weight.shape) != (linear.out_features, linear.in_features):
-        return f"this process holds a part of the shape {tuple(weight.shape)} (FSDP1, ZeRO 3)"
-    return "it is on the meta device (not loaded, or offloaded)" if weight.is_meta else None
+        return f"this process holds a part of the shape {tuple(weight.shape)} (FSDP1, ZeRO 3); {unsharded}"
+    if weight.is_meta:
+        return "it is on the meta device (not loaded, or offloaded); load the model without offloading"
+    return None

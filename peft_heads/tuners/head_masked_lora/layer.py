@@ -51,6 +51,11 @@ class HeadMaskVariant(LoraVariant):
             hidden = self._down(module, active_adapter, module.lora_dropout[active_adapter](x))  # (…, r)
             output = result + self._up(module, active_adapter, hidden)
         else:
+            if module.get_base_layer().weight.is_meta and not x.is_meta:
+                raise ValueError(
+                    f"{type(self.inner).__name__} computes with the frozen weight itself, which is not there (on the meta "
+                    "device, as offloaded weights are): load the model without offloading"
+                )
             output = self.inner.forward(module, active_adapter=active_adapter, x=x, result=result, **kwargs)
             if active_adapter in module.lora_head_mask:
                 output = torch.where(module.frozen_rows(active_adapter), result, output)
@@ -219,7 +224,7 @@ class HeadMaskedLinear(HeadMaskedLayer, Linear):
 
     def frozen_rows(self, adapter_name: str) -> torch.Tensor:
         """bool (out,), True = the adapter, which has a mask, must not change the row."""
-        return self.head_layout[adapter_name].rows_of(self.lora_head_mask[adapter_name].off, outside=True)
+        return self.head_layout[adapter_name].rows_of(self.lora_head_mask[adapter_name](), outside=True)
 
     # Everything that merges rests on the delta weight and, for what PEFT adds outside of it (DoRA's magnitude,
     # lora_B's bias), on restoring the rows of deactivated heads.

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..._compat import expand_all_linear
 from ...heads.resolve import default_targets, named_targets, task_head_names
-from ...sharding import whole
+from ...sharding import whole_entry
 from ..head_mask import masks_for_file, masks_for_model
 from ..labelled import LabelledTuner
 from ..quantizer import WeightQuantizer
@@ -191,9 +191,15 @@ class HeadMaskedLoraModel(LabelledTuner, LoraModel):
         # Parts of a sharded model, unless the caller has put them together. In place: PEFT goes on to take what is
         # trained in full from the same dict.
         in_full = f".modules_to_save.{adapter_name}."
-        state_dict |= {key: whole(value) for key, value in state_dict.items() if is_adapter_key(key) or in_full in key}
+        state_dict |= {
+            key: whole_entry(model, key, value)
+            for key, value in state_dict.items()
+            if is_adapter_key(key) or in_full in key
+        }
         to_return = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        to_return = {key: whole(value) for key, value in to_return.items()}  # biases of the base model
+        to_return = {
+            key: whole_entry(model, key, value) for key, value in to_return.items()
+        }  # biases of the base model
         make_plain_lora(model, adapter_name, to_return, state_dict)
         config.packed = is_packed(model, adapter_name, state_dict)
         if config.packed:

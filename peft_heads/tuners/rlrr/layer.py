@@ -121,7 +121,6 @@ class RLRRLinear(HeadMaskedLayer, RLRRLayer):
 
     def adapted_forward(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
         weight, bias = self.frozen_weight(), self.frozen_bias()
-        self._check_weight(x, weight)
         is_frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
         if self.must_be_called:
             return self.call_base_layer(x, adapter_names)

@@ -17,7 +17,7 @@ from torch import nn
 from ..._compat import expand_all_linear
 from ...heads.blocks import backbone_parts
 from ...heads.resolve import named_targets, shortest_names, task_head_names
-from ...sharding import whole
+from ...sharding import whole_entry
 from ..head_mask import masks_for_file, masks_for_model
 from ..labelled import LabelledTuner
 from ..saved_keys import follow_file, is_adapter_key, rename_modules
@@ -238,7 +238,11 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         in_full = f".modules_to_save.{adapter_name}."
-        state_dict |= {key: whole(value) for key, value in state_dict.items() if is_adapter_key(key) or in_full in key}
+        state_dict |= {
+            key: whole_entry(model, key, value)
+            for key, value in state_dict.items()
+            if is_adapter_key(key) or in_full in key
+        }
         to_return = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         write_deactivated(model, adapter_name, to_return)
         cls.describe_for_files(model, config, adapter_name)
