@@ -23,6 +23,7 @@ from torch import nn
 
 
 if TYPE_CHECKING:
+    import torch
     from transformers import BaseImageProcessor
 
 _OWN_CONFIGS: list[type[PeftConfig]] = []
@@ -167,6 +168,79 @@ def extend_hotswap_check(check: Callable[[PeftConfig, PeftConfig], None]) -> Non
 
     check_hotswap_configs_compatible.extended_by_peft_heads = True
     hotswap.check_hotswap_configs_compatible = check_hotswap_configs_compatible
+
+
+def extend_hotswap(
+    prepare: Callable[[nn.Module, dict[str, torch.Tensor], str], dict[str, torch.Tensor]],
+    check_padding: Callable[[nn.Module, int], None],
+) -> None:
+    """Let a method prepare the weights that PEFT swaps in, and refuse the ranks that PEFT pads to.
+
+    Args:
+        prepare: Of the model, the new weights and the adapter's name: the weights as they are swapped in.
+        check_padding: Of the model and the rank. It is asked twice, because whoever has imported PEFT's function
+            before us goes past the first time; scalings are tensors the second time, of the same values.
+
+    Delete when PEFT asks the tuner.
+    """
+    if hasattr(hotswap.hotswap_adapter_from_state_dict, "extended_by_peft_heads"):
+        return
+    swap, prepare_model = hotswap.hotswap_adapter_from_state_dict, hotswap.prepare_model_for_compiled_hotswap
+    pad = getattr(hotswap, "_pad_lora_weights", None)
+
+    @functools.wraps(swap)
+    def hotswap_adapter_from_state_dict(model, state_dict, adapter_name, *args, **kwargs):
+        return swap(model, prepare(model, state_dict, adapter_name), adapter_name, *args, **kwargs)
+
+    @functools.wraps(prepare_model)
+    def prepare_model_for_compiled_hotswap(model, *, target_rank=None, **kwargs):
+        if target_rank is not None:
+            check_padding(model, target_rank)
+        return prepare_model(model, target_rank=target_rank, **kwargs)
+
+    @functools.wraps(pad)
+    def _pad_lora_weights(model, target_rank):
+        check_padding(model, target_rank)
+        return pad(model, target_rank=target_rank)
+
+    hotswap_adapter_from_state_dict.extended_by_peft_heads = True
+    hotswap.hotswap_adapter_from_state_dict = hotswap_adapter_from_state_dict
+    hotswap.prepare_model_for_compiled_hotswap = prepare_model_for_compiled_hotswap
+    if pad is not None:
+        hotswap._pad_lora_weights = _pad_lora_weights
+
+
+def extend_weight_mapping(name: str) -> None:
+    """Let transformers' own `load_adapter` convert the head masks of a file of the PEFT type `name` (lower case).
+
+    transformers 5 reads the file by a list of renamings and conversions, without asking the tuner. The list is made in
+    PEFT, before transformers 5.10 or so in transformers itself.
+
+    Delete when `load_adapter` goes through `set_peft_model_state_dict` again, as in transformers 4.
+    """
+    if importlib.util.find_spec("transformers.core_model_loading") is None:  # transformers 4
+        return
+    from peft.utils import transformers_weight_conversion
+    from transformers.integrations import peft as integration
+
+    def extended(build: Callable) -> Callable:
+        @functools.wraps(build)
+        def build_peft_weight_mapping(weight_conversions, adapter_name, peft_config=None):
+            mapping = build(weight_conversions, adapter_name, peft_config=peft_config)
+            if mapping and getattr(peft_config, "peft_type", None) == PeftType[name.upper()]:
+                from .tuners.mask_conversion import mask_converter
+
+                mapping = [*mapping, mask_converter(adapter_name)]
+            return mapping
+
+        build_peft_weight_mapping.extended_by_peft_heads = {*getattr(build, "extended_by_peft_heads", ()), name}
+        return build_peft_weight_mapping
+
+    for module in (transformers_weight_conversion, integration):
+        for function in ("build_peft_weight_mapping", "_build_peft_weight_mapping"):
+            build = getattr(module, function, None)
+            if build is not None and name not in getattr(build, "extended_by_peft_heads", ()):
+                setattr(module, function, extended(build))
 
 
 def expand_all_linear(config: PeftConfig, model: nn.Module) -> None:

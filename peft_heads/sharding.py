@@ -1,4 +1,4 @@
-"""Parameters of which a process holds a part only: FSDP2's DTensors and DeepSpeed's ZeRO partitions.
+"""Parameters of which a process holds a part only, FSDP2's DTensors and DeepSpeed's ZeRO partitions, or none at all.
 
 Where a parameter is sharded, what reads or writes the whole of it is a collective: every process must call it.
 """
@@ -28,6 +28,28 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     tensor = tensor.full_tensor()
     return tensor.wait() if hasattr(tensor, "wait") else tensor  # without gradients it may be under way still
+
+
+def whole_entry(model: nn.Module, key: str, tensor: torch.Tensor) -> torch.Tensor:
+    """An entry of the model's state dict, put together; from where Accelerate keeps it if it is offloaded, on the CPU.
+
+    Raises:
+        ValueError: The entry is on the meta device, and Accelerate does not have it.
+    """
+    if not tensor.is_meta:
+        return whole(tensor)
+    from accelerate.utils import align_module_device
+
+    owner, _, name = key.rpartition(".")
+    module = model.get_submodule(owner)
+    with align_module_device(module):
+        value = getattr(module, name).detach()
+    if value.is_meta:
+        raise ValueError(
+            f"{key} is on the meta device: it has no value yet, or was offloaded by other means than Accelerate's hooks; "
+            "load the weights, or pass their values as state_dict"
+        )
+    return value.to("cpu", copy=True)
 
 
 def whole_value(param: nn.Parameter) -> torch.Tensor:

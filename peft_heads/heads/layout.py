@@ -99,11 +99,11 @@ class ProjectionLayout:
 
     def active_rows(self, mask: torch.Tensor) -> torch.Tensor:
         """bool (out_features,), True where the adapter may change the row: it belongs to an active head."""
-        return self._rows(mask)
+        return self.rows_of(mask)
 
     def deactivated_rows(self, mask: torch.Tensor) -> torch.Tensor:
         """bool (out_features,), True where the row belongs to a deactivated head."""
-        return self._rows(~mask)
+        return self.rows_of(~mask)
 
     def mask_rows(self, rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Replace the rows that the adapter must not change by zero.
@@ -117,11 +117,20 @@ class ProjectionLayout:
         """
         return torch.where(self.active_rows(mask).view(-1, *[1] * (rows.dim() - 1)), rows, 0)
 
-    def _rows(self, chosen: torch.Tensor) -> torch.Tensor:
+    def rows_of(self, heads: torch.Tensor, outside: bool = False) -> torch.Tensor:
+        """The rows of some heads.
+
+        Args:
+            heads: bool (num_heads,), True for heads whose rows are meant.
+            outside: What rows outside of the parts get.
+
+        Returns:
+            bool (out_features,).
+        """
         if not self.is_fused:
-            return self.parts[0].expand(chosen)
+            return self.parts[0].expand(heads)
         pieces, row = [], 0
-        for part, heads in zip(self.parts, self.split(chosen), strict=True):
-            pieces += [chosen.new_zeros(part.first_row - row), part.expand(heads)]
+        for part, chosen in zip(self.parts, self.split(heads), strict=True):
+            pieces += [heads.new_full((part.first_row - row,), outside), part.expand(chosen)]
             row = part.first_row + part.num_rows
-        return torch.cat([*pieces, chosen.new_zeros(self.out_features - row)])
+        return torch.cat([*pieces, heads.new_full((self.out_features - row,), outside)])

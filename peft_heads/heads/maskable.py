@@ -82,6 +82,15 @@ def get_head_masks(model: nn.Module, adapter_name: str = "default") -> dict[str,
 def set_head_masks(model: nn.Module, masks: dict[str, torch.Tensor], adapter_name: str = "default") -> None:
     """Set masks by hand; projections that `masks` leaves out keep theirs.
 
+    This is also how the average of a model (EMA, SWA) gets the masks, at any time and whatever averages:
+
+        set_head_masks(average, get_head_masks(model))
+
+    Exponential averages over buffers or over whole state dicts (torch's `AveragedModel(model, multi_avg_fn=…,
+    use_buffers=True)`) keep a head that is off, off, and never activate it again; torch's averages without
+    `use_buffers` copy the masks. Libraries that leave bool buffers alone (ema_pytorch) need the call after the
+    selection. torch's equal-weight SWA with `use_buffers=True` raises an error at any bool buffer: leave it out.
+
     Args:
         model: A model with a head-masked adapter.
         masks: `{projection: bool tensor (num_heads,)}`, True = active, named as `get_head_masks` names them.
@@ -122,8 +131,16 @@ def write_masks(layers: dict[str, HeadMaskable], masks: dict[str, torch.Tensor],
         mask = torch.cat([masks[key].cpu() for key in layer.head_layout[adapter_name].named_parts(name)])
         if not torch.equal(mask, layer.get_head_mask(adapter_name).cpu()):
             changes[layer] = mask
-    for layer, mask in changes.items():
-        layer.set_head_mask(adapter_name, mask)
+    before = {layer: layer.get_head_mask(adapter_name) for layer in changes}
+    changed = []
+    try:
+        for layer, mask in changes.items():
+            layer.set_head_mask(adapter_name, mask)
+            changed.append(layer)
+    except ValueError:  # merged, or offloaded
+        for layer in changed:
+            layer.set_head_mask(adapter_name, before[layer])
+        raise
 
 
 def check_masks(layers: dict[str, HeadMaskable], masks: dict[str, torch.Tensor], adapter_name: str) -> None:

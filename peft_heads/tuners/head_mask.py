@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,15 +13,85 @@ from ..heads.maskable import check_mask, deactivated_heads, module_patterns
 from .saved_config import SavedConfig
 
 
+# The last part of a mask's key: in files, and in earlier versions' models; and in a model.
+IN_FILE, IN_MODEL = ".mask", ".off"
+
+
 class HeadMask(nn.Module):
-    """The one home of a mask: a persistent buffer, bool (num_heads,), True = active.
+    """The one home of a mask: a persistent buffer `off`, bool (num_heads,), True = *deactivated*.
 
     On a fused projection it holds the heads of all adapted parts, one part after the other.
+
+    The sense is the model's alone: an exponential average over buffers is above zero for a head that is off, rounds to
+    True, and so keeps the head off. Files, and all functions that take or give masks, say True = active. The buffer
+    of earlier versions, `mask`, said so too; it is converted where a state dict has it.
+
+    Call the module to read the buffer: Accelerate, which may have offloaded it, brings it back around a call.
     """
 
     def __init__(self, num_heads: int) -> None:
         super().__init__()
-        self.register_buffer("mask", torch.ones(num_heads, dtype=torch.bool))
+        self.register_buffer("off", torch.zeros(num_heads, dtype=torch.bool))
+
+    def forward(self) -> torch.Tensor:
+        """bool (num_heads,), True = deactivated."""
+        return self.off
+
+    @property
+    def active(self) -> torch.Tensor:
+        """bool (num_heads,), True = active; a copy."""
+        return ~self()
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        old = state_dict.pop(f"{prefix}mask", None)  # torch hands over a dict of its own
+        if old is not None:
+            off = state_dict.setdefault(f"{prefix}off", ~old if old.dtype == torch.bool else None)
+            if off is None or not torch.equal(off, ~old):
+                errors.append(
+                    f"{prefix}mask (True = active) must be a bool tensor that agrees with {prefix}off (True = "
+                    f"deactivated) if that is there too; got {old.dtype}: was it edited or averaged?"
+                )
+                return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a model that was pickled as a whole, maybe by an earlier version."""
+        super().__setstate__(state)
+        if "mask" in self._buffers:
+            self.register_buffer("off", ~self._buffers.pop("mask"))
+
+
+def masks_for_file(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """An adapter's tensors with the masks as files have them: `….mask`, True = active."""
+    return _inverted(state_dict, IN_MODEL, IN_FILE)
+
+
+def masks_for_model(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A file's tensors, or those of an old state dict, with the masks as a model has them: `….off`, True = deactivated.
+
+    Raises:
+        ValueError: A mask is not bool.
+    """
+    return _inverted(state_dict, IN_FILE, IN_MODEL)
+
+
+def is_mask_key(key: str, end: str = IN_FILE) -> bool:
+    """Whether a key of a file (of a model's state dict with `end=IN_MODEL`) is a mask's, with adapter name or without."""
+    return key.endswith(end) and any(part.endswith("_head_mask") for part in key.split(".")[-3:-1])
+
+
+def _inverted(state_dict: dict[str, torch.Tensor], end: str, new_end: str) -> dict[str, torch.Tensor]:
+    converted = {}
+    for key, value in state_dict.items():
+        if is_mask_key(key, end):
+            if value.dtype != torch.bool:
+                raise ValueError(
+                    f"{key} must be a bool tensor of shape (num_heads,), one entry per head; got {value.dtype} "
+                    f"{tuple(value.shape)}: was it edited or averaged?"
+                )
+            key, value = key.removesuffix(end) + new_end, ~value
+        converted[key] = value
+    return converted
 
 
 def masked_layers(model: nn.Module, adapter_name: str) -> list[tuple[str, HeadMaskedLayer]]:
@@ -52,7 +123,7 @@ class HeadMaskedLayer:
     def get_head_mask(self, adapter_name: str) -> torch.Tensor:
         if adapter_name not in self.head_masks:
             return torch.ones(self.head_layout[adapter_name].num_heads, dtype=torch.bool)
-        return self.head_masks[adapter_name].mask
+        return self.head_masks[adapter_name].active
 
     def set_head_mask(self, adapter_name: str, mask: torch.Tensor) -> None:
         check_mask(type(self).__name__, mask, self.head_layout[adapter_name].num_heads)
@@ -62,11 +133,20 @@ class HeadMaskedLayer:
             )
         if adapter_name in self.merged_adapters:
             raise ValueError(f"adapter {adapter_name!r} is merged; call unmerge_adapter() before changing its masks")
-        self.head_masks[adapter_name].mask.copy_(mask)
+        off = self.head_masks[adapter_name].off
+        if off.is_meta:
+            raise ValueError(
+                f"the head masks of adapter {adapter_name!r} are offloaded (offload_buffers=True) and cannot be changed "
+                "there; set them before the model is offloaded, or offload without buffers"
+            )
+        off.copy_(~mask)
 
     def deactivated_rows(self, adapter_name: str) -> torch.Tensor:
         """bool (out,), True = the row belongs to a deactivated head."""
-        return self.head_layout[adapter_name].deactivated_rows(self.get_head_mask(adapter_name))
+        layout = self.head_layout[adapter_name]
+        if adapter_name not in self.head_masks:
+            return layout.deactivated_rows(self.get_head_mask(adapter_name))
+        return layout.rows_of(self.head_masks[adapter_name]())
 
 
 def check_saved_masks(
@@ -91,35 +171,35 @@ def check_saved_masks(
         way_out: What may have happened, and what can be done, where a mask is missing.
     """
     created = f"ne={config.ne}, ratio={config.ratio}"
-    lost = [key for key, value in state_dict.items() if key.endswith("_head_mask.mask") and not value.all()]
+    lost = [key for key, value in state_dict.items() if key.endswith("_head_mask.off") and value.any()]
     if lost:
         raise ValueError(
-            f"the adapter file deactivates heads ({lost[0]}, …), but adapter {adapter_name!r} carries no mask there: "
+            f"the adapter file deactivates heads ({lost[0].removesuffix(IN_MODEL) + IN_FILE}, …), but adapter {adapter_name!r} carries no mask there: "
             f"it was created with {created}; create it with the settings it was saved with"
         )
     for name, layer in masked_layers(model, adapter_name):
-        mask = state_dict.get(f"{name}.{layer.head_masks_name}.{adapter_name}.mask")
-        if mask is None:
-            owners = [key.rpartition(f".{layer.head_masks_name}.")[0] for key in state_dict if key.endswith(".mask")]
+        off = state_dict.get(f"{name}.{layer.head_masks_name}.{adapter_name}.off")
+        if off is None:
+            owners = [key.rpartition(f".{layer.head_masks_name}.")[0] for key in state_dict if key.endswith(IN_MODEL)]
             if owners and not {owner for owner, _ in masked_layers(model, adapter_name)} & set(owners):
                 way_out = f"its masks are those of {module_patterns(owners)}: is it an adapter of another model?"
             raise ValueError(
                 f"the adapter file has no head mask for {name}, which an adapter with {created} must have; {way_out}"
             )
-        layout = layer.head_layout[adapter_name]
+        layout, mask = layer.head_layout[adapter_name], ~off
         check_mask(name, mask, layout.num_heads)
         for parameter in parameters:
             rows = state_dict.get(f"{name}.{parameter.format(adapter_name=adapter_name)}")
             if rows is None or rows.shape[0] != layout.out_features:
                 continue  # PEFT reports missing keys and mismatched shapes
-            off = rows[zero_rows(layout, mask).to(rows.device)]
-            if off.count_nonzero():
+            zeros = rows[zero_rows(layout, mask).to(rows.device)]
+            if zeros.count_nonzero():
                 masks = dict(zip(layout.named_parts(name), layout.split(mask), strict=True))
                 heads = [f"heads {heads} of {key}" for key, heads in deactivated_heads(masks).items()]
                 fused_parts = f" and fused_parts is {config.fused_parts!r}" if hasattr(config, "fused_parts") else ""
                 raise ValueError(
                     f"the adapter file contradicts itself: in {name} the mask deactivates "
                     f"{', '.join(heads) or 'nothing'}{fused_parts}; the deactivated rows of "
-                    f"{parameter.replace('.{adapter_name}', '')} must be zero, but {int(off.count_nonzero())} of "
-                    f"{off.numel()} entries are not; the mask or the weights were edited"
+                    f"{parameter.replace('.{adapter_name}', '')} must be zero, but {int(zeros.count_nonzero())} of "
+                    f"{zeros.numel()} entries are not; the mask or the weights were edited"
                 )

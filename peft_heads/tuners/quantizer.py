@@ -71,8 +71,8 @@ class WeightQuantizer:
 
         Args:
             linear: The layer. Only its weight is read; it is not called.
-            layout, head_mask: The heads of its rows, and the module whose buffer `mask` says which are active: the
-                other rows are left out. None keeps all rows.
+            layout, head_mask: The heads of its rows, and the module whose property `active` says which are active:
+                the other rows are left out. None keeps all rows.
 
         Raises:
             ValueError: The weight is sharded or flattened, so that its mean and deviation cannot be known here; or the
@@ -89,13 +89,13 @@ class WeightQuantizer:
         if problem is not None:
             raise ValueError(
                 f"a weight with {self.bits} bits is quantised by the mean and deviation of the whole matrix "
-                f"({linear.out_features}, {linear.in_features}), but {problem}; use DistributedDataParallel or ZeRO 1 "
-                "or 2, or adapter_bits=32 and classifier_bits=32"
+                f"({linear.out_features}, {linear.in_features}), but {problem}, or use adapter_bits=32 and "
+                "classifier_bits=32"
             )
         # A compiler traces the plain expression; weights that are no parameters are those of a replica or a functional
         # call, and come anew each time.
         if torch.compiler.is_compiling() or not isinstance(weight, nn.Parameter) or weight.is_inference():
-            rows = None if head_mask is None else layout.active_rows(head_mask.mask)
+            rows = None if head_mask is None else layout.active_rows(head_mask.active)
             quantized = _as_packed(linear, rows, quantize_by_autograd(weight, self.bits, rows))
         else:
             entry = self._entries.get(linear)
@@ -139,7 +139,7 @@ class WeightQuantizer:
 
     def _state(self, linear: nn.Linear, entry: _Entry) -> tuple:
         """What a decision belongs to."""
-        weight, mask = linear.weight, getattr(entry.head_mask, "mask", None)
+        weight, mask = linear.weight, getattr(entry.head_mask, "off", None)
         steps = _steps[0] if weight.requires_grad else None
         return (_identity(weight), _identity(mask), steps, self._num_forgotten)
 
@@ -168,7 +168,8 @@ class WeightQuantizer:
 def packed_weight(linear: nn.Linear, rows: torch.Tensor | None) -> PackedWeight | None:
     """The codes by which the layer acts, if it was packed or loaded so and nothing has changed its weight since."""
     packed = getattr(linear, "packed_weight", None)
-    if packed is not None and not packed.is_behind(linear.weight.detach(), rows):
+    # of an offloaded weight nothing can be said; whoever has it asks again
+    if packed is not None and not linear.weight.is_meta and not packed.is_behind(linear.weight.detach(), rows):
         packed = linear.packed_weight = None
     return packed
 
@@ -193,7 +194,7 @@ class _Entry:
         self.decision: Decision | None = None
 
     def active_rows(self) -> torch.Tensor:
-        return self.layout.active_rows(self.head_mask.mask)
+        return self.layout.active_rows(self.head_mask.active)
 
 
 def _identity(tensor: torch.Tensor | None) -> tuple | None:
@@ -202,9 +203,11 @@ def _identity(tensor: torch.Tensor | None) -> tuple | None:
 
 def _why_not(linear: nn.Linear) -> str | None:
     """What keeps a weight from being quantised, None if nothing does."""
-    weight = linear.weight
+    weight, unsharded = linear.weight, "use DistributedDataParallel or ZeRO 1 or 2"
     if is_dtensor(weight):
-        return "it is sharded over the processes (FSDP2)"
+        return f"it is sharded over the processes (FSDP2); {unsharded}"
     if tuple(weight.shape) != (linear.out_features, linear.in_features):
-        return f"this process holds a part of the shape {tuple(weight.shape)} (FSDP1, ZeRO 3)"
-    return "it is on the meta device (not loaded, or offloaded)" if weight.is_meta else None
+        return f"this process holds a part of the shape {tuple(weight.shape)} (FSDP1, ZeRO 3); {unsharded}"
+    if weight.is_meta:
+        return "it is on the meta device (not loaded, or offloaded); load the model without offloading"
+    return None

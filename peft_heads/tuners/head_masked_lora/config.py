@@ -273,29 +273,3 @@ class HeadMaskedLoraConfig(SavedConfig, LoraConfig):
                 "computes would not outlive the rounding, or its zeros in lora_B have no deviation to quantise by; "
                 "use True, 'gaussian' or False, or adapter_bits=32"
             )
-
-
-def check_hotswap(old: PeftConfig, new: PeftConfig) -> None:
-    """Raise ValueError for adapters that must not be swapped although their options agree.
-
-    An adapter without masks has no place for another's. And PEFT fills what the new adapter does not target with
-    zeros: for a mask that deactivates every head, which changes nothing where the update is zero as well, but silences
-    the projection under `mask_scope="head"`.
-    """
-    if getattr(old, "masks_heads", None) != getattr(new, "masks_heads", None):
-        raise ValueError(
-            "hot-swapping needs two adapters that carry head masks, or two that do not; got "
-            f"ne={old.ne}, ratio={old.ratio} and ne={new.ne}, ratio={new.ratio}; use load_adapter and set_adapter"
-        )
-    if getattr(new, "mask_scope", None) == "head" and old.target_modules != new.target_modules:
-        raise ValueError(
-            "hot-swapping adapters with mask_scope='head' needs the same target_modules, got "
-            f"{sorted(old.target_modules)} and {sorted(new.target_modules)}; use load_adapter and set_adapter"
-        )
-    if getattr(new, "packed", False):
-        raise ValueError(
-            "hot-swapping writes full-precision weights where the old ones were, and the new adapter is packed; use "
-            "load_adapter and set_adapter"
-        )
-    if getattr(old, "quantizer", None) is not None:
-        old.quantizer.forget()  # PEFT writes the new weights where the old ones were

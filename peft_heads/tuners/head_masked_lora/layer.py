@@ -51,9 +51,14 @@ class HeadMaskVariant(LoraVariant):
             hidden = self._down(module, active_adapter, module.lora_dropout[active_adapter](x))  # (…, r)
             output = result + self._up(module, active_adapter, hidden)
         else:
+            if module.get_base_layer().weight.is_meta and not x.is_meta:
+                raise ValueError(
+                    f"{type(self.inner).__name__} computes with the frozen weight itself, which is not there (on the meta "
+                    "device, as offloaded weights are): load the model without offloading"
+                )
             output = self.inner.forward(module, active_adapter=active_adapter, x=x, result=result, **kwargs)
             if active_adapter in module.lora_head_mask:
-                output = torch.where(module.active_rows(active_adapter), output, result)
+                output = torch.where(module.frozen_rows(active_adapter), result, output)
         if self.mask_scope == "head" and active_adapter in module.lora_head_mask:
             output = torch.where(module.deactivated_rows(active_adapter), 0, output)
         return output
@@ -86,7 +91,7 @@ class HeadMaskVariant(LoraVariant):
         # It must be called: it is a unit of FSDP, which gathers its weight then, or is cast or moved by its hooks.
         update = lora_B(hidden)
         if active_adapter in module.lora_head_mask:
-            update = torch.where(module.active_rows(active_adapter), update, 0)
+            update = torch.where(module.frozen_rows(active_adapter), 0, update)
         return update * scaling
 
     def merge_safe(self, module: HeadMaskedLinear, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
@@ -210,11 +215,16 @@ class HeadMaskedLinear(HeadMaskedLayer, Linear):
         """`rows` (out, ...) with the rows that the adapter must not change replaced by zero."""
         if adapter_name not in self.lora_head_mask:
             return rows  # ne=0
-        return self.head_layout[adapter_name].mask_rows(rows, self.lora_head_mask[adapter_name].mask)
+        frozen = self.frozen_rows(adapter_name).view(-1, *[1] * (rows.dim() - 1))
+        return torch.where(frozen, 0, rows)  # no product: a row that has become inf or nan is zero as well
 
     def active_rows(self, adapter_name: str) -> torch.Tensor:
         """bool (out,), True = the adapter may change the row."""
         return self.head_layout[adapter_name].active_rows(self.get_head_mask(adapter_name))
+
+    def frozen_rows(self, adapter_name: str) -> torch.Tensor:
+        """bool (out,), True = the adapter, which has a mask, must not change the row."""
+        return self.head_layout[adapter_name].rows_of(self.lora_head_mask[adapter_name](), outside=True)
 
     # Everything that merges rests on the delta weight and, for what PEFT adds outside of it (DoRA's magnitude,
     # lora_B's bias), on restoring the rows of deactivated heads.
@@ -265,11 +275,11 @@ class HeadMaskedLinear(HeadMaskedLayer, Linear):
         """Copies of the base weight's and bias's rows that the adapter must not change; empty if there are none."""
         if adapter_name not in self.lora_head_mask:
             return []
-        off = ~self.active_rows(adapter_name)
+        off = self.frozen_rows(adapter_name)
         return [tensor[off].clone() for tensor in self._base_tensors()] if off.any() else []
 
     def _write_frozen_base_rows(self, adapter_name: str, rows: list[torch.Tensor]) -> None:
-        off = ~self.active_rows(adapter_name)
+        off = self.frozen_rows(adapter_name)
         for tensor, values in zip(self._base_tensors(), rows, strict=True):
             tensor[off] = values.to(tensor)  # the model may have been cast or moved since
 

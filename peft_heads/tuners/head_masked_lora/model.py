@@ -14,7 +14,8 @@ from torch import nn
 
 from ..._compat import expand_all_linear
 from ...heads.resolve import default_targets, named_targets, task_head_names
-from ...sharding import whole
+from ...sharding import whole_entry
+from ..head_mask import masks_for_file, masks_for_model
 from ..labelled import LabelledTuner
 from ..quantizer import WeightQuantizer
 from ..saved_keys import follow_file, is_adapter_key, rename_modules
@@ -192,20 +193,27 @@ class HeadMaskedLoraModel(LabelledTuner, LoraModel):
         # Parts of a sharded model, unless the caller has put them together. In place: PEFT goes on to take what is
         # trained in full from the same dict.
         in_full = f".modules_to_save.{adapter_name}."
-        state_dict |= {key: whole(value) for key, value in state_dict.items() if is_adapter_key(key) or in_full in key}
+        state_dict |= {
+            key: whole_entry(model, key, value)
+            for key, value in state_dict.items()
+            if is_adapter_key(key) or in_full in key
+        }
         to_return = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        to_return = {key: whole(value) for key, value in to_return.items()}  # biases of the base model
+        to_return = {
+            key: whole_entry(model, key, value) for key, value in to_return.items()
+        }  # biases of the base model
         make_plain_lora(model, adapter_name, to_return, state_dict)
         config.packed = is_packed(model, adapter_name, state_dict)
         if config.packed:
             write_packed(model, adapter_name, to_return, state_dict)
         cls.describe_for_files(model, config, adapter_name)
-        return to_return
+        return masks_for_file(to_return)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         state_dict = rename_modules(model, state_dict)
         state_dict, config.packed = read_packed(model, adapter_name, state_dict)
+        state_dict = masks_for_model(state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         cls.take_heads_and_labels(model, config, adapter_name, remapped)
         check_state_dict(model, config, adapter_name, remapped)

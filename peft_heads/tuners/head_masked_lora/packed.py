@@ -68,12 +68,8 @@ def is_packed(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.T
     """
     linears = list(_quantized(model, adapter_name))
     for name, linear, _, heads in linears:
-        saved = state_dict.get(f"{name}.weight")
-        if (
-            _in_force(linear, heads) is None
-            or saved is None
-            or not torch.equal(linear.weight, saved.to(linear.weight))
-        ):
+        saved, packed = state_dict.get(f"{name}.weight"), _in_force(linear, heads)
+        if saved is None or packed is None or not packed.is_behind(saved, _rows(heads)):
             return False
     return bool(linears)
 
@@ -99,7 +95,7 @@ def write_packed(
             for key in (
                 f"lora_A.{adapter_name}.weight",
                 f"lora_B.{adapter_name}.weight",
-                f"lora_head_mask.{adapter_name}.mask",
+                f"lora_head_mask.{adapter_name}.off",
             ):
                 state_dict.pop(f"{name}.{key}", None)
             state_dict[f"{name}.{PACKED}.{adapter_name}"] = pack_module(factors, mask)
@@ -214,8 +210,12 @@ def _quantized(
 
 
 def _in_force(linear: nn.Linear, heads: dict[str, Any]) -> PackedWeight | None:
+    return packed_weight(linear, _rows(heads))
+
+
+def _rows(heads: dict[str, Any]) -> torch.Tensor | None:
     mask = heads.get("head_mask")
-    return packed_weight(linear, None if mask is None else heads["layout"].active_rows(mask.mask))
+    return None if mask is None else heads["layout"].active_rows(mask.active)
 
 
 def _layers(model: nn.Module, adapter_name: str) -> Iterable[tuple[str, HeadMaskedLinear]]:

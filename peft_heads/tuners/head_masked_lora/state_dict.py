@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ...sharding import whole
+from ...sharding import whole_entry
 from ..head_mask import check_saved_masks, masked_layers
 from ..task_heads import QuantizedLinear
 from .config import HeadMaskedLoraConfig
@@ -41,7 +41,9 @@ def make_plain_lora(
         key = f"{name}.lora_magnitude_vector.{adapter_name}"
         if key in state_dict:
             magnitude = state_dict[key]
-            weight = whole(model_state_dict.get(f"{name}.base_layer.weight", layer.get_base_layer().weight.detach()))
+            base = f"{name}.base_layer.weight"
+            frozen = model_state_dict.get(base, layer.get_base_layer().weight.detach())
+            weight = whole_entry(model, base, frozen)
             norm = torch.linalg.norm(weight, dim=1).to(magnitude)
             state_dict[key] = torch.where(active.to(magnitude.device), magnitude, norm)
 

@@ -94,6 +94,7 @@ class RLRRLayer(nn.Module, BaseTunerLayer):
         active = [name for name in self.active_adapters if self.has_adapter(name)]
         if self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
+        self._check_weight(x, self.frozen_weight())
         return self.adapted_forward(x, active)
 
     def _mixed_batch_forward(self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any):
@@ -107,6 +108,7 @@ class RLRRLayer(nn.Module, BaseTunerLayer):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
+        self._check_weight(x, self.frozen_weight())
         result = None
         for name in dict.fromkeys(adapter_names):
             index = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)

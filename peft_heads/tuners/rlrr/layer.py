@@ -92,7 +92,7 @@ class RLRRLinear(HeadMaskedLayer, RLRRLayer):
         """`rows` (out, ...) with those of deactivated heads replaced by zero."""
         if adapter_name not in self.rlrr_head_mask:
             return rows
-        return torch.where(self.active_rows(adapter_name).view(-1, *[1] * (rows.dim() - 1)), rows, 0)
+        return torch.where(self.deactivated_rows(adapter_name).view(-1, *[1] * (rows.dim() - 1)), 0, rows)
 
     # How the adapters act
 
@@ -121,7 +121,6 @@ class RLRRLinear(HeadMaskedLayer, RLRRLayer):
 
     def adapted_forward(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
         weight, bias = self.frozen_weight(), self.frozen_bias()
-        self._check_weight(x, weight)
         is_frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
         if self.must_be_called:
             return self.call_base_layer(x, adapter_names)

@@ -17,7 +17,8 @@ from torch import nn
 from ..._compat import expand_all_linear
 from ...heads.blocks import backbone_parts
 from ...heads.resolve import named_targets, shortest_names, task_head_names
-from ...sharding import whole
+from ...sharding import whole_entry
+from ..head_mask import masks_for_file, masks_for_model
 from ..labelled import LabelledTuner
 from ..saved_keys import follow_file, is_adapter_key, rename_modules
 from ..targets import module_patterns, warn_of_overlooked
@@ -238,15 +239,20 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         in_full = f".modules_to_save.{adapter_name}."
-        state_dict |= {key: whole(value) for key, value in state_dict.items() if is_adapter_key(key) or in_full in key}
+        state_dict |= {
+            key: whole_entry(model, key, value)
+            for key, value in state_dict.items()
+            if is_adapter_key(key) or in_full in key
+        }
         to_return = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         write_deactivated(model, adapter_name, to_return)
         cls.describe_for_files(model, config, adapter_name)
-        return to_return
+        return masks_for_file(to_return)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         state_dict = rename_modules(model, state_dict)
+        state_dict = masks_for_model(state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         cls.take_heads_and_labels(model, config, adapter_name, remapped)
         check_state_dict(model, config, adapter_name, remapped)
