@@ -13,7 +13,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..._compat import expand_all_linear
-from ...heads.resolve import default_targets, named_targets, task_head_names
+from ...heads.resolve import default_targets, task_head_names
+from ...heads.traversal import named_targets, own_modules
 from ...sharding import whole
 from ..labelled import LabelledTuner
 from ..quantizer import WeightQuantizer
@@ -83,8 +84,12 @@ class HeadMaskedLoraModel(LabelledTuner, LoraModel):
         if bits != FULL_PRECISION:
             quantize_task_heads(model, adapter_name, bits)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        return settle_task_heads(super()._unload_and_optionally_merge(*args, **kwargs))
+    def _unload_and_optionally_merge(
+        self, merge: bool = True, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> nn.Module:
+        with self.unloading(merge, adapter_names):
+            model = super()._unload_and_optionally_merge(merge, *args, adapter_names=adapter_names, **kwargs)
+        return settle_task_heads(model)
 
     def _default_targets(self, peft_config: HeadMaskedLoraConfig) -> list[str]:
         """Where they are full names, those of `layers_to_transform`, which PEFT asks about the ends of names alone."""
@@ -205,8 +210,8 @@ class HeadMaskedLoraModel(LabelledTuner, LoraModel):
         state_dict = rename_modules(model, state_dict)
         state_dict, config.packed = read_packed(model, adapter_name, state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        cls.take_heads_and_labels(model, config, adapter_name, remapped)
         check_state_dict(model, config, adapter_name, remapped)
+        cls.take_heads_and_labels(model, config, adapter_name, remapped)
         return remapped
 
 

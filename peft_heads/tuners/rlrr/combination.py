@@ -10,6 +10,7 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
+from ...heads.traversal import own_modules
 from .base_layer import RLRRLayer
 from .config import RLRRConfig
 from .layer import RLRRLinear
@@ -34,13 +35,13 @@ def check_summands(
         raise ValueError(
             "adapters with residual=False cannot be combined: their factors are no change of the weight, but all of it"
         )
-    for name, wrapper in model.named_modules():
+    for name, wrapper in own_modules(model):
         if isinstance(wrapper, ModulesToSaveWrapper) and sum(a in wrapper.modules_to_save for a in adapters) > 1:
             raise ValueError(
                 f"Cannot add weighted adapters if they target the same module with modules_to_save: {name}; pass "
                 "modules_to_save=[], or combine the trained heads yourself"
             )
-    for name, layer in model.named_modules():
+    for name, layer in own_modules(model):
         if isinstance(layer, RLRRLinear):
             layouts = {layer.head_layout[a] for a in adapters if a in layer.rlrr_head_mask}
             if len(layouts) > 1:
@@ -62,14 +63,14 @@ def modules_of(model: nn.Module, adapters: list[str]) -> set[str]:
     """Names of the modules that any of the adapters has."""
     return {
         name
-        for name, layer in model.named_modules()
+        for name, layer in own_modules(model)
         if isinstance(layer, RLRRLayer) and any(layer.has_adapter(adapter) for adapter in adapters)
     }
 
 
 def copy_heads(model: nn.Module, owner: str, adapter_name: str) -> None:
     """Give an adapter, which has some of its own, the trained heads of another."""
-    for wrapper in model.modules():
+    for _, wrapper in own_modules(model):
         if isinstance(wrapper, ModulesToSaveWrapper) and owner in wrapper.modules_to_save:
             own = wrapper.modules_to_save[adapter_name]
             trained = any(param.requires_grad for param in own.parameters())

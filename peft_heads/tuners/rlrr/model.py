@@ -16,7 +16,8 @@ from torch import nn
 
 from ..._compat import expand_all_linear
 from ...heads.blocks import backbone_parts
-from ...heads.resolve import named_targets, shortest_names, task_head_names
+from ...heads.resolve import shortest_names, task_head_names
+from ...heads.traversal import named_targets, own_modules
 from ...sharding import whole
 from ..labelled import LabelledTuner
 from ..saved_keys import follow_file, is_adapter_key, rename_modules
@@ -50,7 +51,7 @@ class _ForwardHooks:
         hook = partial(_pass_adapter_names, adapter_names=adapter_names)
         handles = [
             module.register_forward_pre_hook(hook, with_kwargs=True)
-            for module in self.modules()
+            for _, module in own_modules(self.model)
             if isinstance(module, (RLRRLayer, AuxiliaryTrainingWrapper))
         ]
         try:
@@ -169,16 +170,24 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # PEFT makes new, trainable parameters, also of an adapter that is not active
-        trained = {name: param.requires_grad for name, param in self.named_parameters()}
+        holders = [
+            getattr(layer, name)
+            for _, layer in own_modules(self.model)
+            if isinstance(layer, RLRRLayer)
+            for name in layer.adapter_layer_names
+        ]
+        trained = [(params, params[adapter_name].requires_grad) for params in holders if adapter_name in params]
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for name, param in self.named_parameters():
-            if param.requires_grad != trained.get(name, param.requires_grad):
-                param.requires_grad_(trained[name])
+        for params, requires_grad in trained:
+            params[adapter_name].requires_grad_(requires_grad)
 
     def _unload_and_optionally_merge(
         self, merge: bool = True, adapter_names: list[str] | None = None, **kwargs: Any
     ) -> nn.Module:
-        to_merge = (self.active_adapters if adapter_names is None else adapter_names) if merge else []
+        with self.unloading(merge, adapter_names) as to_merge:
+            return self._unload_and_fold(merge, to_merge, adapter_names=adapter_names, **kwargs)
+
+    def _unload_and_fold(self, merge: bool, to_merge: list[str], **kwargs: Any) -> nn.Module:
         plan = plan_merging(self.model, to_merge)
         if plan.homeless and merge:
             raise ValueError(
@@ -191,7 +200,7 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
                 f"{module_patterns(plan.homeless)}: {plan.why}, so that a checkpoint of the model into which an adapter "
                 "has been merged would lose its shift f; call unmerge_adapter() before unload()"
             )
-        model = super()._unload_and_optionally_merge(merge=merge, adapter_names=adapter_names, **kwargs)
+        model = super()._unload_and_optionally_merge(merge=merge, **kwargs)
         fold(model, plan)
         return model
 
@@ -229,7 +238,7 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
         if owner is not None:
             copy_heads(self.model, owner, adapter_name)
             self.adapter_labels[adapter_name] = self.adapter_labels.get(owner)
-        for layer in self.modules():
+        for _, layer in own_modules(self.model):
             if isinstance(layer, RLRRLayer) and layer.has_adapter(adapter_name):
                 sum_into(layer, adapters, weights, adapter_name)
         self.set_requires_grad(adapter_name, adapter_name in self.active_adapters)
@@ -247,8 +256,8 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         state_dict = rename_modules(model, state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        cls.take_heads_and_labels(model, config, adapter_name, remapped)
         check_state_dict(model, config, adapter_name, remapped)
+        cls.take_heads_and_labels(model, config, adapter_name, remapped)
         return remapped
 
 
