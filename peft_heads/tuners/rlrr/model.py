@@ -19,11 +19,12 @@ from ...heads.blocks import backbone_parts
 from ...heads.resolve import shortest_names, task_head_names
 from ...heads.traversal import named_targets, own_modules
 from ...sharding import whole
+from ..copies import adding, check_weights, copy_adapter, copy_heads, heads_of_sum, is_copy
 from ..labelled import LabelledTuner
 from ..saved_keys import follow_file, is_adapter_key, rename_modules
 from ..targets import module_patterns
 from .base_layer import RLRRLayer
-from .combination import check_summands, copy_heads, modules_of, sum_into
+from .combination import check_summands, modules_of, sum_into
 from .config import RLRRConfig
 from .folding import fold, plan_folding, plan_merging
 from .layer import RLRRConv2d, RLRRLinear, RLRRScale
@@ -210,8 +211,9 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
         `Ŝ_out Ŝ_in = (Σ w_i S_out^i)(Σ w_i S_in^i)` and `f̂ = Σ w_i f^i`. Of norms and the patch embedding, of which the
         paper says nothing, the changes are summed: `γ̂ = 1 + Σ w_i (γ^i - 1)`, `β̂ = Σ w_i β^i`, so that an adapter that
         changes nothing adds nothing there. To the factors' product it does add: one with `S_out = 0` alone changes
-        nothing, but its `S_in` meets the `S_out` of the others. A head is active in the sum where it is in any of the summands. The trained
-        classification head, which only one of them may have, is copied.
+        nothing, but its `S_in` meets the `S_out` of the others. A head is active in the sum where it is in any of the
+        summands. The trained classification head, which only one of them may have, is copied. One adapter with weight 1
+        gives an exact copy.
 
         Args:
             adapters: Names of the summands.
@@ -223,25 +225,26 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
         """
         if adapter_name in self.peft_config:
             return
-        check_summands(self.model, self.peft_config, adapters, weights)
+        check_weights(self.peft_config, adapters, weights)
         self._remember_labels()
-        owner = next((name for name in adapters if self.peft_config[name].modules_to_save), None)
-        self.peft_config[adapter_name] = dataclasses.replace(
-            self.peft_config[adapters[0]],
-            target_modules=modules_of(self.model, adapters),
-            exclude_modules=None,
-            layers_to_transform=None,
-            layers_pattern=None,
-            modules_to_save=self.peft_config[owner].modules_to_save if owner else [],
-        )
-        self.inject_adapter(self.model, adapter_name)
-        if owner is not None:
-            copy_heads(self.model, owner, adapter_name)
-            self.adapter_labels[adapter_name] = self.adapter_labels.get(owner)
-        for _, layer in own_modules(self.model):
-            if isinstance(layer, RLRRLayer) and layer.has_adapter(adapter_name):
-                sum_into(layer, adapters, weights, adapter_name)
-        self.set_requires_grad(adapter_name, adapter_name in self.active_adapters)
+        if is_copy(adapters, weights):
+            copy_adapter(self, adapters[0], adapter_name)
+            return
+        check_summands(self.model, self.peft_config, adapters)
+        with adding(self, adapter_name):
+            self.peft_config[adapter_name] = dataclasses.replace(
+                self.peft_config[adapters[0]],
+                target_modules=modules_of(self.model, adapters),
+                exclude_modules=None,
+                layers_to_transform=None,
+                layers_pattern=None,
+                modules_to_save=heads_of_sum(self.peft_config, adapters),
+            )
+            self.inject_adapter(self.model, adapter_name)
+            for _, layer in own_modules(self.model):
+                if isinstance(layer, RLRRLayer) and layer.has_adapter(adapter_name):
+                    sum_into(layer, adapters, weights, adapter_name)
+            copy_heads(self, adapters, adapter_name)
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
