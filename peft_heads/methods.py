@@ -16,8 +16,9 @@ from transformers import TrainerCallback
 
 from .callbacks import TaylorHeadScorer
 from .heads.blocks import backbone_parts
-from .heads.resolve import default_targets, named_targets, shortest_names, task_head_names
+from .heads.resolve import default_targets, shortest_names, task_head_names
 from .heads.scores import Criterion
+from .heads.traversal import named_targets
 from .tuners import HeadMaskedLoraConfig, RLRRConfig
 from .tuners.calls import watch_calls
 from .tuners.saved_config import SavedConfig

@@ -232,9 +232,10 @@ def rescaled_operation(
     with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
         x, factors = operation.prepare(x).to(dtype), [factor for change in changes for factor in change[:2]]
         variants = [change.variant for change in changes]
-        # Nothing to be differentiated is left to plain operations, which can be traced and exported, and so are the
-        # transforms of torch.func, of which the function below knows nothing.
-        if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        # Nothing to be differentiated is left to plain operations, which can be exported, and so are a trace, which has
+        # no place for a function of Python's, and the transforms of torch.func, of which the function below knows nothing.
+        plain = not torch.is_grad_enabled() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+        if plain:
             return _apply(x, weight, bias, shift, operation, variants, factors)
         return _Rescaled.apply(x, weight, bias, shift, operation, variants, *factors)
 

@@ -16,9 +16,9 @@ from .resolve import (
     PROJECTION_ROLES,
     backbone_name,
     image_projections,
-    named_targets,
     task_head_names,
 )
+from .traversal import named_targets, own_modules
 
 
 # Networks that compute an attention layer's position bias (SwinV2): linear layers, but none of the block's.
@@ -69,7 +69,7 @@ def backbone_parts(model: nn.Module) -> BackboneParts:
     tower = f"{backbone}." if all(name.startswith(f"{backbone}.") for name in projections) else ""
     first = min(order.index(name) for name in inside)
     # an attention pooling (SigLIP's) is not the backbone's, and not called by every model that has one
-    pooling = tuple(f"{n}." for n, m in model.named_modules() if any(map(_is_attention, m.children())))
+    pooling = tuple(f"{n}." for n, m in own_modules(model) if any(map(_is_attention, m.children())))
     after = [name for name in order[last + 1 :] if is_norm(modules[name]) and not name.startswith(pooling)]
     return BackboneParts(
         tuple(name for name, m in inside.items() if isinstance(m, nn.Linear) and not _POSITION_NETWORKS.search(name)),
@@ -106,7 +106,7 @@ def following_batch_norm(model: nn.Module, name: str) -> str | None:
 
 def _looks_like_attention(model: nn.Module) -> bool:
     """Whether any module owns projections by name, whatever they are."""
-    for module in model.modules():
+    for _, module in own_modules(model):
         names = [name for name, _ in module.named_children()]
         if (
             FUSED_PROJECTIONS.keys() & set(names)

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from .traversal import own_modules
+
 
 _KINDS = (nn.Linear, _ConvNd, nn.Embedding)
 
@@ -52,7 +54,7 @@ def _sized(model: nn.Module, sizes: set[int]) -> list[str]:
     """Layers with so many outputs, or entries; what adapters have put inside is left out."""
     found: dict[str, None] = {}
     inside: tuple[str, ...] = ("\0",)
-    for name, module in model.named_modules():
+    for name, module in own_modules(model):
         if name.startswith(inside):
             continue
         if hasattr(module, "base_layer"):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .layout import HeadLayout, ProjectionLayout
+from .traversal import own_modules
 
 
 @runtime_checkable
@@ -52,7 +53,7 @@ def head_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, He
     """
     found: dict[str, HeadMaskable] = {}
     others: set[str] = set()
-    for name, module in model.named_modules():
+    for name, module in own_modules(model):
         if isinstance(module, HeadMaskable):
             others.update(module.head_layout)
             if adapter_name in module.head_layout:

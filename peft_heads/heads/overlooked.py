@@ -7,6 +7,7 @@ import re
 from torch import nn
 
 from .resolve import image_projections, in_image_part, resolve_heads
+from .traversal import own_modules
 
 
 # What stands around the letters or words that say what a projection is for: `to_kv`, `proj_q`, `Wqkv`, `qkv_conv`.
@@ -30,7 +31,7 @@ def overlooked_attention(model: nn.Module) -> list[str]:
     owners = {name.rpartition(".")[0] for name in resolve_heads(model)}
     found: list[str] = []
     pooling: tuple[str, ...] = ("\0",)
-    for name, module in model.named_modules():
+    for name, module in own_modules(model):
         inside_one = any(name.startswith(f"{other}.") for other in (*owners, *found))
         if _POOLING.search(type(module).__name__) or _POOLING.search(name.rpartition(".")[2]):
             pooling += (f"{name}.", name) if name else ()

@@ -10,12 +10,12 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Iterator
 
 from torch import nn
 
 from .classifier import is_loss, label_sized_modules
 from .layout import HeadLayout, ProjectionLayout
+from .traversal import named_targets, own_modules
 
 
 # Attribute names of the projections inside an attention layer, by role: transformers >= 5.9 and CLIP, transformers
@@ -65,7 +65,7 @@ def resolve_heads(
         `{module name: ProjectionLayout}` in the order of the model's modules.
     """
     layouts = {}
-    for attention_name, attention in model.named_modules():
+    for attention_name, attention in own_modules(model):
         detected = _attention_layouts(attention) if num_heads is None or isinstance(num_heads, dict) else {}
         for child_name, child in attention.named_children():
             name = f"{attention_name}.{child_name}" if attention_name else child_name
@@ -129,7 +129,7 @@ def backbone_name(model: nn.Module) -> str:
     for key in BACKBONE_CONFIGS:
         config = _config_of(model, key)
         if config is not None:
-            for name, module in model.named_modules():
+            for name, module in own_modules(model):
                 if name and type(getattr(module, "config", None)) is type(config):
                     return name
     prefix = getattr(model, "base_model_prefix", "")  # transformers: the attribute that holds the headless model
@@ -172,22 +172,11 @@ def interleaved_projections(model: nn.Module) -> list[str]:
     """
     return [
         f"{name}.{child_name}"
-        for name, attention in model.named_modules()
+        for name, attention in own_modules(model)
         for child_name in FUSED_PROJECTIONS
         if isinstance(getattr(attention, child_name, None), nn.Module)
         and (getattr(attention, "head_first", False) or hasattr(attention, "key_dim"))
     ]
-
-
-def named_targets(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The model's own modules: what adapters have put inside is left out."""
-    inside: list[str] = []
-    for name, module in model.named_modules():
-        if not name or any(name.startswith(prefix) for prefix in inside):
-            continue
-        if hasattr(module, "base_layer"):
-            inside.append(name + ".")
-        yield name, module
 
 
 def matches_pattern(pattern: str, name: str) -> bool:
@@ -277,8 +266,8 @@ def _is_head(model: nn.Module, name: str) -> bool:
     """
     module = model.get_submodule(name)
     # transformers before 5.0 makes a model of SegFormer's `decode_head` as well
-    is_model = name not in HEAD_NAMES and any(hasattr(inner, "base_model_prefix") for inner in module.modules())
-    is_stack = isinstance(module, _CONTAINERS) and any(_attention_layouts(inner) for inner in module.modules())
+    is_model = name not in HEAD_NAMES and any(hasattr(inner, "base_model_prefix") for _, inner in own_modules(module))
+    is_stack = isinstance(module, _CONTAINERS) and any(_attention_layouts(inner) for _, inner in own_modules(module))
     get_output_embeddings = getattr(model, "get_output_embeddings", lambda: None)
     return (
         _has_parameters(module)
@@ -320,7 +309,7 @@ def _takes_classes(model: nn.Module) -> bool:
 
 def _text_towers(model: nn.Module) -> list[str]:
     """Names of the models inside a model that read text, and are neither a vision tower nor around or in one."""
-    models = {name: getattr(module, "main_input_name", None) for name, module in model.named_modules() if name}
+    models = {name: getattr(module, "main_input_name", None) for name, module in own_modules(model) if name}
     vision = [name for name, main_input in models.items() if main_input == "pixel_values"]
     vision += [backbone] if (backbone := backbone_name(model)) else []
     return [
@@ -346,7 +335,7 @@ def _unambiguous(model: nn.Module, heads: list[str]) -> list[str]:
     """
     names = list(heads)
     while True:
-        matched = [key for key, _ in model.named_modules() if key.endswith(tuple(names))]
+        matched = [key for key, _ in own_modules(model) if key.endswith(tuple(names))]
         for name in names:
             mine = [key for key in matched if key.endswith(name)]
             inner = [f"{name}.{c}" for c, m in model.get_submodule(name).named_children() if _has_parameters(m)]

@@ -12,6 +12,7 @@ from torch import nn
 from .._compat import run_while_tracing
 from ..heads.bypass import child_uses
 from ..heads.resolve import FUSED_PROJECTIONS, NUM_HEADS_ATTRIBUTES, PROJECTION_ROLES
+from ..heads.traversal import own_modules
 
 
 # Modules that hold others, which the module around them calls one by one.
@@ -31,7 +32,7 @@ def watch_calls(model: nn.Module) -> None:
     """
     owners: dict[str, dict[str, BaseTunerLayer]] = {}
     inside: tuple[str, ...] = ()  # a layer in a layer is that layer's to use as it likes
-    modules = dict(model.named_modules())
+    modules = dict(own_modules(model))
     for name, module in modules.items():
         if not isinstance(module, BaseTunerLayer) or name.startswith(inside or ("\0",)):
             continue

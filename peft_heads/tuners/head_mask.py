@@ -10,6 +10,7 @@ from torch import nn
 
 from ..heads.layout import ProjectionLayout
 from ..heads.maskable import check_mask, deactivated_heads, module_patterns
+from ..heads.traversal import own_modules
 from .saved_config import SavedConfig
 
 
@@ -98,7 +99,7 @@ def masked_layers(model: nn.Module, adapter_name: str) -> list[tuple[str, HeadMa
     """`(name in the model's state dict, layer)` of the layers that carry a mask for the adapter."""
     return [
         (name, module)
-        for name, module in model.named_modules()
+        for name, module in own_modules(model)
         if isinstance(module, HeadMaskedLayer) and adapter_name in module.head_masks
     ]
 

@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..heads.renames import match_renamed
-from ..heads.resolve import matches_pattern, named_targets, shortest_names
+from ..heads.resolve import matches_pattern, shortest_names
+from ..heads.traversal import named_targets
 from .targets import module_patterns
 
 

@@ -5,7 +5,7 @@ PEFT copies the base model's head for every adapter and fails to load a file wit
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
+from ..heads.traversal import own_modules
 from .quantizer import WeightQuantizer
 
 
@@ -39,7 +40,7 @@ def check_quantizable(model: nn.Module, modules_to_save: Iterable[str] | None, b
     ends = tuple(modules_to_save or ())
     heads = {
         name: getattr(module, "original_module", module)
-        for name, module in model.named_modules()
+        for name, module in own_modules(model)
         if ends and name.endswith(ends)
     }
     for name, head in heads.items():
@@ -82,20 +83,25 @@ def settle_task_heads(model: nn.Module) -> nn.Module:
     return model
 
 
-def fit_task_heads(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> int | None:
-    """Give the adapter's copies of the trained modules as many outputs as `state_dict` has for them.
+def fit_task_heads(
+    model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor], call: Callable[[int], None]
+) -> bool:
+    """Let the adapter's copies of the trained modules have as many outputs as `state_dict` has for them.
 
-    Only output sizes are changed, of linear layers and convolutions; PEFT reports any other mismatch.
+    Only output sizes are changed, of linear layers and convolutions; PEFT reports any other mismatch. They are changed
+    at the moment when PyTorch loads the weights, because PEFT leaves out what does not fit just before, if it was asked
+    to (`ignore_mismatched_sizes=True`), and tells no tuner: then the modules stay as they are.
 
     Args:
         model: The model with the adapter in it.
         adapter_name: The adapter that is being loaded.
         state_dict: Its weights, by the names they have in the model.
+        call: Called with the new number of outputs (the last module's) whenever a module gets its.
 
     Returns:
-        The new number of outputs; None if everything fits already.
+        Whether any module has another number of outputs.
     """
-    outputs = None
+    misfits = []
     for name, wrapper in _wrappers(model):
         if adapter_name not in wrapper.modules_to_save:
             continue
@@ -106,12 +112,27 @@ def fit_task_heads(model: nn.Module, adapter_name: str, state_dict: dict[str, to
                 continue
             if saved.shape[0] == module.weight.shape[0]:
                 continue
-            outputs = saved.shape[0]
-            for parameter_name, param in list(module.named_parameters(recurse=False)):
-                resized = param.new_empty(outputs, *param.shape[1:])
-                setattr(module, parameter_name, nn.Parameter(resized, requires_grad=param.requires_grad))
-            setattr(module, "out_features" if isinstance(module, nn.Linear) else "out_channels", outputs)
-    return outputs
+            misfits.append((module, saved.shape[0]))
+    for module, outputs in misfits:
+        _resize_on_load(module, outputs, lambda: call(misfits[-1][1]))
+    return bool(misfits)
+
+
+def _resize_on_load(module: nn.Module, outputs: int, resized: Callable[[], None]) -> None:
+    """Give a module so many outputs when weights are loaded into it next, unless they are left out."""
+
+    def resize(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
+        handle.remove()
+        if f"{prefix}weight" not in state_dict:
+            module.packed_weight = None  # its codes are those of the file
+            return
+        for name, param in list(module.named_parameters(recurse=False)):
+            new = param.new_empty(outputs, *param.shape[1:])
+            setattr(module, name, nn.Parameter(new, requires_grad=param.requires_grad))
+        setattr(module, "out_features" if isinstance(module, nn.Linear) else "out_channels", outputs)
+        resized()
+
+    handle = module.register_load_state_dict_pre_hook(resize)
 
 
 def check_mixed_batch(model: nn.Module, adapter_names: Iterable[str], existing: Container[str]) -> None:
@@ -145,6 +166,39 @@ def check_mixed_batch(model: nn.Module, adapter_names: Iterable[str], existing: 
             )
 
 
+def head_owners(model: nn.Module, adapter_names: Iterable[str]) -> dict[str, str | None]:
+    """Which of several adapters has trained each of the modules that adapters train in full; None if none of them has.
+
+    Raises:
+        ValueError: Two of the adapters have trained the same module.
+    """
+    names, owners = list(dict.fromkeys(adapter_names)), {}
+    for module_name, wrapper in _wrappers(model):
+        trained = [name for name in names if name in wrapper.modules_to_save]
+        if len(trained) > 1:
+            raise ValueError(
+                f"adapters {', '.join(trained)} have each trained {module_name}, of which a merged model can have one; "
+                "merge one of these adapters alone"
+            )
+        owners[module_name] = trained[0] if trained else None
+    return owners
+
+
+def shown_heads(model: nn.Module) -> dict[str, str | None]:
+    """Whose trained modules the model uses while its adapters are enabled; None where it uses its own."""
+    return {name: _shown(wrapper) for name, wrapper in _wrappers(model)}
+
+
+def show_heads(model: nn.Module, owners: dict[str, str | None]) -> None:
+    """Let the model use the trained modules of these adapters; what is trained stays so."""
+    for name, wrapper in _wrappers(model):
+        owner = owners[name]
+        trained = {param: param.requires_grad for param in wrapper.modules_to_save.parameters()}
+        wrapper.set_adapter([owner] if owner is not None else [])
+        for param, requires_grad in trained.items():
+            param.requires_grad_(requires_grad)
+
+
 def get_labels(base_model: nn.Module) -> dict[int, str] | None:
     """Label names in a model's configuration; None where it has none."""
     labels = getattr(getattr(base_model, "config", None), "id2label", None)
@@ -165,5 +219,9 @@ def default_labels(num_labels: int) -> dict[int, str]:
     return {index: f"LABEL_{index}" for index in range(num_labels)}
 
 
+def _shown(wrapper: ModulesToSaveWrapper) -> str | None:
+    return next((name for name in wrapper.active_adapters if name in wrapper.modules_to_save), None)
+
+
 def _wrappers(model: nn.Module) -> list[tuple[str, Any]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    return [(name, module) for name, module in own_modules(model) if isinstance(module, ModulesToSaveWrapper)]

@@ -195,6 +195,15 @@ class HeadMaskedLoraConfig(SavedConfig, LoraConfig):
         return not all(layout.covers_all_rows for layout in self.head_layouts.values())
 
     @property
+    def changes_base_weight(self) -> str | None:
+        """The option by which a part of the pre-trained weight is in the adapter instead of in the model, if any."""
+        init = self.init_lora_weights
+        for name, reason in _INCOMPATIBLE_INITS.items():
+            if reason == _CHANGES_BASE_WEIGHT and isinstance(init, str) and init.lower().startswith(name):
+                return f"init_lora_weights={init!r}"
+        return "kasa_config" if self.kasa_config else None
+
+    @property
     def init_weights(self):
         """The name under which PEFT's method-independent code looks for `init_lora_weights`."""
         return self.init_lora_weights

@@ -13,14 +13,17 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..._compat import expand_all_linear
-from ...heads.resolve import default_targets, named_targets, task_head_names
+from ...heads.resolve import default_targets, task_head_names
+from ...heads.traversal import named_targets
 from ...sharding import whole_entry
+from ..copies import adding, check_weights, copy_adapter, copy_heads, is_copy
 from ..head_mask import masks_for_file, masks_for_model
 from ..labelled import LabelledTuner
 from ..quantizer import WeightQuantizer
 from ..saved_keys import follow_file, is_adapter_key, rename_modules
 from ..targets import warn_of_overlooked
 from ..task_heads import check_quantizable, quantize_task_heads, settle_task_heads
+from .combination import check_copy, check_rank, check_sum, clear_deactivated, complete_sum, summand_config
 from .config import FULL_PRECISION, HeadMaskedLoraConfig
 from .layer import HeadMaskedLinear
 from .packed import is_packed, read_packed, write_packed
@@ -86,8 +89,12 @@ class HeadMaskedLoraModel(LabelledTuner, LoraModel):
         if bits != FULL_PRECISION:
             quantize_task_heads(model, adapter_name, bits)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        return settle_task_heads(super()._unload_and_optionally_merge(*args, **kwargs))
+    def _unload_and_optionally_merge(
+        self, merge: bool = True, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> nn.Module:
+        with self.unloading(merge, adapter_names):
+            model = super()._unload_and_optionally_merge(merge, *args, adapter_names=adapter_names, **kwargs)
+        return settle_task_heads(model)
 
     def _default_targets(self, peft_config: HeadMaskedLoraConfig) -> list[str]:
         """Where they are full names, those of `layers_to_transform`, which PEFT asks about the ends of names alone."""
@@ -145,39 +152,64 @@ class HeadMaskedLoraModel(LabelledTuner, LoraModel):
         return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
 
     def add_weighted_adapter(
-        self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        **options: Any,
     ) -> None:
+        """Combine adapters linearly, as [`peft.LoraModel.add_weighted_adapter`] does, which see for the other arguments.
+
+        One adapter with weight 1 gives an exact copy: rank, scaling, masks, biases, DoRA's magnitudes, the modules that
+        it trains in full, and their labels. This is where head-masked LoRA deviates from stock LoRA, also with `ne=0`:
+        stock LoRA gives another adapter with rsLoRA, `lora_bias`, DoRA or `rank_pattern`, and the base model's
+        classifier.
+
+        The update of a sum of several, biases included, is the sum of the updates: exactly with `"cat"`, and with
+        `"svd"` if `svd_rank` suffices; `"linear"` adds the factors, `(Σ √(w s) B)(Σ √(w s) A)`, which is less exact by
+        nature. A head is active in the sum where it is in any of the summands. A module that one of them has trained in
+        full, such as the classifier, is copied.
+
+        Args:
+            adapters: Names of the summands.
+            weights: One number for each.
+            adapter_name: Name of the sum; nothing is done if it exists. It is not trained until it is set active.
+            combination_type: As PEFT has it.
+            svd_rank: As PEFT has it; a copy has its adapter's rank.
+            options: As PEFT has them.
+
+        Raises:
+            ValueError: The adapters cannot be combined. Nothing has changed then.
+        """
         if adapter_name in self.peft_config:
             return  # as the parent does
-        # The parent reads lora_B as it stands. Rows of deactivated heads do nothing whatever their value, so writing
-        # zeros there changes no adapter and makes the sum right.
-        scopes = {getattr(self.peft_config.get(name), "mask_scope", "adapter") for name in adapters}
-        if "head" in scopes:
-            raise ValueError("adapters with mask_scope='head' cannot be combined: their update is not a sum of deltas")
-        bits = {name: self.peft_config[name].adapter_bits for name in adapters if name in self.peft_config}
-        if any(n != FULL_PRECISION for n in bits.values()):
-            raise ValueError(
-                f"k-bit adapters cannot be combined (adapter_bits: {bits}): the sum is no k-bit adapter; make plain "
-                "LoRA adapters of them first (peft-heads export ADAPTER --to lora DIR)"
-            )
-        for name, layer in self.named_modules():
-            if isinstance(layer, HeadMaskedLinear):
-                layouts = {layer.head_layout[adapter] for adapter in adapters if adapter in layer.head_layout}
-                if len(layouts) > 1:
-                    raise ValueError(
-                        f"adapters with other heads (num_heads) or other parts of a fused projection (fused_parts) "
-                        f"cannot be combined; in {name} they have {' and '.join(map(str, layouts))}"
-                    )
-        for layer in self.modules():
-            if isinstance(layer, HeadMaskedLinear):
-                for name in set(adapters) & set(layer.lora_head_mask):
-                    for param in layer.head_parameters(name):
-                        param.data = layer.mask_rows(name, param.data)
-        super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
-        for layer in self.modules():  # a head is active in the sum where it is in any of the summands
-            if isinstance(layer, HeadMaskedLinear) and adapter_name in layer.lora_head_mask:
-                summands = [layer.get_head_mask(name) for name in adapters if name in layer.head_layout]
-                layer.set_head_mask(adapter_name, torch.stack(summands).any(dim=0))
+        check_weights(self.peft_config, adapters, weights)
+        if is_copy(adapters, weights):
+            check_copy(self.peft_config, adapters[0])
+        else:
+            check_sum(self, self.peft_config, adapters, combination_type)
+        _, rank, _ = self._check_add_weighted_adapter(adapters, combination_type, svd_rank)
+        self._remember_labels()
+        if is_copy(adapters, weights):  # not initialised, which could change the base weight a second time
+            copy_adapter(self, adapters[0], adapter_name, init_lora_weights=False)
+            return
+        if len(adapters) > 1 and combination_type.endswith("svd"):
+            check_rank(self, adapters, rank)
+        clear_deactivated(self.model, adapters)
+        configs = {name: self.peft_config[name] for name in adapters}
+        with adding(self, adapter_name):
+            try:
+                for name in configs:
+                    self.peft_config[name] = summand_config(self.model, configs, adapters, name)
+                super().add_weighted_adapter(
+                    adapters, weights, adapter_name, combination_type, svd_rank=svd_rank, **options
+                )
+            finally:
+                self.peft_config.update(configs)
+            complete_sum(self.model, adapters, weights, adapter_name)
+            copy_heads(self, adapters, adapter_name)
 
     @classmethod
     def _convert_state_dict_for_initial_model(cls, peft_model, peft_config, *args, **kwargs):
@@ -215,8 +247,8 @@ class HeadMaskedLoraModel(LabelledTuner, LoraModel):
         state_dict, config.packed = read_packed(model, adapter_name, state_dict)
         state_dict = masks_for_model(state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        cls.take_heads_and_labels(model, config, adapter_name, remapped)
         check_state_dict(model, config, adapter_name, remapped)
+        cls.take_heads_and_labels(model, config, adapter_name, remapped)
         return remapped
 
 

@@ -10,6 +10,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from ...heads.layout import ProjectionLayout
+from ...heads.traversal import own_modules
 from ...packing import PackedWeight, pack_module, unpack_module
 from ..quantizer import WeightQuantizer, packed_weight
 from ..task_heads import QuantizedLinear
@@ -219,14 +220,14 @@ def _rows(heads: dict[str, Any]) -> torch.Tensor | None:
 
 
 def _layers(model: nn.Module, adapter_name: str) -> Iterable[tuple[str, HeadMaskedLinear]]:
-    for name, module in model.named_modules():
+    for name, module in own_modules(model):
         if isinstance(module, HeadMaskedLinear) and adapter_name in module.lora_A:
             yield name, module
 
 
 def _heads(model: nn.Module, adapter_name: str) -> Iterable[tuple[str, QuantizedLinear]]:
     """`(name in the model's state dict, head)`."""
-    for name, module in model.named_modules():
+    for name, module in own_modules(model):
         if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             head = module.modules_to_save[adapter_name]
             if isinstance(head, QuantizedLinear):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ...heads.traversal import own_modules
 from ...sharding import whole_entry
 from ..head_mask import check_saved_masks, masked_layers
 from ..task_heads import QuantizedLinear
@@ -54,7 +55,7 @@ def write_quantized(model: nn.Module, adapter_name: str, state_dict: dict[str, t
     They are no state to train on from: quantised again, they would be others.
     """
     with torch.no_grad():
-        for name, module in model.named_modules():
+        for name, module in own_modules(model):
             if isinstance(module, HeadMaskedLinear) and adapter_name in module.lora_quantizer:
                 state_dict[f"{name}.lora_A.weight"] = module.quantized_down(adapter_name)
                 state_dict[f"{name}.lora_B.weight"] = module.quantized_up(adapter_name)

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-import math
-from typing import Any
-
 import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
+from ...heads.traversal import own_modules
 from .base_layer import RLRRLayer
 from .config import RLRRConfig
 from .layer import RLRRLinear
 
 
-def check_summands(
-    model: nn.Module, configs: dict[str, RLRRConfig], adapters: list[str], weights: list[float]
-) -> None:
+def check_summands(model: nn.Module, configs: dict[str, RLRRConfig], adapters: list[str]) -> None:
     """Raise ValueError unless adapters can be combined linearly."""
-    missing = [name for name in adapters if name not in configs]
-    if missing or not adapters:
-        raise ValueError(f"Adapter {', '.join(missing) or '(none given)'} does not exist")
-    if len(adapters) != len(weights):
-        raise ValueError(f"one weight per adapter is needed; got {len(adapters)} adapters, {len(weights)} weights")
-    if not all(_is_finite(weight) for weight in weights):
-        raise ValueError(f"weights must be finite numbers, one per adapter; got {weights}")
     for option in ("r", "left", "right", "residual", "rescale_weight", "patch_embedding", "shift_without_bias"):
         values = {name: getattr(configs[name], option) for name in adapters}
         if len(set(values.values())) > 1:
@@ -34,13 +22,13 @@ def check_summands(
         raise ValueError(
             "adapters with residual=False cannot be combined: their factors are no change of the weight, but all of it"
         )
-    for name, wrapper in model.named_modules():
+    for name, wrapper in own_modules(model):
         if isinstance(wrapper, ModulesToSaveWrapper) and sum(a in wrapper.modules_to_save for a in adapters) > 1:
             raise ValueError(
                 f"Cannot add weighted adapters if they target the same module with modules_to_save: {name}; pass "
                 "modules_to_save=[], or combine the trained heads yourself"
             )
-    for name, layer in model.named_modules():
+    for name, layer in own_modules(model):
         if isinstance(layer, RLRRLinear):
             layouts = {layer.head_layout[a] for a in adapters if a in layer.rlrr_head_mask}
             if len(layouts) > 1:
@@ -50,31 +38,13 @@ def check_summands(
                 )
 
 
-def _is_finite(weight: Any) -> bool:
-    """Of Python's numbers, NumPy's and tensors of one number."""
-    try:
-        return math.isfinite(weight)
-    except (TypeError, ValueError, RuntimeError):
-        return False
-
-
 def modules_of(model: nn.Module, adapters: list[str]) -> set[str]:
     """Names of the modules that any of the adapters has."""
     return {
         name
-        for name, layer in model.named_modules()
+        for name, layer in own_modules(model)
         if isinstance(layer, RLRRLayer) and any(layer.has_adapter(adapter) for adapter in adapters)
     }
-
-
-def copy_heads(model: nn.Module, owner: str, adapter_name: str) -> None:
-    """Give an adapter, which has some of its own, the trained heads of another."""
-    for wrapper in model.modules():
-        if isinstance(wrapper, ModulesToSaveWrapper) and owner in wrapper.modules_to_save:
-            own = wrapper.modules_to_save[adapter_name]
-            trained = any(param.requires_grad for param in own.parameters())
-            wrapper.modules_to_save[adapter_name] = copy.deepcopy(wrapper.modules_to_save[owner])
-            wrapper.modules_to_save[adapter_name].requires_grad_(trained)
 
 
 def sum_into(layer: RLRRLayer, adapters: list[str], weights: list[float], adapter_name: str) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ...heads.blocks import following_batch_norm
 from ...heads.resolve import PROJECTION_ROLES
+from ...heads.traversal import own_modules
 from .base_layer import RLRRLayer
 
 
@@ -87,7 +88,7 @@ def plan_merging(model: nn.Module, adapter_names: list[str]) -> Folding:
         adapter_names: The adapters that are going to be merged, beside those that are.
     """
     shifted, unshifted = [], []
-    for name, layer in model.named_modules():
+    for name, layer in own_modules(model):
         if isinstance(layer, RLRRLayer) and layer.frozen_bias() is None:
             names = dict.fromkeys((*adapter_names, *layer.merged_adapters))
             shifts = [layer.rlrr_shift[name] for name in names if name in layer.rlrr_shift]

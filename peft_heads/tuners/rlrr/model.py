@@ -16,14 +16,16 @@ from torch import nn
 
 from ..._compat import expand_all_linear
 from ...heads.blocks import backbone_parts
-from ...heads.resolve import named_targets, shortest_names, task_head_names
+from ...heads.resolve import shortest_names, task_head_names
+from ...heads.traversal import named_targets, own_modules
 from ...sharding import whole_entry
+from ..copies import adding, check_weights, copy_adapter, copy_heads, heads_of_sum, is_copy
 from ..head_mask import masks_for_file, masks_for_model
 from ..labelled import LabelledTuner
 from ..saved_keys import follow_file, is_adapter_key, rename_modules
 from ..targets import module_patterns, warn_of_overlooked
 from .base_layer import RLRRLayer
-from .combination import check_summands, copy_heads, modules_of, sum_into
+from .combination import check_summands, modules_of, sum_into
 from .config import RLRRConfig
 from .folding import fold, plan_folding, plan_merging
 from .layer import RLRRConv2d, RLRRLinear, RLRRScale
@@ -51,7 +53,7 @@ class _ForwardHooks:
         hook = partial(_pass_adapter_names, adapter_names=adapter_names)
         handles = [
             module.register_forward_pre_hook(hook, with_kwargs=True)
-            for module in self.modules()
+            for _, module in own_modules(self.model)
             if isinstance(module, (RLRRLayer, AuxiliaryTrainingWrapper))
         ]
         try:
@@ -171,16 +173,24 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # PEFT makes new, trainable parameters, also of an adapter that is not active
-        trained = {name: param.requires_grad for name, param in self.named_parameters()}
+        holders = [
+            getattr(layer, name)
+            for _, layer in own_modules(self.model)
+            if isinstance(layer, RLRRLayer)
+            for name in layer.adapter_layer_names
+        ]
+        trained = [(params, params[adapter_name].requires_grad) for params in holders if adapter_name in params]
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for name, param in self.named_parameters():
-            if param.requires_grad != trained.get(name, param.requires_grad):
-                param.requires_grad_(trained[name])
+        for params, requires_grad in trained:
+            params[adapter_name].requires_grad_(requires_grad)
 
     def _unload_and_optionally_merge(
         self, merge: bool = True, adapter_names: list[str] | None = None, **kwargs: Any
     ) -> nn.Module:
-        to_merge = (self.active_adapters if adapter_names is None else adapter_names) if merge else []
+        with self.unloading(merge, adapter_names) as to_merge:
+            return self._unload_and_fold(merge, to_merge, adapter_names=adapter_names, **kwargs)
+
+    def _unload_and_fold(self, merge: bool, to_merge: list[str], **kwargs: Any) -> nn.Module:
         plan = plan_merging(self.model, to_merge)
         if plan.homeless and merge:
             raise ValueError(
@@ -193,7 +203,7 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
                 f"{module_patterns(plan.homeless)}: {plan.why}, so that a checkpoint of the model into which an adapter "
                 "has been merged would lose its shift f; call unmerge_adapter() before unload()"
             )
-        model = super()._unload_and_optionally_merge(merge=merge, adapter_names=adapter_names, **kwargs)
+        model = super()._unload_and_optionally_merge(merge=merge, **kwargs)
         fold(model, plan)
         return model
 
@@ -203,8 +213,9 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
         `Ŝ_out Ŝ_in = (Σ w_i S_out^i)(Σ w_i S_in^i)` and `f̂ = Σ w_i f^i`. Of norms and the patch embedding, of which the
         paper says nothing, the changes are summed: `γ̂ = 1 + Σ w_i (γ^i - 1)`, `β̂ = Σ w_i β^i`, so that an adapter that
         changes nothing adds nothing there. To the factors' product it does add: one with `S_out = 0` alone changes
-        nothing, but its `S_in` meets the `S_out` of the others. A head is active in the sum where it is in any of the summands. The trained
-        classification head, which only one of them may have, is copied.
+        nothing, but its `S_in` meets the `S_out` of the others. A head is active in the sum where it is in any of the
+        summands. The trained classification head, which only one of them may have, is copied. One adapter with weight 1
+        gives an exact copy.
 
         Args:
             adapters: Names of the summands.
@@ -216,25 +227,26 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
         """
         if adapter_name in self.peft_config:
             return
-        check_summands(self.model, self.peft_config, adapters, weights)
+        check_weights(self.peft_config, adapters, weights)
         self._remember_labels()
-        owner = next((name for name in adapters if self.peft_config[name].modules_to_save), None)
-        self.peft_config[adapter_name] = dataclasses.replace(
-            self.peft_config[adapters[0]],
-            target_modules=modules_of(self.model, adapters),
-            exclude_modules=None,
-            layers_to_transform=None,
-            layers_pattern=None,
-            modules_to_save=self.peft_config[owner].modules_to_save if owner else [],
-        )
-        self.inject_adapter(self.model, adapter_name)
-        if owner is not None:
-            copy_heads(self.model, owner, adapter_name)
-            self.adapter_labels[adapter_name] = self.adapter_labels.get(owner)
-        for layer in self.modules():
-            if isinstance(layer, RLRRLayer) and layer.has_adapter(adapter_name):
-                sum_into(layer, adapters, weights, adapter_name)
-        self.set_requires_grad(adapter_name, adapter_name in self.active_adapters)
+        if is_copy(adapters, weights):
+            copy_adapter(self, adapters[0], adapter_name)
+            return
+        check_summands(self.model, self.peft_config, adapters)
+        with adding(self, adapter_name):
+            self.peft_config[adapter_name] = dataclasses.replace(
+                self.peft_config[adapters[0]],
+                target_modules=modules_of(self.model, adapters),
+                exclude_modules=None,
+                layers_to_transform=None,
+                layers_pattern=None,
+                modules_to_save=heads_of_sum(self.peft_config, adapters),
+            )
+            self.inject_adapter(self.model, adapter_name)
+            for _, layer in own_modules(self.model):
+                if isinstance(layer, RLRRLayer) and layer.has_adapter(adapter_name):
+                    sum_into(layer, adapters, weights, adapter_name)
+            copy_heads(self, adapters, adapter_name)
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
@@ -254,8 +266,8 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
         state_dict = rename_modules(model, state_dict)
         state_dict = masks_for_model(state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        cls.take_heads_and_labels(model, config, adapter_name, remapped)
         check_state_dict(model, config, adapter_name, remapped)
+        cls.take_heads_and_labels(model, config, adapter_name, remapped)
         return remapped
 
 
