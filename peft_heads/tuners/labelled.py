@@ -39,8 +39,8 @@ def merged_adapters(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for layer in merged_layers(model) for name in layer.merged_adapters))
 
 
-def _whose(adapter_name: str | None) -> str:
-    return "the base model's own" if adapter_name is None else f"adapter {adapter_name!r}'s"
+def _who(adapter_name: str | None) -> str:
+    return "the base model" if adapter_name is None else f"adapter {adapter_name!r}"
 
 
 class LabelledTuner:
@@ -107,8 +107,8 @@ class LabelledTuner:
         for module_name, owner in owners.items():
             if owner != shown[module_name]:
                 raise ValueError(
-                    f"merging {', '.join(names)} would leave the model with {_whose(shown[module_name])} {module_name} "
-                    f"(expected {_whose(owner)}); call set_adapter({names[0]!r}) first"
+                    f"merging {', '.join(names)} would leave the model with the {module_name} of {_who(shown[module_name])} "
+                    f"(expected that of {_who(owner)}); call set_adapter({names[0]!r}) first"
                 )
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
@@ -117,7 +117,7 @@ class LabelledTuner:
         """While the tuner is taken off: trained heads and labels are those of the adapters that are merged.
 
         Without a merge they are the active adapter's, as PEFT has it, or the base model's where adapters are disabled.
-        Should it fail, everything is as it was.
+        Should it fail, heads and labels are as they were.
 
         Args:
             merge: Whether adapters are merged.

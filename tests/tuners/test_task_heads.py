@@ -6,6 +6,7 @@ import tiny
 import torch
 from peft import (
     LoraConfig,
+    PeftConfig,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
@@ -14,7 +15,7 @@ from peft import (
 )
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from peft_heads import HeadMaskedLoraConfig, set_head_masks, set_image_processor
+from peft_heads import HeadMaskedLoraConfig, RLRRConfig, pack_adapter, set_head_masks, set_image_processor
 from peft_heads.adapter_files import read_labels
 
 
@@ -300,3 +301,90 @@ def test_injected_with_another_number_of_classes():
     set_peft_model_state_dict(model, state_dict)
     assert model.num_labels == model.config.num_labels == 7
     assert model(**tiny.batch()).loss.isfinite()
+
+
+# ignore_mismatched_sizes: a new task keeps its own classifier
+
+
+KINDS = {
+    "head-masked": HeadMaskedLoraConfig(ne=1),
+    "k bit": HeadMaskedLoraConfig(ne=1, adapter_bits=2, classifier_bits=4),
+    "packed": HeadMaskedLoraConfig(ne=1, adapter_bits=2, classifier_bits=4),
+    "rlrr": RLRRConfig(ne=1),
+}
+
+
+def base(labels):
+    vit = tiny.make("vit", num_labels=len(labels))
+    vit.config.id2label, vit.config.label2id = dict(labels), {label: i for i, label in labels.items()}
+    return vit
+
+
+@pytest.fixture(params=KINDS)
+def five_classes(request, tmp_path):
+    model = get_peft_model(base(PLANTS), copy.deepcopy(KINDS[request.param]))
+    for name, param in model.named_parameters():
+        if "lora_B" in name or "rlrr_left" in name or "modules_to_save" in name:
+            param.data.normal_(generator=torch.Generator().manual_seed(len(name)))
+    set_head_masks(model, tiny.masks_off(model, 2))
+    if request.param == "packed":
+        pack_adapter(model)
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def by_from_pretrained(vit, folder, **options):
+    return PeftModel.from_pretrained(vit, folder, is_trainable=True, **options)
+
+
+def by_load_adapter(vit, folder, **options):
+    kind = type(PeftConfig.from_pretrained(folder))
+    model = get_peft_model(vit, kind(ne=1))
+    model.load_adapter(folder, "new", is_trainable=True, **options)
+    model.set_adapter("new")
+    return model
+
+
+@pytest.mark.parametrize("load", [by_from_pretrained, by_load_adapter])
+def test_mismatched_heads_are_ignored_if_asked(five_classes, load):
+    with pytest.warns(UserWarning, match="being ignored because you passed `ignore_mismatched_sizes=True`"):
+        model = load(base(ANIMALS), five_classes, ignore_mismatched_sizes=True)
+    head = model.get_base_model().classifier.modules_to_save[model.active_adapter]
+    assert labels_of(model) == ANIMALS and head.out_features == 3
+    assert torch.equal(head.weight, base(ANIMALS).classifier.weight) and head.weight.requires_grad
+    assert logits(model).shape == (4, 3)
+    mine, saved = (
+        get_peft_model_state_dict(each, adapter_name=each.active_adapter)
+        for each in (model, by_from_pretrained(base(PLANTS), five_classes))
+    )
+    compared = [key for key in mine if "classifier" not in key and not key.endswith("_packed")]
+    assert all(torch.equal(mine[key], saved[key]) for key in compared if key in saved)
+
+    model = load(base(ANIMALS), five_classes)  # not asked to, the file's classifier takes over
+    assert labels_of(model) == PLANTS and logits(model).shape == (4, 5)
+
+
+@pytest.mark.filterwarnings("ignore:Some weights of")
+def test_with_the_ignored_head_a_new_task_is_trained_and_saved(five_classes, tmp_path):
+    model = by_from_pretrained(base(ANIMALS), five_classes, ignore_mismatched_sizes=True)
+    tiny.train(model, steps=1)
+    model.save_pretrained(tmp_path / "new")
+    again = PeftModel.from_pretrained(base(PLANTS), tmp_path / "new")
+    assert labels_of(again) == ANIMALS
+    assert torch.equal(logits(again.eval()), logits(model.eval()))
+
+
+@pytest.mark.filterwarnings("ignore:Some weights of")
+def test_nothing_of_an_ignored_head_is_left_for_later(five_classes):
+    """Weights that are loaded by hand afterwards must fit."""
+    model = by_from_pretrained(base(ANIMALS), five_classes, ignore_mismatched_sizes=True)
+    other = by_from_pretrained(base(PLANTS), five_classes)
+    with pytest.raises(RuntimeError, match="size mismatch for .*classifier"):
+        model.load_state_dict(other.state_dict())
+
+
+def test_a_head_of_the_same_size_is_loaded_all_the_same(five_classes):
+    names = {index: f"new{index}" for index in range(5)}
+    model = by_from_pretrained(base(names), five_classes, ignore_mismatched_sizes=True)
+    assert labels_of(model) == PLANTS
+    assert torch.equal(logits(model.eval()), logits(by_from_pretrained(base(PLANTS), five_classes).eval()))

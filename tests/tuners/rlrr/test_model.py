@@ -174,15 +174,16 @@ def test_an_image_by_itself(patch_embedding):
     assert layer.rlrr_shift["default"].grad is not None
 
 
+@pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("target", ["fc1", "projection"])
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace", "ignore::torch.jit.TracerWarning")
-def test_tracing(target):
-    """As exporters of models do: no function of autograd's in what is not differentiated."""
+def test_tracing(target, gradients):
+    """As exporters of models do: no function of autograd's, whether or not somebody has thought of `no_grad`."""
     model = get_peft_model(tiny.make("vit"), RLRRConfig(target_modules=tiny.now([target]), patch_embedding=False))
     randomize(model)
     layer = next(module for module in model.modules() if hasattr(module, "rlrr_left"))
     x = torch.randn(2, layer.in_features) if target == "fc1" else torch.randn(2, 3, 8, 8)
-    with torch.no_grad():
+    with torch.set_grad_enabled(gradients):
         traced = torch.jit.trace(layer, x)
         torch.testing.assert_close(traced(2 * x), layer(2 * x))
     assert "PythonOp" not in str(traced.graph)
