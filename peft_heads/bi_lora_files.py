@@ -27,6 +27,7 @@ import yaml
 
 from .packing import PackedWeight
 from .quantization import BITS, pack, unpack
+from .weights_file import check_ordinary
 
 
 WIDTH, NUM_BLOCKS, PATCH_SIZE = 768, 12, 16
@@ -35,6 +36,8 @@ BACKBONE, BASE_MODEL = "vit_base_patch16_224_in21k", "google/vit-base-patch16-22
 HEAD_BITS = {"lora": 32, "lora-bihead": 1}
 MATRICES = ("lora_q down", "lora_q up", "lora_v down", "lora_v up")
 MAX_SETTINGS_BYTES = 2048
+# What is read is held in memory: a file of zeros that takes no place on the disk can be of any size.
+MAX_CLASSES = 2**16
 _MOMENTS = struct.Struct("<ff")
 
 
@@ -70,8 +73,12 @@ class Settings:
             ("backbone", self.backbone == BACKBONE, BACKBONE),
             ("method", isinstance(self.method, str) and self.method in HEAD_BITS, " or ".join(HEAD_BITS)),
             ("bit", type(self.bit) is int and self.bit in BITS, f"one of {', '.join(map(str, BITS))}"),
-            ("dim", type(self.dim) is int and 0 < self.dim < 2**31, "a positive integer"),
-            ("num_class", type(self.num_class) is int and 0 < self.num_class < 2**31, "a positive integer"),
+            ("dim", type(self.dim) is int and 0 < self.dim <= WIDTH, f"an integer from 1 to {WIDTH}"),
+            (
+                "num_class",
+                type(self.num_class) is int and 0 < self.num_class <= MAX_CLASSES,
+                f"an integer from 1 to {MAX_CLASSES:,}",
+            ),
             ("scale", is_number and 0 < self.scale <= largest, "a positive number (1.0e-05, not 1e-5)"),
             ("dataset", isinstance(self.dataset, str), "a name"),
         ):
@@ -118,11 +125,12 @@ def read(file: str | os.PathLike) -> tuple[Settings, Weights]:
 
     Raises:
         FileNotFoundError: One of the two is missing.
-        ValueError: One of the two is not of this form. Sizes are looked at before anything is read.
+        ValueError: One of the two is not of this form, or the name says something else. Sizes are looked at before anything is read.
     """
     file = Path(file)
     settings_file = settings_beside(file)
     settings = _read_settings(settings_file)
+    dataset_in_name(file, settings.bit, settings.dim)
     with open(_existing(file), "rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         if size != settings.num_bytes:
@@ -190,6 +198,10 @@ def settings_beside(file: Path) -> Path:
 def dataset_in_name(file: Path, bit: int, dim: int) -> str:
     """The dataset that a `.bin` is called after.
 
+    Args:
+        file: The `.bin`.
+        bit, dim: Of the adapter that it holds, or is to hold.
+
     Raises:
         ValueError: The name speaks of other bits, or another rank: the authors' programs find the file by them.
 
@@ -223,7 +235,7 @@ def _read_settings(path: Path) -> Settings:
     if _existing(path).stat().st_size > MAX_SETTINGS_BYTES:
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes: no settings of an adapter")
     try:
-        values = yaml.safe_load(path.read_text("utf-8"))
+        values = yaml.load(path.read_text("utf-8"), Loader=_UniqueKeys)
     # dates that are none raise ValueError, a thousand brackets RecursionError
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged, or no YAML: {' '.join(str(error).split())}") from error
@@ -237,7 +249,19 @@ def _read_settings(path: Path) -> Settings:
         raise ValueError(f"{path}: {error}") from error
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Of two values for a key YAML's loader would take the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for index, key in enumerate(keys) if key in keys[:index]), None)
+        if twice is not None:
+            raise ValueError(f"{twice[:40]} is there twice")
+        return super().construct_mapping(node, deep)
+
+
 def _existing(path: Path) -> Path:
+    check_ordinary(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}; a Bi-LoRA adapter is a .bin and a .yaml of the same name")
     return path

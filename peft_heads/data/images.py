@@ -82,12 +82,15 @@ def label_names(data: Mapping[str, datasets.Dataset], label_column_name: str = "
 def load_image_processor(name_or_path: str, do_normalize: bool | None = None, **kwargs):
     """The checkpoint's image processor with the PIL backend: results do not depend on torchvision being there.
 
+    Code that comes with it runs only with `trust_remote_code=True`; nobody is asked.
+
     Args:
         do_normalize: Overrides the checkpoint's own setting; it is saved with the processor.
     """
     try:
         processor = load_pil_image_processor(name_or_path, **kwargs)
-    except (OSError, ValueError, AttributeError) as error:  # the last for JSON that is no mapping
+    # the last ones for JSON that is no mapping, of the wrong types, or nested too deeply
+    except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         raise FileNotFoundError(
             f"no image processor in {str(name_or_path)!r}, its preprocessor_config.json is missing or cannot be read "
             f"({error}); name another checkpoint's with --image_processor_name"

@@ -185,6 +185,20 @@ class HeadMaskedLoraConfig(SavedConfig, LoraConfig):
         return self.quantizes or self.classifier_bits != FULL_PRECISION
 
     @property
+    def noted_settings(self) -> dict[str, bool]:
+        """What stands among the weights, because it changes what they mean and shows in none of them."""
+        return {
+            "mask_scope=head": self.mask_scope == "head",
+            **{f"adapter_bits={bits}": self.adapter_bits == bits for bits in BITS},
+            **{f"classifier_bits={bits}": self.classifier_bits == bits for bits in BITS},
+        }
+
+    @property
+    def notes_settings(self) -> bool:
+        """Whether it stands there: not where the adapter is stock LoRA, whose file has nothing else."""
+        return self.masks_heads or self.has_few_bits
+
+    @property
     def changes_lora(self) -> bool:
         """Whether every layer of the adapter, with heads or without, does something else than stock LoRA."""
         return self.quantizes or self.bottleneck_dropout > 0
@@ -217,7 +231,7 @@ class HeadMaskedLoraConfig(SavedConfig, LoraConfig):
         Raises:
             ValueError: The adapter is not a stock LoRA adapter.
         """
-        check_file(model_id, kwargs.get("subfolder"))
+        check_file(model_id, kwargs.get("subfolder"), LoraConfig)
         lora = PeftConfig.from_pretrained(os.fspath(model_id), **kwargs)
         if lora.peft_type != PeftType.LORA:
             raise ValueError(f"{model_id} holds an adapter of type {lora.peft_type.value}, not a LORA adapter")
