@@ -73,12 +73,8 @@ class Settings:
             ("backbone", self.backbone == BACKBONE, BACKBONE),
             ("method", isinstance(self.method, str) and self.method in HEAD_BITS, " or ".join(HEAD_BITS)),
             ("bit", type(self.bit) is int and self.bit in BITS, f"one of {', '.join(map(str, BITS))}"),
-            ("dim", type(self.dim) is int and 0 < self.dim <= WIDTH, f"an integer from 1 to {WIDTH}"),
-            (
-                "num_class",
-                type(self.num_class) is int and 0 < self.num_class <= MAX_CLASSES,
-                f"an integer from 1 to {MAX_CLASSES:,}",
-            ),
+            ("dim", type(self.dim) is int and 0 < self.dim < 2**31, "a positive integer"),
+            ("num_class", type(self.num_class) is int and 0 < self.num_class < 2**31, "a positive integer"),
             ("scale", is_number and 0 < self.scale <= largest, "a positive number (1.0e-05, not 1e-5)"),
             ("dataset", isinstance(self.dataset, str), "a name"),
         ):
@@ -130,7 +126,6 @@ def read(file: str | os.PathLike) -> tuple[Settings, Weights]:
     file = Path(file)
     settings_file = settings_beside(file)
     settings = _read_settings(settings_file)
-    dataset_in_name(file, settings.bit, settings.dim)
     with open(_existing(file), "rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         if size != settings.num_bytes:
@@ -138,6 +133,12 @@ def read(file: str | os.PathLike) -> tuple[Settings, Weights]:
                 f"{file} has {size:,} bytes, but method {settings.method}, bit {settings.bit}, dim {settings.dim} and "
                 f"num_class {settings.num_class} of {settings_file.name} make {settings.num_bytes:,}: the file is "
                 f"{'cut short' if size < settings.num_bytes else 'too long'}, or the two do not belong together"
+            )
+        dataset_in_name(file, settings.bit, settings.dim)
+        if settings.dim > WIDTH or settings.num_class > MAX_CLASSES:
+            raise ValueError(
+                f"{file} has rank {settings.dim:,} and {settings.num_class:,} classes (expected {WIDTH} and "
+                f"{MAX_CLASSES:,} at most): no file of Bi-LoRA has, and it would be held in memory"
             )
         data = stream.read()
     try:

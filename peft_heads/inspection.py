@@ -90,10 +90,11 @@ def inspect_adapter(adapter: str | os.PathLike, base_model: str | os.PathLike | 
     weights = find_weights(os.fspath(folder))
     model, no_norms = _base_model(folder, settings, base_model)
     try:
+        tensors = {key: tensor for key, tensor in read_weights(weights).items() if not is_settings_key(key)}
+        report = _report(folder, settings, files, weights, tensors, model, no_norms)
         if settings["peft_type"] in OURS:
             _check(folder, weights, model)
-        tensors = {key: tensor for key, tensor in read_weights(weights).items() if not is_settings_key(key)}
-        return _report(folder, settings, files, weights, tensors, model, no_norms)
+        return report
     except (TypeError, AttributeError, KeyError, IndexError, RuntimeError, ArithmeticError, re.error) as error:
         text = " ".join(str(error).split())
         raise ValueError(

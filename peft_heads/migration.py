@@ -20,7 +20,8 @@ from torch import nn
 from .adapter_files import check_folder_files, read_settings
 from .atomic import write_atomically
 from .image_classifier import base_model_class
-from .tuners.saved_keys import RENAMED_OPTIONS, follow_renames, is_adapter_key, module_of, renamed_keys, saved_keys
+from .tuners.saved_keys import RENAMED_OPTIONS, follow_renames, is_adapter_key, module_of, renamed_keys
+from .tuners.saved_settings import is_settings_key
 from .weights_file import read_weights
 
 
@@ -58,15 +59,13 @@ def migrate_adapter(folder: str | os.PathLike, base_model: str | os.PathLike | N
         raise ValueError(
             f"{folder} holds an adapter of type {peft_type}; names are known for {', '.join(ADAPTER_TYPES)} alone"
         )
-    if not weights_file.exists():
-        raise ValueError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}; other formats are not rewritten")
-    tensors, metadata = read_weights(weights_file), {"format": "pt"}
-    keys = saved_keys(os.fspath(folder))
+    tensors, metadata = read_weights(weights_file) if weights_file.exists() else {}, {"format": "pt"}
+    keys = [key for key in tensors if not is_settings_key(key)]
     adapted = list(dict.fromkeys(module_of(key) for key in keys if is_adapter_key(key)))
     trained = list(dict.fromkeys(module_of(key) for key in keys if not is_adapter_key(key)))
     if not adapted:
         method = "RLRR" if peft_type == "RLRR" else "LoRA"
-        raise ValueError(f"{folder} has no {method} weights in {SAFETENSORS_WEIGHTS_NAME}")
+        raise ValueError(f"{folder} has no {method} weights in {SAFETENSORS_WEIGHTS_NAME}; other formats are not read")
     model = empty_base_model(folder, settings, base_model)
 
     present = [name for name, _ in model.named_modules()]

@@ -26,6 +26,7 @@ class SavedConfig:
         adapter_files: What `save_pretrained` writes beside the configuration, filled when the weights are collected.
         card: What the model card says of the method.
         chosen: Values of options that were not given and that a model's parts have answered, by option.
+        is_stock: Whether it was read from a folder of stock LoRA.
         source: Where a saved configuration comes from, as arguments of `hf_hub_download`; None once it was read.
     """
 
@@ -33,6 +34,7 @@ class SavedConfig:
     adapter_files: AdapterFiles
     chosen: dict[str, Any]
     source: dict[str, Any] | None
+    is_stock: bool = False
 
     def begin_files(self) -> None:
         """Of a new configuration: nothing is known yet."""

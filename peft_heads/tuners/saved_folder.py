@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,11 @@ from .saved_config import SavedConfig
 from .saved_keys import BASE, PACKED, follow_file, is_adapter_key, module_of, renamed_keys
 from .saved_settings import is_settings_key
 from .skeleton import skeleton_of
+from .targets import module_patterns
 from .task_heads import QuantizedLinear, get_labels
 
 
-MASK = "lora_head_mask.mask"
+MASK = "_head_mask.mask"
 # What PEFT saves while an adapter is trained, and has no place for where it predicts.
 TRAINING_ONLY = ("lora_monteclora_sampler.",)
 # The name that an adapter has while it is tried.
@@ -86,8 +86,12 @@ def check_folder(tuner: type, model: nn.Module, config: SavedConfig, source: dic
             places,
             frozen={name.replace(".base_layer.", ".") for name, _ in _frozen(trial)},
             targets=config.target_modules,
+            # of stock LoRA PEFT drops what belongs to no module, and we warn
+            foreign={module_of(key) for key in infos} - set(dict(named_targets(trial))) if config.is_stock else (),
             packable=[name for name, layer in trial.named_modules() if hasattr(layer, "lora_quantizer")],
-            packed_heads=[f"{name}.weight" for name, head in heads.items() if isinstance(head, QuantizedLinear)],
+            packed_heads=[f"{name}.weight" for name in heads],
+            # those of the layers that the adapter has: whether they deactivate anything is seen later
+            spare_masks=[] if getattr(config, "quantizes", False) else [name for name, _ in named_targets(trial)],
             ignore_mismatched_sizes=loading.ignore_mismatched_sizes,
         )
         tensors = {keys[key]: value for key, value in read_weights(path, _looked_at(keys, infos)).items()}
@@ -122,7 +126,7 @@ def check_before_writing(model: nn.Module, config: SavedConfig, source: dict[str
 
 def refusal(source: dict[str, Any], error: Exception) -> ValueError:
     """The error of one line with which an adapter is refused; it names the folder, or the file in it."""
-    where = os.path.join(source["path_or_repo"], source.get("subfolder") or "")
+    where = Path(source["path_or_repo"], source.get("subfolder") or "")
     text = " ".join(str(error).split())
     if not isinstance(error, ValueError):  # of a setting of the wrong type, which PEFT has tripped over
         text = f"its settings and weights cannot be put on the model ({type(error).__name__}: {text})"
@@ -197,6 +201,8 @@ def check_infos(
     targets: Any = None,
     packable: Iterable[str] = (),
     packed_heads: Iterable[str] = (),
+    spare_masks: Iterable[str] = (),
+    foreign: Container[str] = (),
     ignore_mismatched_sizes: bool = False,
 ) -> None:
     """Raise ValueError unless an adapter's file holds what its configuration says.
@@ -207,22 +213,25 @@ def check_infos(
         frozen: Names of the base model's weights.
         targets: The configuration's `target_modules`; a token embedding among them is saved whole by PEFT.
         packable: Modules whose factors may be packed.
+        spare_masks: Modules that may have a mask for which the adapter has no place.
         packed_heads: Keys of weights that may be packed where they stand.
+        foreign: Modules whose weights may have no place.
         ignore_mismatched_sizes: Whether the user has said that other shapes do not matter.
     """
     places = dict(places)
     for name in packable:
         if f"{name}.{PACKED}" in infos:
-            for key in ("lora_A.weight", "lora_B.weight", MASK):
+            for key in ("lora_A.weight", "lora_B.weight", f"lora{MASK}"):
                 places.pop(f"{name}.{key}", None)
             places[f"{name}.{PACKED}"] = Place(None, torch.uint8)
     for key in packed_heads:
         if key in infos and infos[key].dtype == torch.uint8:
             places[key] = Place(None, torch.uint8)
     known = {key for key in infos if is_settings_key(key) or _is_targeted_embedding(key, targets)}
-    surplus = [key for key in infos if key not in places and key not in known]
+    known |= {key for key in infos if key.endswith(MASK) and module_of(key) in set(spare_masks)}
+    surplus = [key for key in infos if key not in places and key not in known and module_of(key) not in foreign]
     if surplus:
-        raise ValueError(_no_place(surplus, set(frozen)))
+        raise ValueError(_no_place(surplus, set(frozen), sum(key.endswith(MASK) for key in infos)))
     missing = [key for key, place in places.items() if key not in infos and not place.is_optional]
     if missing:
         raise ValueError(
@@ -237,6 +246,13 @@ def check_infos(
 def _check_one(
     key: str, info: TensorInfo, place: Place, infos: dict[str, TensorInfo], ignore_mismatched_sizes: bool
 ) -> None:
+    if place.dtype == torch.bool and key.endswith(MASK):
+        if info != TensorInfo(place.shape, place.dtype):
+            raise ValueError(
+                f"the head mask of {module_of(key)} must be a bool tensor of shape {place.shape}; got {info.dtype} of "
+                f"shape {info.shape}"
+            )
+        return
     is_float = info.dtype is not None and info.dtype.is_floating_point
     if not (is_float if place.dtype.is_floating_point else info.dtype == place.dtype):
         expected = "numbers of floating point" if place.dtype.is_floating_point else place.dtype
@@ -256,7 +272,7 @@ def _check_one(
         )
 
 
-def _no_place(surplus: list[str], frozen: set[str]) -> str:
+def _no_place(surplus: list[str], frozen: set[str], all_masks: int) -> str:
     of_base = [key for key in surplus if key.replace(".base_layer.", ".") in frozen]
     if of_base:
         return (
@@ -265,6 +281,9 @@ def _no_place(surplus: list[str], frozen: set[str]) -> str:
             "them from the file"
         )
     ours = [key for key in surplus if is_adapter_key(key)]
+    masks = [module_of(key) for key in ours if key.endswith(MASK)]
+    if masks and len(masks) == all_masks:
+        return f"its masks are those of {module_patterns(masks)}: is it an adapter of another model?"
     key = (ours or surplus)[0]
     return (
         f"it has {key}{_others(surplus)}, for which an adapter with these settings has no place in the model (module "
@@ -324,7 +343,7 @@ def _check_heads(
         weight, bias = infos.get(f"{name}.weight"), infos.get(f"{name}.bias")
         if weight is None:
             continue
-        is_packed = weight.dtype == torch.uint8
+        is_packed = isinstance(head, QuantizedLinear) and weight.dtype == torch.uint8
         outputs = head.weight.shape[0] if is_packed else weight.shape[0]
         if is_packed and bias is not None and bias.shape != (outputs,):
             raise ValueError(f"{name}.bias has the shape {bias.shape}, but the packed weight has {outputs} outputs")

@@ -48,7 +48,9 @@ def check_settings(settings: dict[str, bool], noted: Iterable[torch.Tensor]) -> 
                 )
 
 
-def take_settings(settings: dict[str, bool], state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A file's weights without the noted settings, which are checked; errors as of `check_settings`."""
-    check_settings(settings, [value for key, value in state_dict.items() if is_settings_key(key)])
-    return {key: value for key, value in state_dict.items() if not is_settings_key(key)}
+def split_settings(
+    state_dict: dict[str, torch.Tensor],
+) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    """A file's weights, and the noted settings, of which an older file has none."""
+    weights = {key: value for key, value in state_dict.items() if not is_settings_key(key)}
+    return weights, [value for key, value in state_dict.items() if is_settings_key(key)]

@@ -239,6 +239,7 @@ class HeadMaskedLoraConfig(SavedConfig, LoraConfig):
         # None would be read as "find the classification head", which a stock adapter then does not hold
         lora.modules_to_save = lora.modules_to_save or []
         config = cls(ne=0, fused_parts="qkv", **{name: getattr(lora, name) for name in names})
+        config.is_stock = True
         config.source = source_of(cls, model_id, kwargs.pop("subfolder", None), kwargs)
         return config
 

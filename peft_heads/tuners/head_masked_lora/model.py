@@ -19,7 +19,7 @@ from ..head_mask import complete_masks
 from ..labelled import LabelledTuner
 from ..quantizer import WeightQuantizer
 from ..saved_keys import is_adapter_key, rename_modules
-from ..saved_settings import take_settings, write_settings
+from ..saved_settings import check_settings, split_settings, write_settings
 from ..task_heads import check_quantizable, quantize_task_heads, settle_task_heads
 from .config import FULL_PRECISION, HeadMaskedLoraConfig
 from .layer import HeadMaskedLinear
@@ -205,13 +205,15 @@ class HeadMaskedLoraModel(LabelledTuner, LoraModel):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        state_dict = rename_modules(model, take_settings(config.noted_settings, state_dict))
+        state_dict, noted = split_settings(state_dict)
+        state_dict = rename_modules(model, state_dict)
         state_dict, config.packed = read_packed(model, adapter_name, state_dict)
         if current_loading() is not None:
             state_dict = complete_masks(model, config, adapter_name, state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         cls.take_heads_and_labels(model, config, adapter_name, remapped)
         check_state_dict(model, config, adapter_name, remapped)
+        check_settings(config.noted_settings, noted)
         return remapped
 
 

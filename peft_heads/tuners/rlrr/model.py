@@ -21,7 +21,7 @@ from ...sharding import whole
 from ..head_mask import complete_masks
 from ..labelled import LabelledTuner
 from ..saved_keys import is_adapter_key, rename_modules
-from ..saved_settings import take_settings, write_settings
+from ..saved_settings import check_settings, split_settings, write_settings
 from ..targets import module_patterns
 from .base_layer import RLRRLayer
 from .combination import check_summands, copy_heads, modules_of, sum_into
@@ -247,12 +247,14 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        state_dict = rename_modules(model, take_settings(config.noted_settings, state_dict))
+        state_dict, noted = split_settings(state_dict)
+        state_dict = rename_modules(model, state_dict)
         if current_loading() is not None:
             state_dict = complete_masks(model, config, adapter_name, state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         cls.take_heads_and_labels(model, config, adapter_name, remapped)
         check_state_dict(model, config, adapter_name, remapped)
+        check_settings(config.noted_settings, noted)
         return remapped
 
 
