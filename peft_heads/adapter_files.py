@@ -248,6 +248,9 @@ def check_patterns(settings: dict[str, Any]) -> None:
     for option in PATTERN_OPTIONS:
         value = settings.get(option)
         patterns = [value] if isinstance(value, str) else value if isinstance(value, (list, set, tuple, dict)) else []
+        if isinstance(value, (str, dict)) or option == "layers_pattern":  # of lists the others hold names
+            for pattern in patterns:
+                _check_pattern(option, pattern)
         longest = max((len(pattern) for pattern in patterns if isinstance(pattern, str)), default=0)
         if longest > MAX_PATTERN:
             raise ValueError(
@@ -256,11 +259,28 @@ def check_patterns(settings: dict[str, Any]) -> None:
             )
 
 
+def _check_pattern(option: str, pattern: Any) -> None:
+    try:
+        re.compile(pattern if len(pattern) <= MAX_PATTERN else "")
+    except (re.error, TypeError, RecursionError, OverflowError) as error:
+        raise ValueError(f"{option} is no pattern of module names ({error}); got {str(pattern)[:80]!r}") from error
+
+
 def check_folder_files(folder: str | os.PathLike) -> None:
-    """Raise ValueError if the folder of an adapter holds a folder in a file's place, a pipe or a device."""
+    """Raise ValueError if an adapter's folder holds a folder in a file's place, a pipe, a device or endless settings.
+
+    `trainer_state.json`, which lies beside the adapter in a checkpoint, may have any length.
+    """
     for path in sorted(Path(folder).iterdir()):
         if path.name in FILES or not path.is_dir():
             check_ordinary(path)
+        if (
+            path.suffix == ".json"
+            and path.name != "trainer_state.json"
+            and path.is_file()
+            and path.stat().st_size > MAX_JSON_BYTES
+        ):
+            raise ValueError(f"{path} has {path.stat().st_size:,} bytes (expected {MAX_JSON_BYTES:,} at most)")
 
 
 def write_labels(folder: str | os.PathLike, id2label: dict[int, str]) -> None:

@@ -110,9 +110,13 @@ def load_adapter(
         ValueError: The adapter does not name its base model.
     """
     from peft import PeftConfig, PeftModel
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     from .tuners.saved_keys import is_adapter_key, module_of, saved_keys
 
+    settings = read_settings(folder)
+    if settings.get("peft_type") not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ValueError(f"{folder} holds an adapter of type {settings.get('peft_type')!r}, which PEFT does not know")
     adapter_config = PeftConfig.from_pretrained(os.fspath(folder))
     base = base_model or adapter_config.base_model_name_or_path
     if not base:
@@ -126,7 +130,7 @@ def load_adapter(
     labels = read_labels(folder)
     label_kwargs = {"id2label": labels, "label2id": {label: i for i, label in labels.items()}} if labels else {}
     with quiet_loading():  # the adapter brings the trained classifier
-        model, info = base_model_class(read_settings(folder)).from_pretrained(
+        model, info = base_model_class(settings, folder).from_pretrained(
             base, ignore_mismatched_sizes=True, output_loading_info=True, **label_kwargs, **base_kwargs
         )
     trained = {module_of(key) + "." for key in saved_keys(folder) if not is_adapter_key(key)}
@@ -204,10 +208,14 @@ def new_image_classifier(
     return model
 
 
-def base_model_class(settings: dict[str, Any]) -> Any:
+def base_model_class(settings: dict[str, Any], folder: str | os.PathLike) -> Any:
     """The class of transformers that an adapter was made for, by its settings; where they do not say, an Auto class.
 
     A ViT-MAE checkpoint, say, has no image classifier of its own and is read as a ViT's.
+
+    Args:
+        settings: The adapter's configuration.
+        folder: Where it lies, for the message.
 
     Raises:
         ValueError: The settings name something of transformers that is neither a model nor an Auto class.
@@ -227,7 +235,7 @@ def base_model_class(settings: dict[str, Any]) -> Any:
     except (TypeError, ImportError, RuntimeError):  # no name, no class, or one that cannot be imported
         pass
     raise ValueError(
-        f"auto_mapping of the adapter's settings names {str(name)[:80]!r} as the class of the base model (expected a "
+        f"{folder}: auto_mapping of the adapter's settings names {str(name)[:80]!r} as the class of the base model (expected a "
         "model class, or an Auto class, of transformers); it was edited"
     )
 

@@ -105,7 +105,7 @@ def empty_base_model(folder: Path, settings: dict[str, Any], base_model: str | o
         )
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:  # JSON that is no mapping
         raise ValueError(f"{folder}: the base model's configuration cannot be read from {base!r}: {error}") from error
-    model_class = base_model_class(settings)
+    model_class = base_model_class(settings, folder)
     try:
         with torch.device("meta"):
             return getattr(model_class, "from_config", model_class)(config)  # an Auto class, a class

@@ -93,7 +93,7 @@ def load_image_processor(name_or_path: str, do_normalize: bool | None = None, **
     except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         raise FileNotFoundError(
             f"no image processor in {str(name_or_path)!r}, its preprocessor_config.json is missing or cannot be read "
-            f"({error}); name another checkpoint's with --image_processor_name"
+            f"({' '.join(str(error).split())}); name another checkpoint's with --image_processor_name"
         ) from error
     if do_normalize is not None:
         processor.do_normalize = do_normalize

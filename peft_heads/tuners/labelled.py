@@ -14,8 +14,9 @@ from ..adapter_files import AdapterFiles
 from ..heads.maskable import read_masks
 from .head_mask import masked_layers
 from .saved_config import SavedConfig
-from .saved_folder import check_folder, refusal
+from .saved_folder import check_folder
 from .saved_keys import BASE, follow_file
+from .setting_types import refusal
 from .task_heads import check_mixed_batch, default_labels, fit_task_heads, get_labels, set_labels
 
 
@@ -61,7 +62,7 @@ class LabelledTuner:
         except OSError:  # of the network
             raise
         except Exception as error:  # PEFT checks no types: whatever a wrong one leads to
-            raise refusal(peft_config.source, error) from error
+            raise refusal(peft_config.source["path_or_repo"], error) from error
         peft_config.source = None  # read; the folder may be gone when the configuration serves again
 
     @classmethod

@@ -12,7 +12,7 @@ from peft.utils import CONFIG_NAME
 from ..adapter_files import AdapterFiles, CardText, check_folder_files, check_patterns, find_labels, read_settings
 from ..heads.scores import CRITERIA
 from ..heads.selection import GRANULARITIES, check_head_count
-from .setting_types import check_types
+from .setting_types import check_types, refusal
 
 
 class SavedConfig:
@@ -84,11 +84,10 @@ class SavedConfig:
         check_file(pretrained_model_name_or_path, subfolder, cls)
         try:
             config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        except (TypeError, AttributeError, KeyError, IndexError, OverflowError, RecursionError) as error:
-            where = os.path.join(pretrained_model_name_or_path, subfolder or "", CONFIG_NAME)
-            raise ValueError(
-                f"{where} has a setting of the wrong type ({type(error).__name__}: {' '.join(str(error).split())})"
-            ) from error
+        except OSError:
+            raise
+        except Exception as error:  # PEFT checks no types: whatever a wrong one leads to
+            raise refusal(os.path.join(pretrained_model_name_or_path, subfolder or ""), error) from error
         if isinstance(config, SavedConfig):
             config.source = source_of(cls, pretrained_model_name_or_path, subfolder, kwargs)
             config.adapter_files.labels_in_file = find_labels(**config.source)

@@ -23,6 +23,7 @@ from .head_mask import masked_layers
 from .saved_config import SavedConfig
 from .saved_keys import BASE, PACKED, follow_file, is_adapter_key, module_of, renamed_keys
 from .saved_settings import is_settings_key
+from .setting_types import refusal
 from .skeleton import skeleton_of
 from .targets import module_patterns
 from .task_heads import QuantizedLinear, get_labels
@@ -106,7 +107,7 @@ def check_folder(tuner: type, model: nn.Module, config: SavedConfig, source: dic
     except OSError:
         raise
     except Exception as error:
-        raise refusal({"path_or_repo": path}, error) from error
+        raise refusal(path, error) from error
 
 
 def check_before_writing(model: nn.Module, config: SavedConfig, source: dict[str, Any], loading: Loading) -> None:
@@ -121,16 +122,7 @@ def check_before_writing(model: nn.Module, config: SavedConfig, source: dict[str
     except OSError:
         raise
     except Exception as error:
-        raise refusal(source, error) from error
-
-
-def refusal(source: dict[str, Any], error: Exception) -> ValueError:
-    """The error of one line with which an adapter is refused; it names the folder, or the file in it."""
-    where = Path(source["path_or_repo"], source.get("subfolder") or "")
-    text = " ".join(str(error).split())
-    if not isinstance(error, ValueError):  # of a setting of the wrong type, which PEFT has tripped over
-        text = f"its settings and weights cannot be put on the model ({type(error).__name__}: {text})"
-    return ValueError(text if str(where) in text else f"{where}: {text}")
+        raise refusal(source["path_or_repo"], error) from error
 
 
 def try_adapter(tuner: type, model: nn.Module, config: SavedConfig) -> tuple[nn.Module, SavedConfig]:

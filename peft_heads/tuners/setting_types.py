@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import types
 import typing
 from dataclasses import fields
@@ -62,3 +63,11 @@ def fits(value: Any, hint: Any, is_number: bool = False) -> bool:
             fits(item, part, is_number) for part in parts[1:] for item in value.values()
         )
     return True
+
+
+def refusal(where: str | os.PathLike, error: Exception) -> ValueError:
+    """The error of one line with which an adapter is refused; it names the folder, or the file in it."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, ValueError):  # a setting of the wrong type, over which PEFT has tripped
+        text = f"its settings and weights cannot be used ({type(error).__name__}: {text})"
+    return ValueError(text if os.fspath(where) in text else f"{os.fspath(where)}: {text}")

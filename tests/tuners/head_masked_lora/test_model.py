@@ -241,7 +241,9 @@ def test_a_missing_mask_that_matters(options, tmp_path):
     set_head_masks(model, tiny.masks_off(model, 2))
     model.save_pretrained(tmp_path)
     edit(tmp_path, lambda tensors: tensors.pop(KEY + "lora_head_mask.mask"))
-    with pytest.raises(ValueError, match=tiny.now(r"no head mask for .*1\.attention\.v_proj, but .* zero for heads \[2\]")):
+    with pytest.raises(
+        ValueError, match=tiny.now(r"no head mask for .*1\.attention\.v_proj, but .* zero for heads \[2\]")
+    ):
         PeftModel.from_pretrained(tiny.make("vit"), tmp_path)
 
 
