@@ -164,11 +164,7 @@ def places_of(model: nn.Module, own: dict[str, torch.Tensor]) -> dict[str, Place
         model: The base model with the adapter `TRIAL` in it.
         own: What PEFT saves of it beside what is trained in full.
     """
-    places = {
-        key: Place(tuple(value.shape), value.dtype, is_optional=any(part in key for part in TRAINING_ONLY))
-        for key, value in own.items()
-        if "_head_mask." not in key
-    }
+    places = {key: Place(tuple(value.shape), value.dtype) for key, value in own.items() if "_head_mask." not in key}
     for name, layer in masked_layers(model, TRIAL):
         key = f"{name}.{layer.head_masks_name}.mask"
         places[key] = Place((layer.head_layout[TRIAL].num_heads,), torch.bool, is_optional=True)
@@ -220,6 +216,7 @@ def check_infos(
         if key in infos and infos[key].dtype == torch.uint8:
             places[key] = Place(None, torch.uint8)
     known = {key for key in infos if is_settings_key(key) or _is_targeted_embedding(key, targets)}
+    known |= {key for key in infos if any(part in key for part in TRAINING_ONLY)}
     known |= {key for key in infos if key.endswith(MASK) and module_of(key) in set(spare_masks)}
     surplus = [key for key in infos if key not in places and key not in known and module_of(key) not in foreign]
     if surplus:
@@ -326,7 +323,7 @@ def _check_heads(
     """Raise ValueError if a packed classifier's bias has another size, or the folder names more or fewer classes.
 
     Args:
-        heads: Trained heads, by name; the packed ones have the sizes of the file already.
+        heads: Trained heads, by name, into which packed ones have been read.
         infos, places: What is in the file, and what should be.
         own_labels: Of the base model.
         labels: Of the folder.
@@ -336,7 +333,7 @@ def _check_heads(
         if weight is None:
             continue
         is_packed = isinstance(head, QuantizedLinear) and weight.dtype == torch.uint8
-        outputs = head.weight.shape[0] if is_packed else weight.shape[0]
+        outputs = len(head.packed_weight.codes) if is_packed else weight.shape[0]
         if is_packed and bias is not None and bias.shape != (outputs,):
             raise ValueError(f"{name}.bias has the shape {bias.shape}, but the packed weight has {outputs} outputs")
         # of a detector the outputs are one more than the classes, say

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import types
 import typing
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any, Literal
 
 
@@ -46,6 +46,8 @@ def fits(value: Any, hint: Any, is_number: bool = False) -> bool:
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, part, is_number) for part in parts)
+    if is_dataclass(hint):
+        return isinstance(value, dict)
     if origin is Literal:
         return value in parts
     if hint is type(None):
