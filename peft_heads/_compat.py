@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import os
 import warnings
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import peft
@@ -140,6 +143,9 @@ def delegate_config_loading() -> None:
 
     @functools.wraps(load)
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
+        found = _config_class(pretrained_model_name_or_path, subfolder) if cls is PeftConfig else None
+        if found is not None and found.from_pretrained.__func__ is not from_pretrained:
+            return found.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         config = load(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         own = type(config).from_pretrained.__func__
         if cls is PeftConfig and is_own(config) and own is not from_pretrained:
@@ -148,6 +154,15 @@ def delegate_config_loading() -> None:
 
     from_pretrained.extended_by_peft_heads = True
     PeftConfig.from_pretrained = classmethod(from_pretrained)
+
+
+def _config_class(folder: str | os.PathLike, subfolder: str | None) -> type[PeftConfig] | None:
+    """The class of a local folder's configuration, whatever else is wrong with it; None where that cannot be known."""
+    path = os.path.join(folder, subfolder or "")
+    try:
+        return PEFT_TYPE_TO_CONFIG_MAPPING[PeftConfig._get_peft_type(path)] if os.path.isdir(path) else None
+    except Exception:  # PEFT says what is wrong with it
+        return None
 
 
 def extend_hotswap_check(check: Callable[[PeftConfig, PeftConfig], None]) -> None:
@@ -243,6 +258,134 @@ def extend_weight_mapping(name: str) -> None:
                 setattr(module, function, extended(build))
 
 
+@dataclass
+class Loading:
+    """A saved adapter that is being loaded, as its user has said it.
+
+    Attributes:
+        key_mapping, ignore_mismatched_sizes: As of `PeftModel.from_pretrained`.
+        checked: Configurations whose folders have been found to fit the model.
+    """
+
+    key_mapping: dict[str, str] | None = None
+    ignore_mismatched_sizes: bool = False
+    checked: list[PeftConfig] = field(default_factory=list)
+
+
+_loading: ContextVar[Loading | None] = ContextVar("peft_heads_loading", default=None)
+
+
+def current_loading() -> Loading | None:
+    """The loading that is going on; None where an adapter is created, or weights are given as a dict."""
+    return _loading.get()
+
+
+@contextmanager
+def loading_begins(loading: Loading) -> Iterator[Loading]:
+    """Inside the block, a saved adapter is being loaded."""
+    token = _loading.set(loading)
+    try:
+        yield loading
+    finally:
+        _loading.reset(token)
+
+
+def announce_loading(
+    check: Callable[[nn.Module, str, dict[str, Any], Loading], None],
+    is_ours: Callable[[PeftConfig], bool],
+    take_weights: Callable[[dict[str, Any]], dict[str, Any]],
+) -> None:
+    """Let tuners know that a saved folder is being loaded: PEFT tells them neither this nor what its user has said.
+
+    A folder that is loaded into an adapter which exists, or hot-swapped, is checked before PEFT reads it; an adapter
+    that was added and whose weights then cannot be loaded is taken out again.
+
+    Delete when PEFT hands tuners the source and the arguments of `load_adapter`.
+
+    Args:
+        check: Called with model, configuration and source (arguments of `hf_hub_download`); raises ValueError.
+        is_ours: Whether a configuration is one of ours.
+        take_weights: Of what a file holds, what hot-swapping may write.
+    """
+    if hasattr(PeftModel.load_adapter, "extended_by_peft_heads"):
+        return
+    create, load, swap = (
+        PeftModel.from_pretrained.__func__,
+        PeftModel.load_adapter,
+        hotswap.hotswap_adapter_from_state_dict,
+    )
+
+    @functools.wraps(create)
+    def from_pretrained(cls, model: nn.Module, *args: Any, **kwargs: Any):
+        given = inspect.signature(create).bind(cls, model, *args, **kwargs).arguments
+        # the same default as PEFT's
+        mapping = given.get("key_mapping") or getattr(model, "_checkpoint_conversion_mapping", None)
+        ignore = given.get("kwargs", {}).get("ignore_mismatched_sizes", False)
+        with loading_begins(Loading(mapping, ignore)):
+            return create(cls, model, *args, **kwargs)
+
+    @functools.wraps(load)
+    def load_adapter(self, model_id: str, adapter_name: str, *args: Any, **kwargs: Any):
+        given = inspect.signature(load).bind(self, model_id, adapter_name, *args, **kwargs).arguments
+        rest = given.get("kwargs", {})
+        outer, exists = current_loading(), adapter_name in self.peft_config
+        own = Loading(given.get("key_mapping"), rest.get("ignore_mismatched_sizes", False))
+        with loading_begins(outer or own) as loading:
+            if exists and is_ours(self.peft_config[adapter_name]):
+                config = self.peft_config[adapter_name]
+                if not any(config is other for other in loading.checked):
+                    download_kwargs, _ = self._split_kwargs(rest)
+                    check(self, config, {"path_or_repo": os.fspath(model_id), **download_kwargs}, loading)
+            try:
+                return load(self, model_id, adapter_name, *args, **kwargs)
+            except BaseException:
+                if not exists and adapter_name in self.peft_config and is_ours(self.peft_config[adapter_name]):
+                    self.delete_adapter(adapter_name)
+                raise
+
+    @functools.wraps(swap)
+    def hotswap_adapter_from_state_dict(model, state_dict, adapter_name, config, *args: Any, **kwargs: Any):
+        if is_ours(config):
+            if config.source is not None:
+                check(getattr(model, "_orig_mod", model), config, config.source, Loading())
+            state_dict = take_weights(state_dict)
+        return swap(model, state_dict, adapter_name, config, *args, **kwargs)
+
+    load_adapter.extended_by_peft_heads = True
+    PeftModel.from_pretrained = classmethod(from_pretrained)
+    PeftModel.load_adapter = load_adapter
+    hotswap.hotswap_adapter_from_state_dict = hotswap_adapter_from_state_dict
+
+
+def announce_loading_by_transformers() -> None:
+    """The same for `model.load_adapter` of transformers, which hands tuners a configuration alone.
+
+    Delete together with `announce_loading`.
+    """
+    from transformers.integrations.peft import PeftAdapterMixin
+
+    load = PeftAdapterMixin.load_adapter
+    if hasattr(load, "extended_by_peft_heads"):
+        return
+
+    @functools.wraps(load)
+    def load_adapter(self, *args: Any, **kwargs: Any):
+        given = inspect.signature(load).bind(self, *args, **kwargs).arguments
+        if given.get("adapter_state_dict") is not None:
+            return load(self, *args, **kwargs)
+        ignored = self._keys_to_ignore_on_load_unexpected
+        # our tuners read it themselves; to transformers it is a weight without a place
+        self._keys_to_ignore_on_load_unexpected = {*(ignored or ()), r"(lora|rlrr)_settings"}
+        try:
+            with loading_begins(Loading(getattr(self, "_checkpoint_conversion_mapping", None))):
+                return load(self, *args, **kwargs)
+        finally:
+            self._keys_to_ignore_on_load_unexpected = ignored
+
+    load_adapter.extended_by_peft_heads = True
+    PeftAdapterMixin.load_adapter = load_adapter
+
+
 def expand_all_linear(config: PeftConfig, model: nn.Module) -> None:
     """Replace `target_modules="all-linear"` by the names it stands for, as PEFT does a little later.
 
@@ -312,6 +455,7 @@ def load_pil_image_processor(name_or_path: str | os.PathLike, **kwargs: Any) -> 
 
     has_backends = importlib.util.find_spec("transformers.image_processing_backends") is not None
     choice = {"backend": "pil"} if has_backends else {"use_fast": False}
+    kwargs.setdefault("trust_remote_code", False)  # not given, transformers asks on stdin
     return AutoImageProcessor.from_pretrained(name_or_path, **choice, **kwargs)
 
 

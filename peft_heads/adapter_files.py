@@ -21,6 +21,8 @@ from peft.utils import CONFIG_NAME
 
 from .atomic import write_atomically
 from .heads.maskable import deactivated_heads, describe_masks
+from .weights_file import NAMES as WEIGHTS_FILES
+from .weights_file import check_ordinary
 
 
 if TYPE_CHECKING:
@@ -33,6 +35,29 @@ LABELS_FILE = "labels.json"
 SCORES_FILE, HEAT_MAP_FILE = "head_scores.json", "head_scores.png"
 SECTION_BEGIN, SECTION_END = "<!-- peft_heads: begin -->", "<!-- peft_heads: end -->"
 _SECTION = re.compile(f"{SECTION_BEGIN}.*?{SECTION_END}", re.DOTALL)
+# What an adapter's folder holds, whatever the method.
+FILES = (
+    CONFIG_NAME,
+    *WEIGHTS_FILES,
+    LABELS_FILE,
+    SCORES_FILE,
+    HEAT_MAP_FILE,
+    "preprocessor_config.json",
+    "README.md",
+)
+# Small files are read whole; the largest real one, labels of 22,000 classes, has about a megabyte.
+MAX_JSON_BYTES = 2**24
+# Options with patterns of module names, and how long one may be: a runaway pattern takes PEFT for ever.
+PATTERN_OPTIONS = (
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "num_heads",
+)
+MAX_PATTERN = 1000
 _SELECTION_SETTINGS = ("ne", "ratio", "granularity", "joint", "criterion", "mask_scope")
 
 
@@ -185,13 +210,80 @@ def read_settings(folder: str | os.PathLike) -> dict[str, Any]:
     path = Path(folder) / CONFIG_NAME
     if not path.exists():
         raise FileNotFoundError(f"there is no adapter in {folder}: it has no {CONFIG_NAME}")
+    check_ordinary(path)
     try:
-        settings = json.loads(path.read_text("utf-8"))
+        settings = read_json(path)
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} is not PEFT's: it holds no mapping of settings")
+    try:
+        for name in ("peft_type", "base_model_name_or_path", "revision"):
+            if not isinstance(settings.get(name), (str, type(None))):
+                raise ValueError(f"{name} must be text; got {str(settings[name])[:80]!r}")
+        check_patterns(settings)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return settings
+
+
+def read_json(path: Path) -> Any:
+    """What a small JSON file holds.
+
+    Raises:
+        ValueError: It is none, or larger or nested deeper than a file of settings can be.
+    """
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise ValueError(f"it has {size:,} bytes (expected {MAX_JSON_BYTES:,} at most)")
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def check_patterns(settings: dict[str, Any]) -> None:
+    """Raise ValueError if a pattern of module names among an adapter's settings is longer than any real one.
+
+    Args:
+        settings: By the names of the configuration's fields.
+    """
+    for option in PATTERN_OPTIONS:
+        value = settings.get(option)
+        patterns = [value] if isinstance(value, str) else value if isinstance(value, (list, set, tuple, dict)) else []
+        if isinstance(value, (str, dict)) or option == "layers_pattern":  # of lists the others hold names
+            for pattern in patterns:
+                _check_pattern(option, pattern)
+        longest = max((len(pattern) for pattern in patterns if isinstance(pattern, str)), default=0)
+        if longest > MAX_PATTERN:
+            raise ValueError(
+                f"{option} has a pattern of {longest:,} characters (expected {MAX_PATTERN:,} at most); name the "
+                "modules in a list"
+            )
+
+
+def _check_pattern(option: str, pattern: Any) -> None:
+    try:
+        re.compile(pattern if len(pattern) <= MAX_PATTERN else "")
+    except (re.error, TypeError, RecursionError, OverflowError) as error:
+        raise ValueError(f"{option} is no pattern of module names ({error}); got {str(pattern)[:80]!r}") from error
+
+
+def check_folder_files(folder: str | os.PathLike) -> None:
+    """Raise ValueError if an adapter's folder holds a folder in a file's place, a pipe, a device or endless settings.
+
+    `trainer_state.json`, which lies beside the adapter in a checkpoint, may have any length.
+    """
+    for path in sorted(Path(folder).iterdir()):
+        if path.name in FILES or not path.is_dir():
+            check_ordinary(path)
+        if (
+            path.suffix == ".json"
+            and path.name != "trainer_state.json"
+            and path.is_file()
+            and path.stat().st_size > MAX_JSON_BYTES
+        ):
+            raise ValueError(f"{path} has {path.stat().st_size:,} bytes (expected {MAX_JSON_BYTES:,} at most)")
 
 
 def write_labels(folder: str | os.PathLike, id2label: dict[int, str]) -> None:
@@ -208,12 +300,19 @@ def read_labels(folder: str | os.PathLike) -> dict[int, str] | None:
     path = Path(folder) / LABELS_FILE
     if not path.exists():
         return None
+    check_ordinary(path)
     try:
-        return {int(index): str(label) for index, label in json.loads(path.read_text("utf-8"))["id2label"].items()}
+        labels = {int(index): str(label) for index, label in read_json(path)["id2label"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f'{path} is not a label file, expected {{"id2label": {{"0": "name", …}}}}: {error}'
         ) from error
+    missing = next((index for index in range(len(labels)) if index not in labels), None)
+    if missing is not None:
+        raise ValueError(
+            f"{path} names no class {missing}, but others up to {max(labels)}; expected all from 0 on, without gaps"
+        )
+    return labels
 
 
 def find_labels(path_or_repo: str, subfolder: str | None = None, **download_kwargs: Any) -> dict[int, str] | None:

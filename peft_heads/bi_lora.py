@@ -12,7 +12,7 @@ import torch
 import transformers
 from peft import get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from .adapter_files import read_settings, write_labels
@@ -42,8 +42,10 @@ from .quantization import BITS
 from .tuners import HeadMaskedLoraConfig, pack_adapter
 from .tuners.head_masked_lora.config import FULL_PRECISION
 from .tuners.head_masked_lora.packed import PACKED
-from .tuners.saved_keys import BASE, module_of, renamed_keys, saved_keys
+from .tuners.saved_keys import BASE, module_of, renamed_keys
+from .tuners.saved_settings import is_settings_key
 from .tuners.task_heads import default_labels
+from .weights_file import find_weights, read_infos, read_weights
 
 
 # The authors' images: 224 × 224, bicubic, from 0 to 1 and not normalised as the base model's own are.
@@ -180,14 +182,14 @@ def _state_dict(weights: Weights) -> dict[str, torch.Tensor]:
 
 def _packed_state_dict(source: Path, base_model: str | os.PathLike | None) -> dict[str, torch.Tensor]:
     """The weights in an adapter's file, packed if they are not."""
-    path = source / SAFETENSORS_WEIGHTS_NAME
-    if not path.exists():
-        raise ValueError(f"{source} has no {SAFETENSORS_WEIGHTS_NAME}; other formats are not read")
-    if any(key.endswith(PACKED) for key in saved_keys(os.fspath(source))):
-        return load_file(path)
-    model, _ = load_complete_adapter(source, base_model)
-    pack_adapter(model, model.active_adapter)
-    return get_peft_model_state_dict(model, save_embedding_layers=False)
+    path = find_weights(os.fspath(source))
+    if any(key.endswith(PACKED) for key in read_infos(path)):
+        tensors = read_weights(path)
+    else:
+        model, _ = load_complete_adapter(source, base_model)
+        pack_adapter(model, model.active_adapter)
+        tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {key: tensor for key, tensor in tensors.items() if not is_settings_key(key)}
 
 
 def _settings(config: dict[str, Any], dataset: str, num_class: int) -> Settings:
@@ -295,8 +297,8 @@ def _problem_of_base_model(base: str | os.PathLike | None) -> str | None:
     """Why a model is not the one that the form is for; None where that cannot be known."""
     if base and os.path.isdir(base):
         try:
-            config = transformers.AutoConfig.from_pretrained(base)
-        except (OSError, ValueError) as error:
+            config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
             return f"the configuration of the base model {os.fspath(base)!r} cannot be read: {error}"
         expected = {
             "model_type": "vit",

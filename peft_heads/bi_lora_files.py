@@ -27,6 +27,7 @@ import yaml
 
 from .packing import PackedWeight
 from .quantization import BITS, pack, unpack
+from .weights_file import check_ordinary
 
 
 WIDTH, NUM_BLOCKS, PATCH_SIZE = 768, 12, 16
@@ -35,6 +36,8 @@ BACKBONE, BASE_MODEL = "vit_base_patch16_224_in21k", "google/vit-base-patch16-22
 HEAD_BITS = {"lora": 32, "lora-bihead": 1}
 MATRICES = ("lora_q down", "lora_q up", "lora_v down", "lora_v up")
 MAX_SETTINGS_BYTES = 2048
+# What is read is held in memory: a file of zeros that takes no place on the disk can be of any size.
+MAX_CLASSES = 2**16
 _MOMENTS = struct.Struct("<ff")
 
 
@@ -118,7 +121,7 @@ def read(file: str | os.PathLike) -> tuple[Settings, Weights]:
 
     Raises:
         FileNotFoundError: One of the two is missing.
-        ValueError: One of the two is not of this form. Sizes are looked at before anything is read.
+        ValueError: One of the two is not of this form, or the name says something else. Sizes are looked at before anything is read.
     """
     file = Path(file)
     settings_file = settings_beside(file)
@@ -130,6 +133,12 @@ def read(file: str | os.PathLike) -> tuple[Settings, Weights]:
                 f"{file} has {size:,} bytes, but method {settings.method}, bit {settings.bit}, dim {settings.dim} and "
                 f"num_class {settings.num_class} of {settings_file.name} make {settings.num_bytes:,}: the file is "
                 f"{'cut short' if size < settings.num_bytes else 'too long'}, or the two do not belong together"
+            )
+        dataset_in_name(file, settings.bit, settings.dim)
+        if settings.dim > WIDTH or settings.num_class > MAX_CLASSES:
+            raise ValueError(
+                f"{file} has rank {settings.dim:,} and {settings.num_class:,} classes (expected {WIDTH} and "
+                f"{MAX_CLASSES:,} at most): no file of Bi-LoRA has, and it would be held in memory"
             )
         data = stream.read()
     try:
@@ -190,6 +199,10 @@ def settings_beside(file: Path) -> Path:
 def dataset_in_name(file: Path, bit: int, dim: int) -> str:
     """The dataset that a `.bin` is called after.
 
+    Args:
+        file: The `.bin`.
+        bit, dim: Of the adapter that it holds, or is to hold.
+
     Raises:
         ValueError: The name speaks of other bits, or another rank: the authors' programs find the file by them.
 
@@ -223,7 +236,7 @@ def _read_settings(path: Path) -> Settings:
     if _existing(path).stat().st_size > MAX_SETTINGS_BYTES:
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes: no settings of an adapter")
     try:
-        values = yaml.safe_load(path.read_text("utf-8"))
+        values = yaml.load(path.read_text("utf-8"), Loader=_UniqueKeys)
     # dates that are none raise ValueError, a thousand brackets RecursionError
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged, or no YAML: {' '.join(str(error).split())}") from error
@@ -237,7 +250,19 @@ def _read_settings(path: Path) -> Settings:
         raise ValueError(f"{path}: {error}") from error
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Of two values for a key YAML's loader would take the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for index, key in enumerate(keys) if key in keys[:index]), None)
+        if twice is not None:
+            raise ValueError(f"{twice[:40]} is there twice")
+        return super().construct_mapping(node, deep)
+
+
 def _existing(path: Path) -> Path:
+    check_ordinary(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}; a Bi-LoRA adapter is a .bin and a .yaml of the same name")
     return path

@@ -136,6 +136,8 @@ def read_error(path: Path) -> str | None:
                     return "its weight_map names no files"
     except (OSError, ValueError, NotImplementedError, SafetensorError, zipfile.BadZipFile) as error:
         return str(error)
+    except RecursionError:
+        return "it is nested too deeply"
     except (KeyError, TypeError, AttributeError):
         return "it has no weight_map"
     return None

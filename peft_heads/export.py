@@ -25,6 +25,7 @@ from .migration import ADAPTER_TYPES, LORA_TYPES
 from .tuners import pack_adapter
 from .tuners.head_masked_lora.packed import PACKED
 from .tuners.head_masked_lora.state_dict import write_quantized
+from .tuners.saved_settings import is_settings_key
 
 
 if TYPE_CHECKING:
@@ -76,7 +77,11 @@ def export_lora(
         weights = get_peft_model_state_dict(model, save_embedding_layers=False)
         write_quantized(model, model.active_adapter, weights)
         ours = ("lora_head_mask.mask", PACKED)
-        weights = {key: tensor.contiguous() for key, tensor in weights.items() if not key.endswith(ours)}
+        weights = {
+            key: tensor.contiguous()
+            for key, tensor in weights.items()
+            if not key.endswith(ours) and not is_settings_key(key)
+        }
         broken = next((key for key, tensor in weights.items() if not tensor.isfinite().all()), None)
         if broken:
             raise ValueError(f"{source} cannot be exported: {broken} has entries that are not finite")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._compat import mismatched_keys, support_peft_in_image_pipelines
-from .adapter_files import read_labels, read_settings
+from .adapter_files import check_folder_files, read_labels, read_settings
 
 
 if TYPE_CHECKING:
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel
 
 
-def load_image_classifier(path_or_repo: str | os.PathLike, **kwargs: Any) -> tuple[PeftModel, BaseImageProcessor]:
+def load_image_classifier(
+    path_or_repo: str | os.PathLike, trust_remote_code: bool = False, **kwargs: Any
+) -> tuple[PeftModel, BaseImageProcessor]:
     """Load an adapter together with its base model, labels and image processor.
 
     Works for any PEFT adapter of an image classifier; labels and processor are taken from the adapter's folder where
@@ -29,6 +31,7 @@ def load_image_classifier(path_or_repo: str | os.PathLike, **kwargs: Any) -> tup
 
     Args:
         path_or_repo: Folder or Hub repository of the adapter.
+        trust_remote_code: Whether code that the base model's repository brings may run; the adapter's never does.
         kwargs: `revision`, `token`, `cache_dir`, `subfolder` of the adapter's repository.
 
     Returns:
@@ -43,6 +46,7 @@ def load_image_classifier(path_or_repo: str | os.PathLike, **kwargs: Any) -> tup
 
     folder = fetch_adapter(path_or_repo, **kwargs)
     base_kwargs = {key: value for key, value in kwargs.items() if key in ("token", "cache_dir")}
+    base_kwargs["trust_remote_code"] = trust_remote_code
     model, _ = load_adapter(folder, **base_kwargs)
     if (folder / "preprocessor_config.json").exists():
         image_processor = load_image_processor(folder)
@@ -67,13 +71,14 @@ def fetch_adapter(path_or_repo: str | os.PathLike, subfolder: str | None = None,
     Args and errors as of [`load_image_classifier`].
     """
     from huggingface_hub import snapshot_download
+    from peft.utils import WEIGHTS_NAME
 
-    from .tuners.saved_keys import saved_keys
+    from .weights_file import NAMES, find_weights, read_infos
 
     folder = os.fspath(path_or_repo)
     if not os.path.isdir(folder):
         # the small files of an adapter, once; afterwards everything is local
-        names = ("*.json", "*.safetensors", "README.md")
+        names = ("*.json", "*.safetensors", WEIGHTS_NAME, "README.md")
         patterns = [f"{subfolder}/{name}" for name in names] if subfolder else names
         others = None if subfolder else "*/*"  # checkpoints that Trainer has pushed as well
         try:
@@ -91,8 +96,12 @@ def fetch_adapter(path_or_repo: str | os.PathLike, subfolder: str | None = None,
             f"Can't find 'adapter_config.json' in {path_or_repo}{f'/{subfolder}' if subfolder else ''}: it holds no "
             "adapter"
         )
+    check_folder_files(folder)
     read_settings(folder)  # errors that name the file, before anything is loaded
-    saved_keys(folder)
+    weights = find_weights(folder)
+    if weights is None:
+        raise FileNotFoundError(f"{folder} has no weights of an adapter: neither {' nor '.join(NAMES)} is there")
+    read_infos(weights)
     return Path(folder)
 
 
@@ -113,9 +122,13 @@ def load_adapter(
         ValueError: The adapter does not name its base model.
     """
     from peft import PeftConfig, PeftModel
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     from .tuners.saved_keys import is_adapter_key, module_of, saved_keys
 
+    settings = read_settings(folder)
+    if settings.get("peft_type") not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ValueError(f"{folder} holds an adapter of type {settings.get('peft_type')!r}, which PEFT does not know")
     adapter_config = PeftConfig.from_pretrained(os.fspath(folder))
     base = base_model or adapter_config.base_model_name_or_path
     if not base:
@@ -123,12 +136,13 @@ def load_adapter(
             f"the adapter in {folder} does not say which base model it belongs to; load the base model yourself "
             "and use PeftModel.from_pretrained(base_model, path), or name it for a command (--base_model)"
         )
+    base_kwargs.setdefault("trust_remote_code", False)
     if base_model is None:
         base_kwargs["revision"] = adapter_config.revision or "main"
     labels = read_labels(folder)
     label_kwargs = {"id2label": labels, "label2id": {label: i for i, label in labels.items()}} if labels else {}
     with quiet_loading():  # the adapter brings the trained classifier
-        model, info = base_model_class(read_settings(folder)).from_pretrained(
+        model, info = base_model_class(settings, folder).from_pretrained(
             base, ignore_mismatched_sizes=True, output_loading_info=True, **label_kwargs, **base_kwargs
         )
     trained = {module_of(key) + "." for key in saved_keys(folder) if not is_adapter_key(key)}
@@ -156,7 +170,8 @@ def new_image_classifier(
         config_name: Folder or repository of the model's configuration, if not the checkpoint's own.
         config_changes: Fields of the configuration that are set before the model is made.
         ignore_mismatched_sizes: Whether weights of another shape are drawn anew as well.
-        hub_arguments: Passed to `from_pretrained` (`revision`, `token`, `cache_dir`, …).
+        hub_arguments: Passed to `from_pretrained` (`revision`, `token`, `cache_dir`, …); `trust_remote_code` is
+            False unless it is among them.
 
     Raises:
         ValueError: There is no such checkpoint, it cannot be read, or it does not fit its configuration.
@@ -173,6 +188,7 @@ def new_image_classifier(
             f"{path} is an adapter: name its base model as --model_name_or_path; --resume_from_checkpoint goes on "
             "training, peft_heads.load_image_classifier loads it"
         )
+    hub_arguments.setdefault("trust_remote_code", False)
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     try:
         config = AutoConfig.from_pretrained(config_name or path, **labels, **hub_arguments)
@@ -204,15 +220,36 @@ def new_image_classifier(
     return model
 
 
-def base_model_class(settings: dict[str, Any]) -> Any:
+def base_model_class(settings: dict[str, Any], folder: str | os.PathLike) -> Any:
     """The class of transformers that an adapter was made for, by its settings; where they do not say, an Auto class.
 
     A ViT-MAE checkpoint, say, has no image classifier of its own and is read as a ViT's.
+
+    Args:
+        settings: The adapter's configuration.
+        folder: Where it lies, for the message.
+
+    Raises:
+        ValueError: The settings name something of transformers that is neither a model nor an Auto class.
     """
     import transformers
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
-    name = (settings.get("auto_mapping") or {}).get("base_model_class")
-    return getattr(transformers, name or "", None) or transformers.AutoModelForImageClassification
+    mapping = settings.get("auto_mapping") or {}
+    name = mapping.get("base_model_class") if isinstance(mapping, dict) else mapping
+    if name is None:
+        return transformers.AutoModelForImageClassification
+    try:
+        # names that transformers does not have are those of code of the user's own
+        found = getattr(transformers, name, None) or transformers.AutoModelForImageClassification
+        if issubclass(found, (transformers.PreTrainedModel, _BaseAutoModelClass)):
+            return found
+    except (TypeError, ImportError, RuntimeError):  # no name, no class, or one that cannot be imported
+        pass
+    raise ValueError(
+        f"{folder}: auto_mapping of the adapter's settings names {str(name)[:80]!r} as the class of the base model (expected a "
+        "model class, or an Auto class, of transformers); it was edited"
+    )
 
 
 @contextmanager

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft import PeftConfig
 from peft.utils.other import get_pattern_key
-from safetensors import safe_open
+from torch import nn
 
+from ._compat import Loading
 from .adapter_files import read_labels, read_settings
 from .checkpoints import read_error
 from .export import check_type
@@ -26,10 +27,15 @@ from .packing import unpack_module
 from .quantization import quantize
 from .tuners.head_masked_lora.config import FULL_PRECISION
 from .tuners.head_masked_lora.packed import PACKED
+from .tuners.saved_folder import check_before_writing
 from .tuners.saved_keys import is_adapter_key, module_of
+from .tuners.saved_settings import is_settings_key
+from .tuners.setting_types import refusal
+from .weights_file import find_weights, read_infos, read_weights
 
 
 MASK_KEY = "_head_mask"
+OURS = ("HEAD_MASKED_LORA", "RLRR")
 PARTS = ("adapter", "classification head", "masks and header")
 
 
@@ -76,18 +82,40 @@ def inspect_adapter(adapter: str | os.PathLike, base_model: str | os.PathLike | 
     folder = fetch_adapter(adapter)
     settings, files = read_settings(folder), sorted(path for path in folder.iterdir() if path.is_file())
     for path in files:
-        error = read_error(path) if path.suffix in (".json", ".safetensors") else None
+        is_read = path.suffix in (".json", ".safetensors") and path.name != "trainer_state.json"
+        error = read_error(path) if is_read else None
         if error is not None:
             raise ValueError(f"{path} is damaged: {error}")
     check_type(folder, settings)
     read_labels(folder)
-    weights = folder / SAFETENSORS_WEIGHTS_NAME
-    if not weights.exists():
-        raise ValueError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}; other formats are not read")
-    with safe_open(weights, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    weights = find_weights(os.fspath(folder))
+    if settings["peft_type"] in OURS:
+        PeftConfig.from_pretrained(os.fspath(folder))  # settings of the wrong type
+    model, no_norms = _base_model(folder, settings, base_model)
+    try:
+        tensors = {key: tensor for key, tensor in read_weights(weights).items() if not is_settings_key(key)}
+        report = _report(folder, settings, files, weights, tensors, model, no_norms)
+        if settings["peft_type"] in OURS:
+            _check(folder, weights, model)
+        return report
+    except OSError:
+        raise
+    except Exception as error:  # of settings that nobody has checked, those of stock LoRA
+        raise refusal(folder, error) from error
 
-    layouts, no_norms = _layouts(folder, settings, tensors, base_model)
+
+def _report(
+    folder: Path,
+    settings: dict[str, Any],
+    files: list[Path],
+    weights: Path,
+    tensors: dict[str, torch.Tensor],
+    model: nn.Module | None,
+    no_norms: str,
+) -> AdapterReport:
+    layouts = {} if model is None else _layouts(model, settings, tensors)
+    if model is not None and not layouts:
+        no_norms = f"{type(model).__name__} has no attention heads where the adapter is"
     stored, tensors = tensors, _unpacked(tensors, layouts, weights, settings)
     masks = _masks(tensors, layouts, weights)
     bits = FULL_PRECISION if _is_packed(stored) else settings.get("adapter_bits") or FULL_PRECISION
@@ -235,22 +263,41 @@ def _quantized(
     return quantized
 
 
-def _layouts(
-    folder: Path, settings: dict[str, Any], tensors: dict[str, torch.Tensor], base_model: str | os.PathLike | None
-) -> tuple[dict[str, ProjectionLayout], str]:
-    """`{module as the file names it: its heads}`, and why there is none."""
+def _check(folder: Path, weights: Path, model: nn.Module | None) -> None:
+    """Raise ValueError if the files of an adapter of ours contradict each other; without its base model, less is seen."""
+    source = {"path_or_repo": os.fspath(folder)}
+    config = PeftConfig.from_pretrained(os.fspath(folder))
+    if model is not None:
+        check_before_writing(model, config, source, Loading())
+        return
+    for key, info in read_infos(weights).items():
+        expected = "bool" if is_settings_key(key) or MASK_KEY in key else "uint8" if key.endswith(PACKED) else None
+        is_right = info.dtype == getattr(torch, expected) if expected else info.dtype and info.dtype.is_floating_point
+        if not is_right and (is_adapter_key(key) or info.dtype != torch.uint8):
+            raise ValueError(f"{weights}: {key} is a tensor of {info.dtype} (expected {expected or 'floating point'})")
+
+
+def _base_model(
+    folder: Path, settings: dict[str, Any], base_model: str | os.PathLike | None
+) -> tuple[nn.Module | None, str]:
+    """The base model without numbers, and why there is none."""
     try:
-        model = empty_base_model(folder, settings, base_model)
+        return empty_base_model(folder, settings, base_model), ""
     except ValueError as error:
         if base_model is not None:
             raise
-        return {}, " ".join(str(error).split())
+        return None, " ".join(str(error).split())
+
+
+def _layouts(
+    model: nn.Module, settings: dict[str, Any], tensors: dict[str, torch.Tensor]
+) -> dict[str, ProjectionLayout]:
+    """`{module as the file names it: its heads}`."""
     masked_parts = "qv" if settings.get("peft_type") == "RLRR" else settings.get("fused_parts") or "qkv"
     found = resolve_heads(model, settings.get("num_heads"), masked_parts)
     modules = dict.fromkeys(module_of(key) for key in tensors if is_adapter_key(key))
     renamed = match_renamed(modules, [name for name, _ in model.named_modules()])
-    layouts = {name: found[renamed.get(name, name)] for name in modules if renamed.get(name, name) in found}
-    return layouts, "" if layouts else f"{type(model).__name__} has no attention heads where the adapter is"
+    return {name: found[renamed.get(name, name)] for name in modules if renamed.get(name, name) in found}
 
 
 def _masks(

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
 
-from .adapter_files import read_settings
+from .adapter_files import check_folder_files, read_settings
 from .atomic import write_atomically
 from .image_classifier import base_model_class
-from .tuners.saved_keys import RENAMED_OPTIONS, follow_renames, is_adapter_key, module_of, renamed_keys, saved_keys
+from .tuners.saved_keys import RENAMED_OPTIONS, follow_renames, is_adapter_key, module_of, renamed_keys
+from .tuners.saved_settings import is_settings_key
+from .weights_file import read_weights
 
 
 LORA_TYPES = ("LORA", "HEAD_MASKED_LORA")
@@ -49,6 +50,7 @@ def migrate_adapter(folder: str | os.PathLike, base_model: str | os.PathLike | N
     """
     folder = Path(folder)
     settings = read_settings(folder)
+    check_folder_files(folder)
     weights_file, aside = folder / SAFETENSORS_WEIGHTS_NAME, folder / f"_{SAFETENSORS_WEIGHTS_NAME}.old"
     if aside.exists():  # of a migration that was interrupted
         os.replace(aside, weights_file) if not weights_file.exists() else aside.unlink()
@@ -57,15 +59,14 @@ def migrate_adapter(folder: str | os.PathLike, base_model: str | os.PathLike | N
         raise ValueError(
             f"{folder} holds an adapter of type {peft_type}; names are known for {', '.join(ADAPTER_TYPES)} alone"
         )
-    keys = saved_keys(os.fspath(folder))
+    tensors, metadata = read_weights(weights_file) if weights_file.exists() else {}, {"format": "pt"}
+    keys = [key for key in tensors if not is_settings_key(key)]
     adapted = list(dict.fromkeys(module_of(key) for key in keys if is_adapter_key(key)))
     trained = list(dict.fromkeys(module_of(key) for key in keys if not is_adapter_key(key)))
     if not adapted:
         method = "RLRR" if peft_type == "RLRR" else "LoRA"
         raise ValueError(f"{folder} has no {method} weights in {SAFETENSORS_WEIGHTS_NAME}; other formats are not read")
     model = empty_base_model(folder, settings, base_model)
-    with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
-        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in keys}
 
     present = [name for name, _ in model.named_modules()]
     new_keys = renamed_keys(keys, present)
@@ -81,7 +82,7 @@ def migrate_adapter(folder: str | os.PathLike, base_model: str | os.PathLike | N
         options = {name: getattr(config, name) for name in RENAMED_OPTIONS if name in settings}
         if config.target_modules is not None and not isinstance(config.target_modules, str):
             options["target_modules"] = sorted(config.target_modules)
-        weights = save({new_keys[key]: tensor for key, tensor in tensors.items()}, metadata=metadata)
+        weights = save({new_keys.get(key, key): tensor for key, tensor in tensors.items()}, metadata=metadata)
         os.replace(weights_file, aside)
         write_atomically(
             folder / CONFIG_NAME, json.dumps({**settings, **options}, indent=2, sort_keys=True, default=sorted)
@@ -99,9 +100,17 @@ def empty_base_model(folder: Path, settings: dict[str, Any], base_model: str | o
     if not base:
         raise ValueError(f"{folder} does not say which base model the adapter belongs to; name it (--base_model)")
     try:
-        config = transformers.AutoConfig.from_pretrained(base, revision=settings.get("revision") or "main")
-    except (OSError, ValueError) as error:
+        config = transformers.AutoConfig.from_pretrained(
+            base, revision=settings.get("revision") or "main", trust_remote_code=False
+        )
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:  # JSON that is no mapping
         raise ValueError(f"{folder}: the base model's configuration cannot be read from {base!r}: {error}") from error
-    model_class = base_model_class(settings)
-    with torch.device("meta"):
-        return getattr(model_class, "from_config", model_class)(config)  # an Auto class, a class
+    model_class = base_model_class(settings, folder)
+    try:
+        with torch.device("meta"):
+            return getattr(model_class, "from_config", model_class)(config)  # an Auto class, a class
+    except Exception as error:  # transformers checks few of the sizes in a configuration
+        raise ValueError(
+            f"{folder}: there is no {model_class.__name__} by the configuration of {base!r}: "
+            f"{type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error

@@ -73,7 +73,7 @@ def make_spec(
     settings = recipe.settings()
     check_method_arguments(method_arguments(method, settings))
     try:
-        config = AutoConfig.from_pretrained(checkpoint_of(backbone))
+        config = AutoConfig.from_pretrained(checkpoint_of(backbone), trust_remote_code=False)
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"no checkpoint {backbone!r}: {error}") from error
     if recipe.drop_path:

@@ -108,7 +108,7 @@ class Training:
 
     def environment(self) -> Environment:
         backbone = checkpoint_of(self.spec.backbone)
-        revision = getattr(AutoConfig.from_pretrained(backbone), "_commit_hash", None)
+        revision = getattr(AutoConfig.from_pretrained(backbone, trust_remote_code=False), "_commit_hash", None)
         if revision is None and os.path.isdir(backbone):
             revision = folder_hash(backbone)
         return describe_environment(

@@ -33,7 +33,7 @@ class ModelArguments:
         default=None, metadata={"help": "Image processor, if not the checkpoint's own."}
     )
     token: str | None = field(default=None, metadata={"help": "Hub token, if not the one of `hf auth login`."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes from the Hub."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the base model."})
     ignore_mismatched_sizes: bool = field(
         default=False,
         metadata={

@@ -64,7 +64,7 @@ def run(argv: list[str]) -> int:
         model_args.image_processor_name or model_args.model_name_or_path,
         do_normalize=data_args.do_normalize,
         image_range=data_args.image_range,
-        **hub_arguments(model_args),
+        **hub_arguments(model_args) | {"trust_remote_code": trusts_processor(model_args)},
     )
     transform = ImageTransform(processor, data_args.image_column_name, data_args.label_column_name, names)
     if hasattr(model, "peft_config"):
@@ -177,6 +177,11 @@ def hub_arguments(args: ModelArguments) -> dict:
         "token": args.token,
         "trust_remote_code": args.trust_remote_code,
     }
+
+
+def trusts_processor(args: ModelArguments) -> bool:
+    """Whether code may run that comes with the image processor: the base model's own, if the user trusts that."""
+    return args.trust_remote_code and args.image_processor_name in (None, args.model_name_or_path)
 
 
 def load_model(args: ModelArguments, names: list[str]):

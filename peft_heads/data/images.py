@@ -99,6 +99,8 @@ def load_image_processor(
 ):
     """The checkpoint's image processor with the PIL backend: results do not depend on torchvision being there.
 
+    Code that comes with it runs only with `trust_remote_code=True`; nobody is asked.
+
     Args:
         do_normalize: Overrides the checkpoint's own setting; it is saved with the processor.
         image_range: (LOW, HIGH), what is black and white in images of more than 8 bits, for [`ImageTransform`]; it is
@@ -111,10 +113,11 @@ def load_image_processor(
     image_range = check_image_range(image_range)
     try:
         processor = load_pil_image_processor(name_or_path, **kwargs)
-    except (OSError, ValueError, AttributeError) as error:  # the last for JSON that is no mapping
+    # the last ones for JSON that is no mapping, of the wrong types, or nested too deeply
+    except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         raise FileNotFoundError(
             f"no image processor in {str(name_or_path)!r}, its preprocessor_config.json is missing or cannot be read "
-            f"({error}); name another checkpoint's with --image_processor_name"
+            f"({' '.join(str(error).split())}); name another checkpoint's with --image_processor_name"
         ) from error
     if do_normalize is not None:
         processor.do_normalize = do_normalize

@@ -22,9 +22,11 @@ def load_demo_model(num_labels=10, random_weights=False, seed=0, path=DEMO_MODEL
     with torch.random.fork_rng(devices=[]), quiet_loading():
         torch.default_generator.manual_seed(seed)
         if random_weights:
-            config = AutoConfig.from_pretrained(path, local_files_only=True, **labels)
+            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False, **labels)
             return ViTForImageClassification(config).eval()
-        return ViTForImageClassification.from_pretrained(path, local_files_only=True, **labels).eval()
+        return ViTForImageClassification.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False, **labels
+        ).eval()
 
 
 def load_demo_processor(path=DEMO_MODEL_PATH):

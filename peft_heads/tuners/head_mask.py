@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from ..heads.layout import ProjectionLayout
-from ..heads.maskable import check_mask, deactivated_heads, module_patterns
+from ..heads.maskable import check_mask, deactivated_heads
 from ..heads.traversal import own_modules
 from .saved_config import SavedConfig
+from .saved_keys import BASE
 
 
 # The last part of a mask's key: in files, and in earlier versions' models; and in a model.
@@ -150,6 +151,42 @@ class HeadMaskedLayer:
         return layout.rows_of(self.head_masks[adapter_name]())
 
 
+def complete_masks(
+    model: nn.Module, config: SavedConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The weights of a file with a mask for every layer that carries one: a missing mask means that all are active.
+
+    Args:
+        model: The model with the adapter in it.
+        config: The adapter's configuration.
+        adapter_name: The adapter.
+        state_dict: The file's weights, without the adapter's name in their keys.
+
+    Raises:
+        ValueError: The weights speak of deactivated heads, and it matters: whole heads silent, or left out by a quantiser.
+    """
+    completed = dict(state_dict)
+    matters = getattr(config, "mask_scope", "adapter") == "head" or getattr(config, "quantizes", False)
+    for name, layer in masked_layers(model, adapter_name):
+        prefix = next((p for p in ("", BASE) if f"{p}{name}.lora_B.weight" in state_dict), "")
+        key = f"{name}.{layer.head_masks_name}.mask"
+        if key in state_dict or BASE + key in state_dict:
+            continue
+        layout = layer.head_layout[adapter_name]
+        completed[prefix + key] = torch.ones(layout.num_heads, dtype=torch.bool)
+        rows = state_dict.get(f"{prefix}{name}.lora_B.weight")
+        if not matters or rows is None or rows.shape[0] != layout.out_features or not rows.count_nonzero():
+            continue
+        for part, heads in layout.named_parts(name).items():
+            silent = (heads.rows(rows).reshape(heads.num_heads, -1) != 0).sum(dim=1) == 0
+            if silent.any():
+                raise ValueError(
+                    f"the adapter file has no head mask for {part}, but its rows of lora_B are zero for heads "
+                    f"{silent.nonzero().flatten().tolist()}, as those of deactivated heads alone are; it was edited"
+                )
+    return completed
+
+
 def check_saved_masks(
     model: nn.Module,
     config: SavedConfig,
@@ -158,9 +195,8 @@ def check_saved_masks(
     *,
     parameters: tuple[str, ...],
     zero_rows: Callable[[ProjectionLayout, torch.Tensor], torch.Tensor],
-    way_out: str,
 ) -> None:
-    """Raise ValueError unless a file's masks are there, fit the adapter, and agree with its weights.
+    """Raise ValueError unless a file's masks fit the adapter, and agree with its weights.
 
     Args:
         model: The model with the adapter in it.
@@ -169,7 +205,6 @@ def check_saved_masks(
         state_dict: The file's weights, by the names they have in the model.
         parameters: What has rows by head, as named in a layer: `"lora_B.{adapter_name}.weight"`.
         zero_rows: Of a layout and its mask, bool (out,): the rows that must be zero.
-        way_out: What may have happened, and what can be done, where a mask is missing.
     """
     created = f"ne={config.ne}, ratio={config.ratio}"
     lost = [key for key, value in state_dict.items() if key.endswith("_head_mask.off") and value.any()]
@@ -181,12 +216,7 @@ def check_saved_masks(
     for name, layer in masked_layers(model, adapter_name):
         off = state_dict.get(f"{name}.{layer.head_masks_name}.{adapter_name}.off")
         if off is None:
-            owners = [key.rpartition(f".{layer.head_masks_name}.")[0] for key in state_dict if key.endswith(IN_MODEL)]
-            if owners and not {owner for owner, _ in masked_layers(model, adapter_name)} & set(owners):
-                way_out = f"its masks are those of {module_patterns(owners)}: is it an adapter of another model?"
-            raise ValueError(
-                f"the adapter file has no head mask for {name}, which an adapter with {created} must have; {way_out}"
-            )
+            continue  # of a dict, which may be a part; a folder's are complete
         layout, mask = layer.head_layout[adapter_name], ~off
         check_mask(name, mask, layout.num_heads)
         for parameter in parameters:

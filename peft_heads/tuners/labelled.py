@@ -10,13 +10,16 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from .._compat import current_loading
 from ..adapter_files import AdapterFiles
 from ..heads.maskable import read_masks
 from ..heads.traversal import own_modules
 from .calls import watch_calls
 from .head_mask import masked_layers
 from .saved_config import SavedConfig
-from .saved_keys import BASE
+from .saved_folder import check_folder
+from .saved_keys import BASE, follow_file
+from .setting_types import refusal
 from .task_heads import (
     check_mixed_batch,
     default_labels,
@@ -67,6 +70,32 @@ class LabelledTuner:
             for option, value in peft_config.chosen.items():
                 if getattr(peft_config, option) == value:
                     setattr(peft_config, option, None)
+
+    def follow_folder(self, peft_config: SavedConfig) -> None:
+        """Let a configuration that was read from a folder fit the model, before anything is changed.
+
+        Raises:
+            ValueError: The folder is being loaded, and its files contradict each other or do not fit the model.
+        """
+        if peft_config.source is None:
+            return
+        loading = current_loading()
+        try:
+            follow_file(peft_config, self.model)
+            if loading is not None:
+                check_folder(type(self), self.model, peft_config, peft_config.source, loading)
+                loading.checked.append(peft_config)
+        except OSError:  # of the network
+            raise
+        except Exception as error:  # PEFT checks no types: whatever a wrong one leads to
+            raise refusal(peft_config.source["path_or_repo"], error) from error
+        peft_config.source = None  # read; the folder may be gone when the configuration serves again
+
+    @classmethod
+    def own_tensors(cls, model: nn.Module, config: SavedConfig, adapter_name: str) -> dict[str, torch.Tensor]:
+        """What PEFT saves of an adapter, by the keys of its file, without what is trained in full."""
+        state_dict = super()._get_adapter_state_dict(model, config, adapter_name, model.state_dict(), [])
+        return {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in state_dict.items()}
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)

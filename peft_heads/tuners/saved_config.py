@@ -9,9 +9,10 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
-from ..adapter_files import AdapterFiles, CardText, find_labels, read_settings
+from ..adapter_files import AdapterFiles, CardText, check_folder_files, check_patterns, find_labels, read_settings
 from ..heads.scores import CRITERIA
 from ..heads.selection import GRANULARITIES, check_head_count
+from .setting_types import check_types, refusal
 
 
 class SavedConfig:
@@ -25,6 +26,7 @@ class SavedConfig:
         adapter_files: What `save_pretrained` writes beside the configuration, filled when the weights are collected.
         card: What the model card says of the method.
         chosen: Values of options that were not given and that a model's parts have answered, by option.
+        is_stock: Whether it was read from a folder of stock LoRA.
         source: Where a saved configuration comes from, as arguments of `hf_hub_download`; None once it was read.
     """
 
@@ -32,6 +34,7 @@ class SavedConfig:
     adapter_files: AdapterFiles
     chosen: dict[str, Any]
     source: dict[str, Any] | None
+    is_stock: bool = False
 
     def begin_files(self) -> None:
         """Of a new configuration: nothing is known yet."""
@@ -51,6 +54,7 @@ class SavedConfig:
 
     def check_heads(self) -> None:
         """Raise ValueError unless what says which heads are deactivated is in its range."""
+        check_patterns(vars(self))
         check_head_count(self.ne, self.ratio)
         self.check_choice("granularity", GRANULARITIES)
         self.check_choice("criterion", CRITERIA)
@@ -77,19 +81,30 @@ class SavedConfig:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
         """As PEFT's; labels come along, so that they can follow the active adapter, and where the weights are."""
-        check_file(pretrained_model_name_or_path, subfolder)
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        check_file(pretrained_model_name_or_path, subfolder, cls)
+        try:
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except OSError:
+            raise
+        except Exception as error:  # PEFT checks no types: whatever a wrong one leads to
+            raise refusal(os.path.join(pretrained_model_name_or_path, subfolder or ""), error) from error
         if isinstance(config, SavedConfig):
             config.source = source_of(cls, pretrained_model_name_or_path, subfolder, kwargs)
             config.adapter_files.labels_in_file = find_labels(**config.source)
         return config
 
 
-def check_file(path_or_repo: str | os.PathLike, subfolder: str | None) -> None:
-    """Raise ValueError for a damaged file; PEFT's error does not name it."""
+def check_file(path_or_repo: str | os.PathLike, subfolder: str | None, config_class: type[PeftConfig]) -> None:
+    """Raise ValueError for a damaged file, or a setting of the wrong type; PEFT's error does not name it."""
     folder = os.path.join(path_or_repo, subfolder or "")
-    if os.path.isfile(os.path.join(folder, CONFIG_NAME)):
-        read_settings(folder)
+    if os.path.isdir(folder):
+        check_folder_files(folder)
+    if os.path.exists(os.path.join(folder, CONFIG_NAME)):
+        settings = read_settings(folder)
+        try:
+            check_types(config_class, settings)
+        except ValueError as error:
+            raise ValueError(f"{os.path.join(folder, CONFIG_NAME)}: {error}") from error
 
 
 def source_of(

@@ -5,26 +5,25 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..heads.renames import match_renamed
 from ..heads.resolve import matches_pattern, shortest_names
 from ..heads.traversal import named_targets
+from ..weights_file import find_weights, read_infos
+from .saved_settings import is_settings_key
 from .targets import module_patterns
 
 
 BASE = "base_model.model."
 # What the names of parameters begin with that a method puts into a module.
 PREFIXES = ("lora_", "rlrr_")
+# In place of a module's factors and mask, their codes.
+PACKED = "lora_packed"
 # Options whose values may be names of modules, beside `target_modules`.
 NAME_PATTERNS = ("rank_pattern", "alpha_pattern", "num_heads")
 NAME_FILTERS = ("exclude_modules", "layers_to_transform", "layers_pattern")
@@ -32,20 +31,13 @@ RENAMED_OPTIONS = (*NAME_PATTERNS, *NAME_FILTERS, "modules_to_save")
 
 
 def saved_keys(path_or_repo: str, subfolder: str | None = None, **download_kwargs: Any) -> list[str]:
-    """Keys of an adapter's weights; empty where there is no safetensors file."""
-    path = Path(path_or_repo, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
-    if not path.parent.is_dir():
-        try:  # PEFT is going to ask for the same file
-            path = hf_hub_download(path_or_repo, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **download_kwargs)
-        except (EntryNotFoundError, LocalEntryNotFoundError):
-            return []
-    elif not path.exists():
-        return []
-    try:
-        with safe_open(path, "pt") as file:
-            return list(file.keys())
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
+    """Keys of an adapter's weights, without those that stand for a setting; empty where there is no file of weights.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    path = find_weights(path_or_repo, subfolder, **download_kwargs)
+    return [] if path is None else [key for key in read_infos(path) if not is_settings_key(key)]
 
 
 def module_of(key: str) -> str:
@@ -152,4 +144,3 @@ def follow_file(config: PeftConfig, model: nn.Module) -> None:
             f"{module_patterns(renamed[name] for name in moved)}); rewrite the adapter with `peft-heads migrate "
             f"{config.source['path_or_repo']}`"
         )
-    config.source = None  # read; the folder may be gone when the configuration serves again

@@ -238,12 +238,14 @@ def test_segmentation_heads(tmp_path):
     assert again.get_base_model().decode_head.modules_to_save["default"].classifier.out_channels == 7
 
 
-def test_other_mismatches_are_peft_s_to_report(adapters):
+def test_other_mismatches_are_refused(adapters):
     (animals, _), _ = adapters
     wider = tiny.make("vit")
     wider.classifier = torch.nn.Linear(25, 3)
-    with pytest.raises(RuntimeError, match="size mismatch.*classifier"):
+    with pytest.raises(ValueError, match=r"classifier.weight has the shape \(3, 24\), but .* \(3, 25\)"):
         PeftModel.from_pretrained(wider, animals)
+    assert type(wider.classifier) is torch.nn.Linear  # nothing was put in
+    assert all(param.requires_grad for param in wider.parameters())
 
 
 def labelled(names):

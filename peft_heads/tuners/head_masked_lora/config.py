@@ -185,6 +185,20 @@ class HeadMaskedLoraConfig(SavedConfig, LoraConfig):
         return self.quantizes or self.classifier_bits != FULL_PRECISION
 
     @property
+    def noted_settings(self) -> dict[str, bool]:
+        """What stands among the weights, because it changes what they mean and shows in none of them."""
+        return {
+            "mask_scope=head": self.mask_scope == "head",
+            **{f"adapter_bits={bits}": self.adapter_bits == bits for bits in BITS},
+            **{f"classifier_bits={bits}": self.classifier_bits == bits for bits in BITS},
+        }
+
+    @property
+    def notes_settings(self) -> bool:
+        """Whether it stands there: not where the adapter is stock LoRA, whose file has nothing else."""
+        return self.masks_heads or self.has_few_bits
+
+    @property
     def changes_lora(self) -> bool:
         """Whether every layer of the adapter, with heads or without, does something else than stock LoRA."""
         return self.quantizes or self.bottleneck_dropout > 0
@@ -226,7 +240,7 @@ class HeadMaskedLoraConfig(SavedConfig, LoraConfig):
         Raises:
             ValueError: The adapter is not a stock LoRA adapter.
         """
-        check_file(model_id, kwargs.get("subfolder"))
+        check_file(model_id, kwargs.get("subfolder"), LoraConfig)
         lora = PeftConfig.from_pretrained(os.fspath(model_id), **kwargs)
         if lora.peft_type != PeftType.LORA:
             raise ValueError(f"{model_id} holds an adapter of type {lora.peft_type.value}, not a LORA adapter")
@@ -234,6 +248,7 @@ class HeadMaskedLoraConfig(SavedConfig, LoraConfig):
         # None would be read as "find the classification head", which a stock adapter then does not hold
         lora.modules_to_save = lora.modules_to_save or []
         config = cls(ne=0, fused_parts="qkv", **{name: getattr(lora, name) for name in names})
+        config.is_stock = True
         config.source = source_of(cls, model_id, kwargs.pop("subfolder", None), kwargs)
         return config
 

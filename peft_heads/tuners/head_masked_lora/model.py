@@ -12,15 +12,16 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..._compat import expand_all_linear
+from ..._compat import current_loading, expand_all_linear
 from ...heads.resolve import default_targets, task_head_names
 from ...heads.traversal import named_targets
 from ...sharding import whole_entry
 from ..copies import adding, check_weights, copy_adapter, copy_heads, is_copy
-from ..head_mask import masks_for_file, masks_for_model
+from ..head_mask import complete_masks, masks_for_file, masks_for_model
 from ..labelled import LabelledTuner
 from ..quantizer import WeightQuantizer
-from ..saved_keys import follow_file, is_adapter_key, rename_modules
+from ..saved_keys import is_adapter_key, rename_modules
+from ..saved_settings import check_settings, split_settings, write_settings
 from ..targets import warn_of_overlooked
 from ..task_heads import check_quantizable, quantize_task_heads, settle_task_heads
 from .combination import check_copy, check_rank, check_sum, clear_deactivated, complete_sum, summand_config
@@ -59,8 +60,7 @@ class HeadMaskedLoraModel(LabelledTuner, LoraModel):
         self.begin_adapter(peft_config)
         # of a configuration that comes from no file there are no codes to be read
         peft_config.packed = peft_config.packed and peft_config.source is not None
-        if peft_config.source is not None:
-            follow_file(peft_config, self.model)
+        self.follow_folder(peft_config)
         if peft_config.target_modules is None and not peft_config.target_parameters:
             # PEFT's own table of defaults is asked for architectures without a recognisable attention layer
             peft_config.choose("target_modules", set(self._default_targets(peft_config)) or None)
@@ -238,16 +238,22 @@ class HeadMaskedLoraModel(LabelledTuner, LoraModel):
         config.packed = is_packed(model, adapter_name, state_dict)
         if config.packed:
             write_packed(model, adapter_name, to_return, state_dict)
+        if config.notes_settings:
+            write_settings("lora_settings", config.noted_settings, to_return)
         cls.describe_for_files(model, config, adapter_name)
         return masks_for_file(to_return)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        state_dict, noted = split_settings(state_dict)
         state_dict = rename_modules(model, state_dict)
         state_dict, config.packed = read_packed(model, adapter_name, state_dict)
+        if current_loading() is not None:
+            state_dict = complete_masks(model, config, adapter_name, state_dict)
         state_dict = masks_for_model(state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_state_dict(model, config, adapter_name, remapped)
+        check_settings(config.noted_settings, noted)
         cls.take_heads_and_labels(model, config, adapter_name, remapped)
         return remapped
 

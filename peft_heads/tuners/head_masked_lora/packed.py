@@ -13,12 +13,10 @@ from ...heads.layout import ProjectionLayout
 from ...heads.traversal import own_modules
 from ...packing import PackedWeight, pack_module, unpack_module
 from ..quantizer import WeightQuantizer, packed_weight
+from ..saved_keys import PACKED
 from ..task_heads import QuantizedLinear
 from .config import FULL_PRECISION
 from .layer import HeadMaskedLinear
-
-
-PACKED = "lora_packed"
 
 
 def pack_adapter(model: nn.Module, adapter_name: str = "default") -> None:

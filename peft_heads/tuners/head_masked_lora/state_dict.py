@@ -67,7 +67,7 @@ def write_quantized(model: nn.Module, adapter_name: str, state_dict: dict[str, t
 def check_state_dict(
     model: nn.Module, config: HeadMaskedLoraConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
 ) -> None:
-    """Raise ValueError unless the file's masks are there, fit the adapter, and agree with its weights."""
+    """Raise ValueError unless the file's masks fit the adapter and agree with its weights."""
     check_saved_masks(
         model,
         config,
@@ -75,6 +75,4 @@ def check_state_dict(
         state_dict,
         parameters=("lora_B.{adapter_name}.weight", "lora_B.{adapter_name}.bias"),
         zero_rows=lambda layout, mask: ~layout.active_rows(mask),
-        way_out="was it made by another method, or edited? A plain LoRA adapter is loaded with "
-        "config=HeadMaskedLoraConfig.from_lora(path)",
     )

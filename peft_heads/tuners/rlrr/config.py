@@ -147,6 +147,11 @@ class RLRRConfig(SavedConfig, PeftConfig):
     def variant(self) -> Rescaling:
         return Rescaling(self.residual, self.rescale_weight)
 
+    @property
+    def noted_settings(self) -> dict[str, bool]:
+        """What stands among the weights, because it changes what they mean and shows in none of them."""
+        return {"residual": self.residual, "rescale_weight": self.rescale_weight}
+
     def _check_variant(self) -> None:
         """Raise ValueError for combinations that mean nothing."""
         if not (self.left or self.right):

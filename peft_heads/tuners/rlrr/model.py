@@ -14,15 +14,16 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..._compat import expand_all_linear
+from ..._compat import current_loading, expand_all_linear
 from ...heads.blocks import backbone_parts
 from ...heads.resolve import shortest_names, task_head_names
 from ...heads.traversal import named_targets, own_modules
 from ...sharding import whole_entry
 from ..copies import adding, check_weights, copy_adapter, copy_heads, heads_of_sum, is_copy
-from ..head_mask import masks_for_file, masks_for_model
+from ..head_mask import complete_masks, masks_for_file, masks_for_model
 from ..labelled import LabelledTuner
-from ..saved_keys import follow_file, is_adapter_key, rename_modules
+from ..saved_keys import is_adapter_key, rename_modules
+from ..saved_settings import check_settings, split_settings, write_settings
 from ..targets import module_patterns, warn_of_overlooked
 from .base_layer import RLRRLayer
 from .combination import check_summands, modules_of, sum_into
@@ -94,8 +95,7 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: RLRRConfig, model_config: dict) -> RLRRConfig:
         self.begin_adapter(peft_config)
-        if peft_config.source is not None:
-            follow_file(peft_config, self.model)
+        self.follow_folder(peft_config)
         parts = backbone_parts(self.model)
         peft_config.patch_embedding_name = parts.patch_embedding
         if peft_config.modules_to_save is None:
@@ -258,15 +258,20 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
         }
         to_return = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         write_deactivated(model, adapter_name, to_return)
+        write_settings("rlrr_settings", config.noted_settings, to_return)
         cls.describe_for_files(model, config, adapter_name)
         return masks_for_file(to_return)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        state_dict, noted = split_settings(state_dict)
         state_dict = rename_modules(model, state_dict)
+        if current_loading() is not None:
+            state_dict = complete_masks(model, config, adapter_name, state_dict)
         state_dict = masks_for_model(state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_state_dict(model, config, adapter_name, remapped)
+        check_settings(config.noted_settings, noted)
         cls.take_heads_and_labels(model, config, adapter_name, remapped)
         return remapped
 

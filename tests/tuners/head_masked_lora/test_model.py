@@ -223,10 +223,28 @@ def test_masks_are_not_dropped_by_an_adapter_without(saved):
         model.load_adapter(saved, "default")
 
 
-def test_mask_missing(saved):
+def test_a_missing_mask_means_that_all_are_active(saved):
     edit(saved, lambda tensors: tensors.pop(KEY + "lora_head_mask.mask"))
-    with pytest.raises(ValueError, match=tiny.now(r"no head mask for .*layers\.1\.attention\.v_proj")):
-        PeftModel.from_pretrained(tiny.make("vit"), saved)
+    model = PeftModel.from_pretrained(tiny.make("vit"), saved)
+    name = KEY.removeprefix("base_model.model.")[:-1]
+    assert {name for name, mask in get_head_masks(model).items() if mask.all()} == {name}
+    # also where others were deactivated before
+    set_head_masks(model, tiny.masks_off(model, 3))
+    model.load_adapter(saved, "default")
+    assert get_head_masks(model)[name].all()
+
+
+@pytest.mark.parametrize("options", [{"mask_scope": "head"}, {"adapter_bits": 2}])
+def test_a_missing_mask_that_matters(options, tmp_path):
+    model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=1, **options))
+    tiny.randomize_lora(model)
+    set_head_masks(model, tiny.masks_off(model, 2))
+    model.save_pretrained(tmp_path)
+    edit(tmp_path, lambda tensors: tensors.pop(KEY + "lora_head_mask.mask"))
+    with pytest.raises(
+        ValueError, match=tiny.now(r"no head mask for .*1\.attention\.v_proj, but .* zero for heads \[2\]")
+    ):
+        PeftModel.from_pretrained(tiny.make("vit"), tmp_path)
 
 
 def test_unknown_config_key_of_a_later_version_warns(saved):

@@ -1,0 +1,56 @@
+"""Settings without which an adapter's numbers mean something else, noted among its weights.
+
+They leave no trace in names and shapes, so a configuration that was edited, or is another adapter's, would give wrong
+results without a word. Files written before they were noted have none, and are believed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+
+SETTINGS_KEYS = ("lora_settings", "rlrr_settings")
+_BASE = "base_model.model."
+
+
+def is_settings_key(key: str) -> bool:
+    """Whether a key of an adapter's file, also with the adapter's name behind, stands for settings."""
+    return key.removeprefix(_BASE).startswith(SETTINGS_KEYS)
+
+
+def write_settings(key: str, settings: dict[str, bool], state_dict: dict[str, torch.Tensor]) -> None:
+    """Note settings among an adapter's weights: bool (len(settings),), as masks are, which no reader takes for weights."""
+    prefix = _BASE if any(name.startswith(_BASE) for name in state_dict) else ""
+    state_dict[prefix + key] = torch.tensor(list(settings.values()))
+
+
+def check_settings(settings: dict[str, bool], noted: Iterable[torch.Tensor]) -> None:
+    """Raise ValueError unless what a file notes are these settings.
+
+    Args:
+        settings: Those of the configuration, and whether each is so.
+        noted: Tensors of the file under a settings key; none of an older file.
+    """
+    for tensor in noted:
+        if tensor.dtype != torch.bool or tensor.shape != (len(settings),):
+            raise ValueError(
+                f"the settings noted in the adapter file ({', '.join(settings)}) are {tensor.dtype} of shape "
+                f"{tuple(tensor.shape)} (expected torch.bool of shape {(len(settings),)}); it was edited"
+            )
+        for (name, is_so), was_so in zip(settings.items(), tensor.tolist(), strict=True):
+            if is_so != was_so:
+                raise ValueError(
+                    f"the adapter file was saved {'with' if was_so else 'without'} {name}, which its configuration "
+                    f"{'says' if is_so else 'does not say'}: it was edited, or belongs to another adapter; restore the "
+                    "setting, or save the adapter again"
+                )
+
+
+def split_settings(
+    state_dict: dict[str, torch.Tensor],
+) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    """A file's weights, and the noted settings, of which an older file has none."""
+    weights = {key: value for key, value in state_dict.items() if not is_settings_key(key)}
+    return weights, [value for key, value in state_dict.items() if is_settings_key(key)]

@@ -1,0 +1,61 @@
+"""A model's modules without numbers: what an adapter would be on it is tried out there, before anything is changed."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+
+def skeleton_of(model: nn.Module) -> nn.Module:
+    """The base model without adapters, each module a shell that has everything of the original's but numbers and hooks.
+
+    Parameters and buffers are on the meta device and take no memory; those of classes of their own (quantised or
+    sharded weights) are the original's. What else hangs on the modules is shared, the model's configuration is a copy.
+    """
+    shell = _shell(model, {})
+    for name in ("peft_config", "_hf_peft_config_loaded"):
+        vars(shell).pop(name, None)
+    if "config" in vars(shell):
+        shell.config = copy.deepcopy(shell.config)
+    return shell
+
+
+def _shell(module: nn.Module, known: dict[int, Any]) -> nn.Module:
+    """`known`: what originals have become, by id, so that what is tied stays tied."""
+    if isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    while isinstance(module, AuxiliaryTrainingWrapper):
+        module = module.original_module
+    if id(module) in known:
+        return known[id(module)]
+    shell = known[id(module)] = object.__new__(type(module))
+    for name, value in vars(module).items():
+        # names of hooks are torch's own; all of them are (ordered) dicts that end so
+        is_hooks = name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and isinstance(value, dict)
+        vars(shell)[name] = OrderedDict() if is_hooks else value
+    for kind in ("_parameters", "_buffers"):
+        vars(shell)[kind] = {name: _meta(tensor, known) for name, tensor in vars(module)[kind].items()}
+    vars(shell)["_modules"] = {
+        name: None if child is None else _shell(child, known) for name, child in module._modules.items()
+    }
+    return shell
+
+
+def _meta(tensor: torch.Tensor | None, known: dict[int, Any]) -> torch.Tensor | None:
+    if tensor is None:
+        return None
+    is_plain = type(tensor) in (nn.Parameter, torch.Tensor) and type(tensor.data) is torch.Tensor
+    if id(tensor) not in known:
+        if not is_plain:
+            known[id(tensor)] = tensor
+        else:
+            numbers = torch.empty_like(tensor.data, device="meta")
+            is_parameter = isinstance(tensor, nn.Parameter)
+            known[id(tensor)] = nn.Parameter(numbers, tensor.requires_grad) if is_parameter else numbers
+    return known[id(tensor)]
