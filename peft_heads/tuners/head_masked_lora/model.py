@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from ...heads.resolve import default_targets, named_targets, task_head_names
 from ...sharding import whole_entry
 from ..head_mask import masks_for_file, masks_for_model
 from ..labelled import LabelledTuner
-from ..quantizer import WeightQuantizer
+from ..quantizer import WeightQuantizer, one_pass
 from ..saved_keys import follow_file, is_adapter_key, rename_modules
 from ..task_heads import check_quantizable, quantize_task_heads, settle_task_heads
 from .config import FULL_PRECISION, HeadMaskedLoraConfig
@@ -77,6 +79,15 @@ class HeadMaskedLoraModel(LabelledTuner, LoraModel):
         else:
             peft_config.quantizer = None
         return peft_config
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # what PeftModel has around a forward pass
+        quantizes = not torch.compiler.is_compiling() and any(
+            getattr(c, "quantizer", None) for c in self.peft_config.values()
+        )
+        with super()._enable_peft_forward_hooks(*args, **kwargs), one_pass() if quantizes else nullcontext():
+            yield
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
