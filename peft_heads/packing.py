@@ -57,6 +57,9 @@ class PackedWeight(NamedTuple):
         parts = [None if x is None else x.clone() for x in (decision.codes, decision.mean, decision.std, rows)]
         return cls.from_codes(bits, *parts)
 
+    def to(self, device: torch.device) -> PackedWeight:
+        return PackedWeight(*(part.to(device) if isinstance(part, torch.Tensor) else part for part in self))
+
     def values(self) -> torch.Tensor:
         """float32 (rows, columns), the weight by which the codes act."""
         return dequantize(self.codes, self.mean, self.std, self.bits, self.rows)

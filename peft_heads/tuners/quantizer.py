@@ -1,10 +1,12 @@
-"""Quantised weights of linear layers, decided once per optimizer step."""
+"""Quantised weights of linear layers: decided once per optimizer step in training, for every pass otherwise."""
 
 from __future__ import annotations
 
 import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,28 +23,40 @@ from ..sharding import is_dtensor
 # Optimizer steps of the process so far, of whatever optimizer: many write through `.data` or a pointer, which moves no
 # version counter.
 _steps = [0]
+_step_hooks: list[RemovableHandle] = []
+# What has been decided in the pass without gradients that is under way; None outside of one.
+_passing: ContextVar[dict[nn.Linear, Decision] | None] = ContextVar("passing", default=None)
 
 
 def _count_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     _steps[0] += 1
 
 
-register_optimizer_step_post_hook(_count_step)
+@contextmanager
+def one_pass() -> Iterator[None]:
+    """A forward pass of the whole model: what it decides without gradients holds to its end, and is decided together."""
+    token = _passing.set({})
+    try:
+        yield
+    finally:
+        _passing.reset(token)
 
 
 class WeightQuantizer:
     """Gives the linear layers that share it the quantised values of their weights, with the straight-through gradient.
 
-    Which code an entry gets is decided when a weight is asked for whose layer, or its mask, has changed since, and then
-    for all the layers that have, matrices of one shape together: once per optimizer step, however many passes a step
-    takes. What is kept is a function of the weights alone, so copies and pickles leave it behind.
+    Of weights that get no gradient (frozen, or under `torch.no_grad()`) the codes are decided whenever they are asked
+    for, inside of [`one_pass`] once, matrices of one shape together: whatever has written to them, however.
 
-    A change is seen by the identity, the version counter and the address of a tensor, and by any optimizer's step.
-    Whoever writes through `.data` otherwise, between two passes in the same mode, calls `forget()`; a layer that goes
-    from training to evaluation or back does so itself.
+    Of weights that get one, which code an entry has is decided when a weight is asked for whose layer, or its mask, has
+    changed since, and then for all the layers that have: once per optimizer step, however many passes a step takes. A
+    change is seen by the identity, the version counter and the address of a tensor, and by any optimizer's step.
+    Whoever writes through `.data` between two passes with gradients, without a step of an optimizer, calls `forget()`;
+    a layer that goes from training to evaluation or back does so itself. What is kept is a function of the weights
+    alone, so copies and pickles leave it behind.
 
     A layer whose attribute `packed_weight` is a [`PackedWeight`] has these codes, mean and deviation as they stand, as
-    long as its weight is the one behind them; with the first other weight they are dropped.
+    long as its weight is the one behind them; with the first other weight they are dropped. They need no decision.
 
     Args:
         bits: 1, 2, 4 or 8.
@@ -53,6 +67,8 @@ class WeightQuantizer:
         self.bits = bits
         self.awaits_codes = awaits_codes
         code_book(bits)  # so that no compiler comes across its computation
+        if not _step_hooks:
+            _step_hooks.append(register_optimizer_step_post_hook(_count_step))
         self._entries: weakref.WeakKeyDictionary[nn.Linear, _Entry] = weakref.WeakKeyDictionary()
         self._listeners: weakref.WeakKeyDictionary[nn.Linear, OrderedDict] = weakref.WeakKeyDictionary()
         self._heard = False
@@ -101,22 +117,26 @@ class WeightQuantizer:
             entry = self._entries.get(linear)
             if entry is None or entry.head_mask is not head_mask:
                 entry = self._entries[linear] = _Entry(layout, head_mask)
-            if entry.state != self._state(linear, entry):
-                self._decide()
-            quantized = straight_through(weight, entry.decision)
+            if torch.is_grad_enabled() and weight.requires_grad:
+                if entry.state != self._state(linear, entry):
+                    self._decide_changed()
+                decision = entry.decision
+            else:
+                decision = self._decide_in_passing(linear)
+            quantized = straight_through(weight, decision)
         if self._heard:
             self._let_hear(linear, quantized)
         return quantized
 
     def forget(self) -> None:
-        """Decide anew for all layers when they are asked next."""
+        """Decide again for all layers when they are asked next."""
         self._num_forgotten += 1
 
     def decision(self, linear: nn.Linear, **heads: Any) -> Decision:
         """The decision that is in force for a layer: codes, mean and deviation. Arguments as for a call."""
         with torch.no_grad():
             self(linear, **heads)
-        return self._entries[linear].decision
+            return self._decide_in_passing(linear)
 
     def on_gradient(self, linear: nn.Linear, call: Callable[[torch.Tensor, bool], None]) -> RemovableHandle:
         """Call `call(gradient, False)` with the gradient of the *quantised* weight in each backward pass from now on.
@@ -143,33 +163,63 @@ class WeightQuantizer:
         steps = _steps[0] if weight.requires_grad else None
         return (_identity(weight), _identity(mask), steps, self._num_forgotten)
 
-    @torch.no_grad()
-    def _decide(self) -> None:
-        groups = defaultdict(list)
+    def _decide_changed(self) -> None:
+        """For all layers that have changed since their last pass with gradients."""
+        changed = []
         for linear, entry in self._entries.items():
-            weight, state = linear.weight, self._state(linear, entry)
+            state = self._state(linear, entry)
             if entry.state != state and _why_not(linear) is None:
                 entry.state = state
-                groups[weight.shape, weight.dtype, weight.device, entry.head_mask is None].append((linear, entry))
+                changed.append(linear)
+        for linear, decision in self._decide(changed).items():
+            self._entries[linear].decision = decision
+
+    def _decide_in_passing(self, linear: nn.Linear) -> Decision:
+        """For this layer; in the course of a pass for all, once."""
+        passing = _passing.get()
+        if passing is None:
+            return self._decide([linear])[linear]
+        if linear not in passing:
+            passing.update(self._decide([one for one in self._entries if _why_not(one) is None]))
+        return passing[linear]
+
+    @torch.no_grad()
+    def _decide(self, linears: list[nn.Linear]) -> dict[nn.Linear, Decision]:
+        decisions, groups = {}, defaultdict(list)
+        for linear in linears:
+            entry, weight = self._entries[linear], linear.weight
+            packed = packed_weight(linear, entry.active_rows())
+            if packed is None:
+                groups[weight.shape, weight.dtype, weight.device, entry.head_mask is None].append(linear)
+                continue
+            if entry.packed is not packed:
+                entry.packed, entry.decision_of_packed = packed, self._of_packed(linear, packed)
+            decisions[linear] = entry.decision_of_packed
         for (_, _, device, all_rows), members in groups.items():
             with torch.autocast(device.type, enabled=False):
-                weights = torch.stack([linear.weight.detach() for linear, _ in members])
-                rows = None if all_rows else torch.stack([entry.active_rows() for _, entry in members])
-                decisions = decide(weights, self.bits, rows)
-            for index, (linear, entry) in enumerate(members):
-                entry.decision = decisions.matrix(index)
-                packed = packed_weight(linear, None if all_rows else rows[index])
-                if packed is not None:
-                    names = ("codes", "mean", "std")
-                    stored = {name: getattr(packed, name).to(device) for name in names}
-                    entry.decision = entry.decision._replace(values=packed.values().to(device), **stored)
+                weights = torch.stack([linear.weight.detach() for linear in members])
+                rows = None if all_rows else torch.stack([self._entries[linear].active_rows() for linear in members])
+                together = decide(weights, self.bits, rows)
+            decisions |= {linear: together.matrix(index) for index, linear in enumerate(members)}
+        return decisions
+
+    def _of_packed(self, linear: nn.Linear, packed: PackedWeight) -> Decision:
+        """With the codes, mean and deviation that were stored, and the gradient of the weight behind them."""
+        weight = linear.weight.detach()
+        with torch.autocast(weight.device.type, enabled=False):
+            decision = decide(weight, self.bits, None if packed.rows is None else packed.rows.to(weight.device))
+        return decision._replace(values=packed.values(), codes=packed.codes, mean=packed.mean, std=packed.std)
 
 
 def packed_weight(linear: nn.Linear, rows: torch.Tensor | None) -> PackedWeight | None:
     """The codes by which the layer acts, if it was packed or loaded so and nothing has changed its weight since."""
     packed = getattr(linear, "packed_weight", None)
     # of an offloaded weight nothing can be said; whoever has it asks again
-    if packed is not None and not linear.weight.is_meta and not packed.is_behind(linear.weight.detach(), rows):
+    if packed is None or linear.weight.is_meta:
+        return packed
+    if packed.codes.device != linear.weight.device:
+        linear.packed_weight = packed = packed.to(linear.weight.device)
+    if not packed.is_behind(linear.weight.detach(), rows):
         packed = linear.packed_weight = None
     return packed
 
@@ -191,10 +241,12 @@ class _Entry:
         self.layout = layout
         self.head_mask = head_mask
         self.state: tuple | None = None
-        self.decision: Decision | None = None
+        self.decision: Decision | None = None  # of the last pass with gradients
+        self.packed: PackedWeight | None = None
+        self.decision_of_packed: Decision | None = None
 
-    def active_rows(self) -> torch.Tensor:
-        return self.layout.active_rows(self.head_mask.active)
+    def active_rows(self) -> torch.Tensor | None:
+        return None if self.head_mask is None else self.layout.active_rows(self.head_mask.active)
 
 
 def _identity(tensor: torch.Tensor | None) -> tuple | None:

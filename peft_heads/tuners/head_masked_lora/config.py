@@ -101,8 +101,9 @@ class HeadMaskedLoraConfig(SavedConfig, LoraConfig):
             rows that the adapter has, without deactivated heads. What is saved, and what optimizers see, are the
             full-precision weights, so that training can go on; `lora_bias` stays in full precision. `lora_A` is
             initialised as by LoRA (`True` or `"gaussian"`), `lora_B` by a normal with deviation 0.001 cut off at
-            ±0.002, since zeros have no deviation. Weights that are written through `.data` are seen from the next
-            optimizer step, or change of mode (`model.train()`, `model.eval()`), on.
+            ±0.002, since zeros have no deviation. Passes without gradients see every change of the weights. Passes
+            with gradients see one that was written through `.data` from the next optimizer step, or change of mode
+            (`model.train()`, `model.eval()`), on; before that call `model.peft_config[adapter_name].quantizer.forget()`.
         classifier_bits (`int`):
             The same for the weight of the trained classification head; its bias stays in full precision.
         bottleneck_dropout (`float`):

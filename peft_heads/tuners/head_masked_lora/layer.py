@@ -199,7 +199,10 @@ class HeadMaskedLinear(HeadMaskedLayer, Linear):
         return [lora_B.weight] if lora_B.bias is None else [lora_B.weight, lora_B.bias]
 
     def scored_tensor(self, adapter_name: str, param: nn.Parameter) -> torch.Tensor:
-        return self.quantized_up(adapter_name) if self._is_quantized(adapter_name, param) else param
+        if not self._is_quantized(adapter_name, param):
+            return param
+        with torch.enable_grad():  # the value that the passes with gradients act by, also if asked in a hook
+            return self.quantized_up(adapter_name)
 
     def on_scored_gradient(
         self, adapter_name: str, param: nn.Parameter, call: Callable[[torch.Tensor, bool], None]

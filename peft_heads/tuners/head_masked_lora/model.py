@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from ...sharding import whole_entry
 from ..copies import adding, check_weights, copy_adapter, copy_heads, is_copy
 from ..head_mask import complete_masks, masks_for_file, masks_for_model
 from ..labelled import LabelledTuner
-from ..quantizer import WeightQuantizer
+from ..quantizer import WeightQuantizer, one_pass
 from ..saved_keys import is_adapter_key, rename_modules
 from ..saved_settings import check_settings, split_settings, write_settings
 from ..targets import warn_of_overlooked
@@ -82,6 +84,15 @@ class HeadMaskedLoraModel(LabelledTuner, LoraModel):
         else:
             peft_config.quantizer = None
         return peft_config
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # what PeftModel has around a forward pass
+        quantizes = not torch.compiler.is_compiling() and any(
+            getattr(c, "quantizer", None) for c in self.peft_config.values()
+        )
+        with super()._enable_peft_forward_hooks(*args, **kwargs), one_pass() if quantizes else nullcontext():
+            yield
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
