@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Container
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,7 +97,9 @@ def read_weights(path: Path, keys: Container[str] | None = None) -> dict[str, to
 def _load_bin(path: Path) -> dict[str, torch.Tensor]:
     """As PEFT reads it, `weights_only=True`, but mapped into memory: what nobody looks at is not read."""
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of files of a form that is refused a moment later
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except (
         OSError,
         ValueError,

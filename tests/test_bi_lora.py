@@ -381,6 +381,37 @@ def test_sizes_are_looked_at_before_anything_is_read(kitti, refused, tmp_path):
     assert "has 137,438,953,472 bytes" in refused("import", "bi-lora", kitti, tmp_path / "adapter")
 
 
+def test_a_file_of_zeros_that_fits_its_settings(kitti, refused, tmp_path):
+    path = kitti.with_suffix(".yaml")
+    path.write_text(path.read_text().replace("num_class: 4", "num_class: 1000000000"))
+    with open(kitti, "r+b") as file:
+        file.truncate(48 * (96 + 8) + 1_000_000_000 * 96 + 8)
+    assert "has rank 1 and 1,000,000,000 classes" in refused("import", "bi-lora", kitti, tmp_path / "adapter")
+
+
+def test_a_key_twice(kitti, refused, tmp_path):
+    path = kitti.with_suffix(".yaml")
+    path.write_text(path.read_text() + "scale: 1.0\n")
+    assert "no YAML: scale is there twice" in refused("import", "bi-lora", kitti, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("name", ["kitti-bit2-dim1", "kitti-bit1-dim8"])
+def test_a_name_that_says_something_else(kitti, refused, tmp_path, name):
+    file = tmp_path / f"{name}.bin"
+    shutil.copyfile(kitti, file)
+    shutil.copyfile(kitti.with_suffix(".yaml"), file.with_suffix(".yaml"))
+    error = refused("import", "bi-lora", file, tmp_path / "adapter")
+    assert f"{file}: the name says bit" in error and "but the adapter has 1 bits and rank 1" in error
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".yaml"])
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_no_ordinary_file(kitti, refused, tmp_path, suffix, make):
+    kitti.with_suffix(suffix).unlink()
+    make(kitti.with_suffix(suffix))
+    assert str(kitti.with_suffix(suffix)) in refused("import", "bi-lora", kitti, tmp_path / "adapter")
+
+
 @pytest.mark.parametrize("suffix", [".bin", ".yaml"])
 def test_a_missing_file(kitti, refused, tmp_path, suffix):
     kitti.with_suffix(suffix).unlink()

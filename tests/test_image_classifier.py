@@ -1,4 +1,7 @@
+import io
+import json
 import logging
+import sys
 
 import numpy as np
 import pytest
@@ -9,8 +12,12 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, pipeline
 
 from peft_heads import HeadMaskedLoraConfig, load_image_classifier, set_head_masks, set_image_processor
+from peft_heads.cli.main import main
 from peft_heads.data.images import ImageTransform, decode_image
 from peft_heads.demo.model import load_demo_processor
+from peft_heads.export import export_merged
+from peft_heads.image_classifier import base_model_class
+from peft_heads.inspection import inspect_adapter
 
 
 @pytest.fixture
@@ -125,3 +132,86 @@ def test_errors(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="does not say which base model"):
         load_image_classifier(tmp_path)
+
+
+@pytest.fixture
+def with_code(adapter, monkeypatch, tmp_path):
+    """An adapter whose image processor brings code, and somebody who answers every question with yes."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(9 * "y\n"))
+    _, folder = adapter
+    proof = tmp_path / "the code has run"
+    (folder / "code.py").write_text(
+        f"open({str(proof)!r}, 'w').close()\nfrom transformers import ViTImageProcessor\n"
+        "class Theirs(ViTImageProcessor): pass\n"
+    )
+    path = folder / "preprocessor_config.json"
+    settings = json.loads(path.read_text()) | {"image_processor_type": "Theirs"}
+    path.write_text(json.dumps(settings | {"auto_map": {"AutoImageProcessor": "code.Theirs"}}))
+    return folder, proof
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_code_of_an_adapter_s_folder_never_runs(with_code, trust):
+    folder, proof = with_code
+    with pytest.raises(FileNotFoundError, match="preprocessor_config.json"):
+        load_image_classifier(folder, trust_remote_code=trust)
+    assert not proof.exists()
+
+
+def test_code_never_runs_in_commands(with_code, tmp_path, capsys):
+    folder, proof = with_code
+    for form in ("merged", "lora"):
+        assert main(["export", str(folder), "--to", form, str(tmp_path / form)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / form).exists()
+    assert main(["inspect", str(folder)]) == 0
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pipeline",
+        "AutoTokenizer",
+        "ViTConfig",
+        "ViTImageProcessor",
+        "Trainer",
+        "models",
+        "TFViTModel",
+        "__name__",
+        5,
+        ["x"],
+    ],
+)
+def test_what_auto_mapping_may_not_name(adapter, name):
+    _, folder = adapter
+    if getattr(__import__("transformers"), str(name), None) is None and isinstance(name, str):
+        pytest.skip("this transformers has no such name")
+    path = folder / "adapter_config.json"
+    settings = json.loads(path.read_text()) | {"auto_mapping": {"base_model_class": name}}
+    path.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"auto_mapping .* \(expected a model class"):
+        load_image_classifier(folder)
+    assert inspect_adapter(folder).no_norms.count("auto_mapping")
+
+
+def test_what_auto_mapping_may_name():
+    for name in ("ViTForImageClassification", "AutoModel", "AutoModelForImageClassification"):
+        assert base_model_class({"auto_mapping": {"base_model_class": name}}, "").__name__ == name
+    for other in ({"base_model_class": "OfMyOwn"}, {"base_model_class": None}, None):
+        assert base_model_class({"auto_mapping": other}, "") is AutoModelForImageClassification
+
+
+def test_a_bin_is_read_everywhere(adapter, tmp_path):
+    model, folder = adapter
+    model.save_pretrained(tmp_path / "bin", safe_serialization=False)
+    assert not (tmp_path / "bin" / "adapter_model.safetensors").exists()
+    wanted = model(tiny.images()).logits
+    loaded, _ = load_image_classifier(tmp_path / "bin")
+    assert torch.equal(loaded(tiny.images()).logits, wanted)
+    merged = AutoModelForImageClassification.from_pretrained(export_merged(tmp_path / "bin", tmp_path / "merged"))
+    assert torch.allclose(merged.eval()(tiny.images()).logits, wanted, atol=1e-5)
+    reports = [inspect_adapter(path) for path in (folder, tmp_path / "bin")]
+    assert reports[0].parameters == reports[1].parameters
+    assert all(torch.equal(norms, reports[1].norms[name]) for name, norms in reports[0].norms.items())
+    assert sum(reports[1].bytes.values()) == (tmp_path / "bin" / "adapter_model.bin").stat().st_size

@@ -1,0 +1,229 @@
+"""Folders whose files contradict each other, or the model: refused before anything is changed."""
+
+import json
+import time
+
+import pytest
+import tiny
+import torch
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.hotswap import hotswap_adapter
+from safetensors.torch import load_file, save_file
+
+from peft_heads import HeadMaskedLoraConfig, RLRRConfig, get_head_masks, set_head_masks
+
+
+HEAD = "base_model.model.classifier."
+
+
+def save(folder, config):
+    model = get_peft_model(tiny.make("vit"), config)
+    generator = torch.Generator().manual_seed(1)
+    for name, param in model.named_parameters():
+        if any(part in name for part in ("lora_", "rlrr_", "modules_to_save")) and "magnitude" not in name:
+            param.data.normal_(std=0.3, generator=generator)
+    if config.masks_heads:
+        set_head_masks(model, {name: torch.arange(6) != 2 for name in get_head_masks(model)})
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def edit(folder, tensors=None, **settings):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    if tensors is not None:
+        weights = load_file(folder / "adapter_model.safetensors")
+        tensors(weights)
+        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def state(model):
+    """Everything that loading could change."""
+    tensors = {name: (param.data.clone(), param.requires_grad) for name, param in model.named_parameters()}
+    return [type(m) for m in model.modules()], tensors, dict(model.config.id2label)
+
+
+def assert_same_state(model, before):
+    kinds, tensors, labels = state(model)
+    assert kinds == before[0] and labels == before[2] and tensors.keys() == before[1].keys()
+    assert all(torch.equal(t, before[1][n][0]) and g == before[1][n][1] for n, (t, g) in tensors.items())
+
+
+CONTRADICTIONS = {
+    "right": (RLRRConfig(), {"right": False}, None, "rlrr_right"),
+    "left": (RLRRConfig(), {"left": False}, None, "rlrr_left"),
+    "rescale_weight": (RLRRConfig(), {"rescale_weight": False}, None, "saved with rescale_weight"),
+    "residual": (RLRRConfig(), {"residual": False}, None, "saved with residual"),
+    "norms": (RLRRConfig(target_modules=tiny.now(["q_proj"])), {"target_modules": None}, None, "it has no "),
+    "dora off": (HeadMaskedLoraConfig(use_dora=True), {"use_dora": False}, None, "lora_magnitude_vector"),
+    "dora on": (HeadMaskedLoraConfig(), {"use_dora": True}, None, "it has no .*lora_magnitude_vector"),
+    "bias of B off": (HeadMaskedLoraConfig(lora_bias=True), {"lora_bias": False}, None, "lora_B.bias"),
+    "bias of B on": (HeadMaskedLoraConfig(), {"lora_bias": True}, None, "it has no .*lora_B.bias"),
+    "rank": (
+        HeadMaskedLoraConfig(),
+        {"r": 4},
+        None,
+        r"has the shape \(8, 24\), but with these settings it has \(4, 24\)",
+    ),
+    "scope": (HeadMaskedLoraConfig(), {"mask_scope": "head"}, None, "saved without mask_scope=head"),
+    "bits": (HeadMaskedLoraConfig(), {"adapter_bits": 2}, None, "saved without adapter_bits=2"),
+    "frozen weight": (
+        HeadMaskedLoraConfig(),
+        {},
+        lambda weights: weights.update({"base_model.model.vit.layernorm.weight": torch.zeros(24)}),
+        "weights of the frozen base model .vit.layernorm.weight",
+    ),
+    "frozen weight of a target": (
+        HeadMaskedLoraConfig(),
+        {},
+        lambda weights: weights.update(
+            {tiny.now("base_model.model.vit.layers.0.attention.q_proj.base_layer.weight"): torch.zeros(24, 24)}
+        ),
+        "weights of the frozen base model",
+    ),
+    "integers": (
+        HeadMaskedLoraConfig(),
+        {},
+        lambda weights: weights.update({HEAD + "weight": weights[HEAD + "weight"].int()}),
+        "classifier.weight is a tensor of torch.int32",
+    ),
+    "no classifier": (HeadMaskedLoraConfig(), {}, lambda w: w.pop(HEAD + "bias"), "it has no classifier.bias"),
+    "a classifier's bias": (
+        HeadMaskedLoraConfig(),
+        {},
+        lambda weights: weights.update({HEAD + "bias": torch.zeros(5)}),
+        r"classifier.bias has the shape \(5,\), but with these settings it has \(3,\)",
+    ),
+    "a module that is not there": (
+        RLRRConfig(),
+        {},
+        lambda weights: weights.update({"base_model.model.vit.extra.rlrr_left": torch.zeros(24, 1)}),
+        r"it has vit.extra.rlrr_left, for which .* no place in the model",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CONTRADICTIONS)
+def test_nothing_is_changed(tmp_path, kind):
+    config, settings, tensors, message = CONTRADICTIONS[kind]
+    save(tmp_path / "right", config)
+    save(tmp_path / "wrong", config)
+    edit(tmp_path / "wrong", tensors, **settings)
+    base = tiny.make("vit")
+    before = state(base)
+    with pytest.raises(ValueError, match=message) as caught:
+        PeftModel.from_pretrained(base, tmp_path / "wrong")
+    assert str(tmp_path / "wrong") in str(caught.value) and "\n" not in str(caught.value)
+    assert_same_state(base, before)
+
+    model = PeftModel.from_pretrained(base, tmp_path / "right")
+    before = state(model)
+    with pytest.raises(ValueError, match=message):
+        model.load_adapter(tmp_path / "wrong", "other")
+    if tensors is not None:  # into an adapter that is there, of the right settings
+        with pytest.raises(ValueError, match=message):
+            model.load_adapter(tmp_path / "wrong", "default")
+    assert list(model.peft_config) == ["default"]
+    assert_same_state(model, before)
+
+
+def test_a_huge_rank_takes_neither_memory_nor_time(tmp_path):
+    save(tmp_path, HeadMaskedLoraConfig(r=2))
+    edit(tmp_path, r=2_000_000)
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match=r"has the shape \(2, 24\), but with these settings it has \(2000000, 24\)"):
+        PeftModel.from_pretrained(tiny.make("vit"), tmp_path)
+    assert time.monotonic() - begin < 5
+
+
+def test_a_part_of_the_weights_as_a_dict_is_peft_s(tmp_path):
+    model = save(tmp_path, HeadMaskedLoraConfig())
+    part = {
+        key: value for key, value in get_peft_model_state_dict(model).items() if "layers.0" in key or "layer.0" in key
+    }
+    part |= {key: value for key, value in get_peft_model_state_dict(model).items() if "classifier" in key}
+    other = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig())
+    result = set_peft_model_state_dict(other, part)
+    assert any("lora_A" in key for key in result.missing_keys)
+    frozen = {"base_model.model.vit.layernorm.weight": torch.full((24,), 7.0)}
+    set_peft_model_state_dict(other, part | frozen)
+    assert other.get_base_model().vit.layernorm.weight[0] == 7
+
+
+def test_a_configuration_from_a_folder_may_be_changed_for_a_new_adapter(tmp_path):
+    save(tmp_path, HeadMaskedLoraConfig())
+    config = HeadMaskedLoraConfig.from_pretrained(tmp_path)
+    config.r = 3
+    assert get_peft_model(tiny.make("vit"), config).peft_config["default"].r == 3
+    with pytest.raises(ValueError, match=r"it has \(3, 24\)"):  # its weights are another's
+        config = HeadMaskedLoraConfig.from_pretrained(tmp_path)
+        config.r = 3
+        PeftModel.from_pretrained(tiny.make("vit"), tmp_path, config=config)
+
+
+def test_what_the_user_says_of_loading_is_heard(tmp_path):
+    model = save(tmp_path, HeadMaskedLoraConfig())
+    x = tiny.images()
+    wanted = model(x).logits
+    edit(tmp_path, lambda weights: weights.update({k.replace("vit.", "tiv."): weights.pop(k) for k in list(weights)}))
+    with pytest.raises(ValueError, match="is it an adapter of another model"):
+        PeftModel.from_pretrained(tiny.make("vit"), tmp_path)
+    loaded = PeftModel.from_pretrained(tiny.make("vit"), tmp_path, key_mapping={r"^tiv\.": "vit."})
+    assert torch.equal(loaded(x).logits, wanted)
+    loaded.load_adapter(tmp_path, "other", key_mapping={r"^tiv\.": "vit."})
+    wider = tiny.make("vit", num_labels=5)
+    PeftModel.from_pretrained(wider, tmp_path, ignore_mismatched_sizes=True, key_mapping={r"^tiv\.": "vit."})
+
+
+def test_hotswapping_a_folder(tmp_path):
+    options = {"modules_to_save": []}
+    model = save(tmp_path / "one", HeadMaskedLoraConfig(**options))
+    wanted = model(tiny.images()).logits
+    save(tmp_path / "two", HeadMaskedLoraConfig(**options))
+    for param in model.parameters():
+        if param.requires_grad:
+            param.data.mul_(2)
+    hotswap_adapter(model, tmp_path / "two", "default")
+    assert torch.equal(model(tiny.images()).logits, wanted)
+    before = state(model)
+    edit(tmp_path / "two", lambda weights: weights.pop(next(key for key in weights if "lora_A" in key)))
+    with pytest.raises(ValueError, match="it has no .*lora_A.weight"):
+        hotswap_adapter(model, tmp_path / "two", "default")
+    assert_same_state(model, before)
+
+
+def test_transformers_own_loading(tmp_path):
+    model = save(tmp_path, RLRRConfig())
+    base = tiny.make("vit")
+    base.load_adapter(tmp_path)
+    assert torch.equal(base.eval()(tiny.images()).logits, model(tiny.images()).logits)
+    edit(tmp_path, right=False)
+    base = tiny.make("vit")
+    before = state(base)
+    with pytest.raises(ValueError, match="rlrr_right"):
+        base.load_adapter(tmp_path)
+    assert_same_state(base, before)
+
+
+def test_no_weights(tmp_path):
+    save(tmp_path, RLRRConfig())
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="has no weights of an adapter"):
+        PeftModel.from_pretrained(tiny.make("vit"), tmp_path)
+
+
+@pytest.mark.parametrize("option", ["r", "ne", "use_rslora", "lora_dropout", "rank_pattern", "joint", "num_heads"])
+def test_settings_of_the_wrong_type(tmp_path, option):
+    save(tmp_path, HeadMaskedLoraConfig())
+    edit(tmp_path, **{option: "eight"})
+    with pytest.raises(ValueError, match=f"adapter_config.json: {option} is 'eight' of type str"):
+        PeftModel.from_pretrained(tiny.make("vit"), tmp_path)
+
+
+@pytest.mark.parametrize("config", [HeadMaskedLoraConfig, RLRRConfig])
+def test_long_patterns(config):
+    with pytest.raises(ValueError, match=r"target_modules has a pattern of 1,001 characters"):
+        config(target_modules="a" * 1001)
+    with pytest.raises(ValueError, match=r"num_heads has a pattern of 1,001 characters"):
+        config(num_heads={"a" * 1001: 2})
+    config(target_modules="a" * 1000)
