@@ -8,7 +8,6 @@ import tiny
 import torch
 from backbones import FusedViT
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from test_backbones import BiasedAttention
 from torch import nn
 
 from peft_heads.methods import MethodArguments, apply_method, check_method_arguments
@@ -86,7 +85,7 @@ def test_ln_tuning_trains_the_norms_of_the_backbone():
 
 def test_a_method_of_peft_on_a_projection_that_is_never_called():
     model = FusedViT()
-    model.blocks[1].attn = BiasedAttention(24, 6)
+    model.blocks[1].attn.q_bias = nn.Parameter(torch.zeros(24))  # as timm's BEiT has it
     with pytest.raises(ValueError, match=r"attn.qkv: the attention layer reads the weight"):
         applied("LORA", model)
 
