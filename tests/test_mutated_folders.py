@@ -22,7 +22,7 @@ from peft_heads import (
     pack_adapter,
     set_head_masks,
 )
-from peft_heads.cli.main import raised_by_this_package
+from peft_heads.cli.errors import raised_by_this_package
 from peft_heads.inspection import inspect_adapter
 
 
@@ -104,6 +104,12 @@ IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 @torch.no_grad()
 def logits(model):
     return model.eval()(pixel_values=IMAGES).logits
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """A base model that is no folder is looked for in the cache alone."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="module")
