@@ -155,7 +155,9 @@ def keys_in_model(keys: Iterable[str], model: nn.Module, key_mapping: dict[str, 
             mapped[key], found = re.subn(pattern, replacement, mapped[key])
             if found:
                 break
-    renamed = renamed_keys(mapped.values(), [name for name, _ in named_targets(model)])
+    # what is trained in full lies in a wrapper, of whose inner names a file knows nothing
+    present = [re.sub(r"\.(original_module|modules_to_save\.[^.]+)(?=\.|$)", "", n) for n, _ in named_targets(model)]
+    renamed = renamed_keys(mapped.values(), present)
     return {key: renamed[new] for key, new in mapped.items()}
 
 
