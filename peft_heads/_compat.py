@@ -144,7 +144,7 @@ def delegate_config_loading() -> None:
     @functools.wraps(load)
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
         found = _config_class(pretrained_model_name_or_path, subfolder) if cls is PeftConfig else None
-        if found is not None and found.from_pretrained.__func__ is not from_pretrained:
+        if found in _OWN_CONFIGS:
             return found.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         config = load(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         own = type(config).from_pretrained.__func__

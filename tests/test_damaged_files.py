@@ -155,7 +155,7 @@ def train(originals, tmp_path, **replaced):
         "output_dir": tmp_path / "out",
         "max_steps": 2,
         "disable_tqdm": True,
-        **({} if "method" in replaced else {"head_select_at": 1}),
+        **({} if "method" in replaced else {"head_select_at": 2}),
         **replaced,
     }
     return ["train", "--use_cpu", *(f"--{key}={value}" for key, value in words.items())]

@@ -228,7 +228,7 @@ def check_infos(
     missing = [key for key, place in places.items() if key not in infos and not place.is_optional]
     if missing:
         raise ValueError(
-            f"it has no {missing[0]}{_others(missing)}, which an adapter with these settings has; the configuration or "
+            f"Found missing adapter keys: it has no {missing[0]}{_others(missing)}, which an adapter with these settings has; the configuration or "
             "the weights were edited, or belong to different adapters"
         )
     for key, place in places.items():
