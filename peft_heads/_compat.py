@@ -418,7 +418,7 @@ def run_while_tracing(function: Callable) -> Callable:
 def silence_known_warnings() -> None:
     """Keep warnings between Hugging Face libraries, about which a user can do nothing, off the command line.
 
-    Delete when PEFT asks for `is_activation_checkpointing` (peft 0.21 on transformers 5.23).
+    Delete when PEFT asks for `is_activation_checkpointing` (peft 0.21 on transformers 5.23 and later).
     """
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
