@@ -144,7 +144,7 @@ def delegate_config_loading() -> None:
     @functools.wraps(load)
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
         found = _config_class(pretrained_model_name_or_path, subfolder) if cls is PeftConfig else None
-        if found is not None and found.from_pretrained.__func__ is not from_pretrained:
+        if found is not None:
             return found.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         config = load(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         own = type(config).from_pretrained.__func__
@@ -157,12 +157,13 @@ def delegate_config_loading() -> None:
 
 
 def _config_class(folder: str | os.PathLike, subfolder: str | None) -> type[PeftConfig] | None:
-    """The class of a local folder's configuration, whatever else is wrong with it; None where that cannot be known."""
+    """Our class of a local folder's configuration, whatever else is wrong with it; None if it is not known, or others'."""
     path = os.path.join(folder, subfolder or "")
     try:
-        return PEFT_TYPE_TO_CONFIG_MAPPING[PeftConfig._get_peft_type(path)] if os.path.isdir(path) else None
+        found = PEFT_TYPE_TO_CONFIG_MAPPING[PeftConfig._get_peft_type(path)] if os.path.isdir(path) else None
     except Exception:  # PEFT says what is wrong with it
         return None
+    return found if found in _OWN_CONFIGS else None
 
 
 def extend_hotswap_check(check: Callable[[PeftConfig, PeftConfig], None]) -> None:

@@ -22,7 +22,7 @@ from peft_heads import (
     pack_adapter,
     set_head_masks,
 )
-from peft_heads.cli.main import raised_by_this_package
+from peft_heads.cli.errors import raised_by_this_package
 from peft_heads.inspection import inspect_adapter
 
 
