@@ -73,6 +73,7 @@ def fetch_adapter(path_or_repo: str | os.PathLike, subfolder: str | None = None,
     from huggingface_hub import snapshot_download
     from peft.utils import WEIGHTS_NAME
 
+    from .tuners.saved_settings import check_foreign
     from .weights_file import NAMES, find_weights, read_infos
 
     folder = os.fspath(path_or_repo)
@@ -97,11 +98,14 @@ def fetch_adapter(path_or_repo: str | os.PathLike, subfolder: str | None = None,
             "adapter"
         )
     check_folder_files(folder)
-    read_settings(folder)  # errors that name the file, before anything is loaded
+    settings = read_settings(folder)  # errors that name the file, before anything is loaded
     weights = find_weights(folder)
     if weights is None:
         raise FileNotFoundError(f"{folder} has no weights of an adapter: neither {' nor '.join(NAMES)} is there")
-    read_infos(weights)
+    if settings.get("peft_type") in ("HEAD_MASKED_LORA", "RLRR"):
+        read_infos(weights)
+    else:
+        check_foreign(settings.get("peft_type"), weights)
     return Path(folder)
 
 

@@ -73,7 +73,7 @@ def code_book(bits: int) -> torch.Tensor:
     if bits not in _CODE_BOOKS:
         if bits not in BITS:
             raise ValueError(f"bits must be one of {', '.join(map(str, BITS))}; got {bits!r}")
-        codes = torch.zeros(2**bits, dtype=torch.float64)
+        codes = torch.zeros(2**bits, dtype=torch.float64, device="cpu")  # whatever the default is just now
         zero, one = codes.new_zeros(1), codes.new_ones(1)
         for _ in range(ROUNDS):
             mass = torch.cat([zero, torch.special.ndtr(_midpoints(codes)), one])

@@ -106,6 +106,12 @@ def logits(model):
     return model.eval()(pixel_values=IMAGES).logits
 
 
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """A base model that is no folder is looked for in the cache alone."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """`{name: (folder of the adapter, its logits)}`, with the base model beside."""

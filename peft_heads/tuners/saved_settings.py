@@ -7,8 +7,11 @@ results without a word. Files written before they were noted have none, and are 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
+
+from ..weights_file import read_infos, read_weights
 
 
 SETTINGS_KEYS = ("lora_settings", "rlrr_settings")
@@ -18,6 +21,24 @@ _BASE = "base_model.model."
 def is_settings_key(key: str) -> bool:
     """Whether a key of an adapter's file, also with the adapter's name behind, stands for settings."""
     return key.removeprefix(_BASE).startswith(SETTINGS_KEYS)
+
+
+def check_foreign(peft_type: str | None, path: Path) -> None:
+    """Raise ValueError if an adapter that is said to be none of ours has weights that another method gets wrong.
+
+    Args:
+        peft_type: What its configuration says, none of our types.
+        path: The file of its weights. Head-masked weights of full precision with `mask_scope="adapter"` are LoRA.
+    """
+    infos = read_infos(path)
+    noted = read_weights(path, {key for key in infos if is_settings_key(key)})
+    odd = [key for key in infos if key.endswith(".lora_packed") or ".rlrr_" in key]
+    odd += [key for key, value in noted.items() if value.any()]
+    if odd:
+        raise ValueError(
+            f"{path} has {odd[0]}, which no adapter of type {peft_type} has; its configuration was edited, or belongs to "
+            "another adapter"
+        )
 
 
 def write_settings(key: str, settings: dict[str, bool], state_dict: dict[str, torch.Tensor]) -> None:

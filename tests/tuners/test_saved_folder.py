@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 
-from peft_heads import HeadMaskedLoraConfig, RLRRConfig, get_head_masks, set_head_masks
+from peft_heads import HeadMaskedLoraConfig, RLRRConfig, get_head_masks, load_image_classifier, set_head_masks
 
 
 HEAD = "base_model.model.classifier."
@@ -67,6 +67,18 @@ CONTRADICTIONS = {
     ),
     "scope": (HeadMaskedLoraConfig(), {"mask_scope": "head"}, None, "saved without mask_scope=head"),
     "bits": (HeadMaskedLoraConfig(), {"adapter_bits": 2}, None, "saved without adapter_bits=2"),
+    "bits of a plain adapter": (
+        HeadMaskedLoraConfig(ne=0),
+        {"adapter_bits": 8},
+        None,
+        "adapter_bits=8, but .* no bits",
+    ),
+    "classifier's bits": (
+        HeadMaskedLoraConfig(ne=0),
+        {"classifier_bits": 1},
+        None,
+        "classifier_bits=1, but .* no bits",
+    ),
     "frozen weight": (
         HeadMaskedLoraConfig(),
         {},
@@ -172,7 +184,11 @@ def test_what_the_user_says_of_loading_is_heard(tmp_path):
     assert torch.equal(loaded(x).logits, wanted)
     loaded.load_adapter(tmp_path, "other", key_mapping={r"^tiv\.": "vit."})
     wider = tiny.make("vit", num_labels=5)
-    PeftModel.from_pretrained(wider, tmp_path, ignore_mismatched_sizes=True, key_mapping={r"^tiv\.": "vit."})
+    with pytest.warns(UserWarning, match="ignore_mismatched_sizes"):
+        loaded = PeftModel.from_pretrained(
+            wider, tmp_path, ignore_mismatched_sizes=True, key_mapping={r"^tiv\.": "vit."}
+        )
+    assert loaded(x).logits.shape == (4, 5)
 
 
 def test_hotswapping_a_folder(tmp_path):
@@ -227,3 +243,25 @@ def test_long_patterns(config):
     with pytest.raises(ValueError, match=r"num_heads has a pattern of 1,001 characters"):
         config(num_heads={"a" * 1001: 2})
     config(target_modules="a" * 1000)
+
+
+def test_k_bit_adapters_of_every_width_are_the_first_thing_loaded(tmp_path, monkeypatch):
+    """The trial without numbers leaves nothing behind that the adapter itself would take up."""
+    wanted = {}
+    for bits in (1, 2, 4, 8):
+        model = save(tmp_path / str(bits), HeadMaskedLoraConfig(ne=0, adapter_bits=bits, classifier_bits=bits))
+        wanted[bits] = model(tiny.images()).logits
+    monkeypatch.setattr("peft_heads.quantization._CODE_BOOKS", {})
+    for bits, logits in wanted.items():
+        loaded = PeftModel.from_pretrained(tiny.make("vit"), tmp_path / str(bits))
+        assert torch.equal(loaded(tiny.images()).logits, logits)
+
+
+@pytest.mark.parametrize(
+    "config", [HeadMaskedLoraConfig(mask_scope="head"), HeadMaskedLoraConfig(adapter_bits=2), RLRRConfig()]
+)
+def test_said_to_be_stock_lora(tmp_path, config):
+    save(tmp_path, config)
+    edit(tmp_path, peft_type="LORA")
+    with pytest.raises(ValueError, match="which no adapter of type LORA has"):
+        load_image_classifier(tmp_path)
