@@ -16,7 +16,7 @@ from torch import nn
 
 from ..._compat import expand_all_linear
 from ...heads.blocks import backbone_parts
-from ...heads.resolve import named_targets, shortest_names, task_head_names
+from ...heads.resolve import exact_targets, named_targets, task_head_names
 from ...sharding import whole
 from ..labelled import LabelledTuner
 from ..saved_keys import follow_file, is_adapter_key, rename_modules
@@ -126,7 +126,7 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
                 "shift_without_bias=False"
             )
 
-    def _default_targets(self, peft_config: RLRRConfig, names: list[str]) -> set[str]:
+    def _default_targets(self, peft_config: RLRRConfig, names: list[str]) -> set[str] | str:
         """By the ends of names where they are enough; those of `layers_to_transform`, which PEFT asks of ends alone."""
         if peft_config.layers_to_transform is not None:
             by_ending = copy.copy(peft_config)
@@ -138,8 +138,9 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
                     f"layers_to_transform={peft_config.layers_to_transform}{pattern}: no block of "
                     f"{type(self.model).__name__} has such a number; it has {module_patterns(names)}"
                 )
-            names = found
-        return set(shortest_names(names, self.model) if peft_config.layers_to_transform is None else names)
+            return set(found)
+        targets = exact_targets(names, self.model)
+        return targets if isinstance(targets, str) else set(targets)
 
     def _create_and_replace(
         self,
