@@ -144,7 +144,7 @@ def delegate_config_loading() -> None:
     @functools.wraps(load)
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
         found = _config_class(pretrained_model_name_or_path, subfolder) if cls is PeftConfig else None
-        if found in _OWN_CONFIGS:
+        if found is not None:
             return found.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         config = load(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         own = type(config).from_pretrained.__func__
@@ -157,12 +157,13 @@ def delegate_config_loading() -> None:
 
 
 def _config_class(folder: str | os.PathLike, subfolder: str | None) -> type[PeftConfig] | None:
-    """The class of a local folder's configuration, whatever else is wrong with it; None where that cannot be known."""
+    """Our class of a local folder's configuration, whatever else is wrong with it; None if it is not known, or others'."""
     path = os.path.join(folder, subfolder or "")
     try:
-        return PEFT_TYPE_TO_CONFIG_MAPPING[PeftConfig._get_peft_type(path)] if os.path.isdir(path) else None
+        found = PEFT_TYPE_TO_CONFIG_MAPPING[PeftConfig._get_peft_type(path)] if os.path.isdir(path) else None
     except Exception:  # PEFT says what is wrong with it
         return None
+    return found if found in _OWN_CONFIGS else None
 
 
 def extend_hotswap_check(check: Callable[[PeftConfig, PeftConfig], None]) -> None:
@@ -420,7 +421,7 @@ def run_while_tracing(function: Callable) -> Callable:
 def silence_known_warnings() -> None:
     """Keep warnings between Hugging Face libraries, about which a user can do nothing, off the command line.
 
-    Delete when PEFT asks for `is_activation_checkpointing` (peft 0.21 on transformers 5.23).
+    Delete when PEFT asks for `is_activation_checkpointing` (peft 0.21 on transformers 5.23 and later).
     """
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from .callbacks import TaylorHeadScorer
 from .heads.blocks import backbone_parts
-from .heads.resolve import default_targets, shortest_names, task_head_names
+from .heads.resolve import default_targets, exact_targets, task_head_names
 from .heads.scores import Criterion
 from .heads.traversal import named_targets
 from .tuners import HeadMaskedLoraConfig, RLRRConfig
@@ -267,7 +267,7 @@ def _adapter_config(model: nn.Module, args: MethodArguments):
         raise ValueError(str(error)) from error
 
 
-def _default_modules(model: nn.Module, config_class: type, settings: dict) -> dict[str, list[str]]:
+def _default_modules(model: nn.Module, config_class: type, settings: dict) -> dict[str, list[str] | str]:
     """Query and value projections and the classification head, where the config has such fields.
 
     LN tuning gets the norms.
@@ -283,14 +283,14 @@ def _default_modules(model: nn.Module, config_class: type, settings: dict) -> di
     return {name: modules for name, modules in defaults.items() if name in fields}
 
 
-def _default_targets(model: nn.Module, config_class: type) -> list[str]:
+def _default_targets(model: nn.Module, config_class: type) -> list[str] | str:
     if not issubclass(config_class, LNTuningConfig):
         warn_of_overlooked(model)
         return default_targets(model)
     norms = backbone_parts(model).norms
     if not norms:
         raise ValueError(f"LN_TUNING trains norms, but no layer norm was recognised in {type(model).__name__}")
-    return shortest_names(list(norms), model)
+    return exact_targets(list(norms), model)
 
 
 def _check_targets(model: nn.Module, config: PeftConfig) -> None:

@@ -102,9 +102,14 @@ def test_the_import_changes_only_what_it_must():
         *(f"peft.utils.peft_types.PeftType.{name}" for name in ("_member_names_", "_member_map_", "_value2member_map_")),
         *(f"PEFT_TYPE_TO_{name}_MAPPING" for name in ("CONFIG", "PREFIX", "TUNER")),
         "peft.config.PeftConfig.from_pretrained",
+        *(f"peft.peft_model.PeftModel.{name}" for name in ("from_pretrained", "load_adapter")),
         "peft.peft_model.PeftModel.create_or_update_model_card",
         "peft.peft_model.PeftModel._upload_modified_files",
         "CONFIG_KEYS_TO_CHECK",
-        "peft.utils.hotswap.check_hotswap_configs_compatible",
+        *(f"peft.utils.hotswap.{name}" for name in (
+            "check_hotswap_configs_compatible", "hotswap_adapter_from_state_dict",
+            "prepare_model_for_compiled_hotswap", "_pad_lora_weights",
+        )),
+        "transformers.integrations.peft.PeftAdapterMixin.load_adapter",
     }  # fmt: skip
     assert changed["settings"] == []

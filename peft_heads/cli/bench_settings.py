@@ -39,11 +39,13 @@ def effective_lines(specs: list[RunSpec], any_size: bool = False) -> list[str]:
 
 def _images(specs: list[RunSpec]) -> dict[str, str]:
     """How training and evaluation images are read."""
-    names = ("size", "resize", "crop", "filter", "normalization")
+    names = ("size", "resize", "crop", "filter", "normalization", "image_range")
     parts = {"train": "images", "eval": "evaluated"}
     return {
         title: describe_settings(
-            merge_settings([{name: spec.preprocessing[part][name] for name in names} for spec in specs])
+            merge_settings(
+                [{k: spec.preprocessing[part][k] for k in names if k in spec.preprocessing[part]} for spec in specs]
+            )
         )
         for part, title in parts.items()
     }

@@ -124,6 +124,17 @@ def shortest_names(names: list[str], model: nn.Module) -> list[str]:
     return suffixes if set(matched) == set(names) else names
 
 
+def exact_targets(names: list[str], model: nn.Module) -> list[str] | str:
+    """`target_modules` that mean these modules and no others: the last components, the names, or a pattern of them.
+
+    PEFT reads a name as the end of others: timm's final `norm` is `patch_embed.norm` as well.
+    """
+    targets = shortest_names(names, model)
+    ends = tuple(f".{target}" for target in targets)
+    reached = {name for name, _ in named_targets(model) if name in targets or name.endswith(ends)}
+    return targets if reached == set(names) else "|".join(map(re.escape, names))
+
+
 def backbone_name(model: nn.Module) -> str:
     """Name of the image backbone in a model that has more than that (a task's head, a text tower); else `""`."""
     for key in BACKBONE_CONFIGS:

@@ -30,6 +30,7 @@ from .task_heads import (
     set_labels,
     show_heads,
     shown_heads,
+    trained_heads,
 )
 
 
@@ -132,15 +133,16 @@ class LabelledTuner:
 
         Raises:
             ValueError: An adapter does not exist; or the model would act by the projections of the merged adapters and
-                by the trained head of another.
+                by the trained head of another, or of none.
         """
         names = self._names_to_merge(adapter_names)
-        owners, shown = head_owners(self.model, [*merged_adapters(self.model), *names]), shown_heads(self.model)
-        for module_name, owner in owners.items():
-            if owner != shown[module_name]:
+        shown = shown_heads(self.model)
+        for module_name, trained in trained_heads(self.model, [*merged_adapters(self.model), *names]).items():
+            if shown[module_name] not in (trained or [None]):
+                expected = " or ".join(map(_who, trained or [None]))
                 raise ValueError(
                     f"merging {', '.join(names)} would leave the model with the {module_name} of {_who(shown[module_name])} "
-                    f"(expected that of {_who(owner)}); call set_adapter({names[0]!r}) first"
+                    f"(expected that of {expected}); call set_adapter({names[-1]!r}) first"
                 )
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 

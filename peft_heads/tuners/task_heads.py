@@ -166,15 +166,23 @@ def check_mixed_batch(model: nn.Module, adapter_names: Iterable[str], existing: 
             )
 
 
+def trained_heads(model: nn.Module, adapter_names: Iterable[str]) -> dict[str, list[str]]:
+    """Which of several adapters have trained each of the modules that adapters train in full."""
+    names = list(dict.fromkeys(adapter_names))
+    return {
+        module_name: [name for name in names if name in wrapper.modules_to_save]
+        for module_name, wrapper in _wrappers(model)
+    }
+
+
 def head_owners(model: nn.Module, adapter_names: Iterable[str]) -> dict[str, str | None]:
     """Which of several adapters has trained each of the modules that adapters train in full; None if none of them has.
 
     Raises:
         ValueError: Two of the adapters have trained the same module.
     """
-    names, owners = list(dict.fromkeys(adapter_names)), {}
-    for module_name, wrapper in _wrappers(model):
-        trained = [name for name in names if name in wrapper.modules_to_save]
+    owners = {}
+    for module_name, trained in trained_heads(model, adapter_names).items():
         if len(trained) > 1:
             raise ValueError(
                 f"adapters {', '.join(trained)} have each trained {module_name}, of which a merged model can have one; "

@@ -6,9 +6,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import ViTModel
 
-from peft_heads import HeadMaskedLoraConfig
+from peft_heads import HeadMaskedLoraConfig, RLRRConfig
 from peft_heads.heads.layout import HeadLayout, ProjectionLayout
-from peft_heads.heads.resolve import default_targets, matches_pattern, resolve_heads, task_head_names
+from peft_heads.heads.resolve import default_targets, exact_targets, matches_pattern, resolve_heads, task_head_names
 
 
 def whole(role, num_heads, head_dim):
@@ -109,6 +109,19 @@ def test_heads_that_cannot_be_wrapped_whole():
     assert task_head_names(model) == ["head.0"]
     model.block = nn.Linear(2, 2)
     assert task_head_names(model) == ["head"]
+
+
+def test_targets_that_peft_would_read_too_widely():
+    """A final `norm` at the top, and a `norm` elsewhere that is none (timm's ViT)."""
+    model = FusedViT((6, 6))
+    model.norm, model.patch_embed.norm = nn.LayerNorm(24), nn.Identity()
+    names = ["blocks.0.norm", "blocks.1.norm", "norm"]
+    assert exact_targets(names[:2], model) == names[:2]
+    assert exact_targets(names, model) == r"blocks\.0\.norm|blocks\.1\.norm|norm"
+    adapted = get_peft_model(model, RLRRConfig(target_modules=exact_targets(names, model)))
+    assert [n for n, m in adapted.get_base_model().named_modules() if hasattr(m, "rlrr_shift")] == names
+    del model.patch_embed.norm
+    assert exact_targets(names, model) == ["norm"]
 
 
 class WidthOnly(nn.Module):

@@ -176,6 +176,17 @@ def test_the_linear_sum_has_the_products_of_the_factors():
     assert torch.equal(*sums)
 
 
+@pytest.mark.filterwarnings("ignore:the adapter saved to")
+def test_a_linear_sum_with_ranks_by_pattern_can_be_loaded(tmp_path):
+    """Its layers have the rank that its configuration says."""
+    model = create(*[HeadMaskedLoraConfig(ne=1, modules_to_save=[], **LORA["patterns"])] * 2)
+    model.add_weighted_adapter(["one", "two0"], [0.5, 2.0], "sum", combination_type="linear")
+    model.set_adapter("sum")
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    again = PeftModel.from_pretrained(tiny.make("vit"), tmp_path / "sum")
+    assert torch.equal(logits(again.eval()), logits(model.eval()))
+
+
 def test_a_multiple_of_one_adapter():
     model = create(HeadMaskedLoraConfig(ne=1, use_rslora=True, lora_bias=True))
     head = model.get_base_model().classifier.modules_to_save

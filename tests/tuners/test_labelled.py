@@ -70,6 +70,12 @@ def test_adapters_are_merged_while_disabled(pair):
     check(merged, expected["two"], NAMES["two"])
 
 
+def test_the_active_one_is_merged_while_disabled_for_good(pair):
+    model, expected = pair
+    model.base_model.disable_adapter_layers()
+    check(model.merge_and_unload(), expected["one"], NAMES["one"])
+
+
 def test_another_one_is_merged_while_disabled(pair):
     model, expected = pair
     model.base_model.disable_adapter_layers()

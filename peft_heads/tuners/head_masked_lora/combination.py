@@ -77,12 +77,6 @@ def check_sum(
                     f"adapter {name!r} cannot be combined: in {module_name} it is a {type(inner).__name__}, whose update "
                     "is more than lora_B times lora_A"
                 )
-        ranks = {name: _weights(layer, name)[0].shape[0] for name in here}
-        if combination_type in _NEEDS_EQUAL_RANKS and len(set(ranks.values())) > 1:
-            raise ValueError(
-                f"combination_type={combination_type!r} needs adapters of the same rank, but in {module_name} they have "
-                f"{ranks}; use cat or svd"
-            )
         layouts = {layer.head_layout[name] for name in here if name in getattr(layer, "head_layout", ())}
         if len(layouts) > 1:
             raise ValueError(
@@ -91,12 +85,25 @@ def check_sum(
             )
 
 
-def check_rank(model: nn.Module, adapters: Sequence[str], rank: int) -> None:
-    """Raise ValueError if a layer has fewer singular values than the sum is to have."""
+def check_ranks(model: nn.Module, adapters: Sequence[str], combination_type: str, rank: int) -> None:
+    """Raise ValueError if adapters of other ranks are to be summed entry by entry, or a layer has too few singular values.
+
+    Args:
+        model: The model with the adapters in it.
+        adapters: The summands, several.
+        combination_type: As of `add_weighted_adapter`.
+        rank: The rank of the sum.
+    """
     for module_name, layer in _lora_layers(model):
-        for name in adapters:
-            if name in layer.r:
-                down, up = _weights(layer, name)
+        here = {name: _weights(layer, name) for name in adapters if name in layer.r}
+        ranks = {name: down.shape[0] for name, (down, _) in here.items()}
+        if combination_type in _NEEDS_EQUAL_RANKS and len(set(ranks.values())) > 1:
+            raise ValueError(
+                f"combination_type={combination_type!r} needs adapters of the same rank, but in {module_name} they have "
+                f"{ranks}; use cat or svd"
+            )
+        if combination_type.endswith("svd"):
+            for down, up in here.values():
                 most = min(up.shape[0], down[0].numel())
                 if rank > most:
                     raise ValueError(

@@ -26,7 +26,7 @@ from ..saved_keys import is_adapter_key, rename_modules
 from ..saved_settings import check_settings, split_settings, write_settings
 from ..targets import warn_of_overlooked
 from ..task_heads import check_quantizable, quantize_task_heads, settle_task_heads
-from .combination import check_copy, check_rank, check_sum, clear_deactivated, complete_sum, summand_config
+from .combination import check_copy, check_ranks, check_sum, clear_deactivated, complete_sum, summand_config
 from .config import FULL_PRECISION, HeadMaskedLoraConfig
 from .layer import HeadMaskedLinear
 from .packed import is_packed, read_packed, write_packed
@@ -206,8 +206,8 @@ class HeadMaskedLoraModel(LabelledTuner, LoraModel):
         if is_copy(adapters, weights):  # not initialised, which could change the base weight a second time
             copy_adapter(self, adapters[0], adapter_name, init_lora_weights=False)
             return
-        if len(adapters) > 1 and combination_type.endswith("svd"):
-            check_rank(self, adapters, rank)
+        if len(adapters) > 1:
+            check_ranks(self, adapters, combination_type, rank)
         clear_deactivated(self.model, adapters)
         configs = {name: self.peft_config[name] for name in adapters}
         with adding(self, adapter_name):

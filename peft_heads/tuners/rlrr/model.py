@@ -16,7 +16,7 @@ from torch import nn
 
 from ..._compat import current_loading, expand_all_linear
 from ...heads.blocks import backbone_parts
-from ...heads.resolve import shortest_names, task_head_names
+from ...heads.resolve import exact_targets, task_head_names
 from ...heads.traversal import named_targets, own_modules
 from ...sharding import whole_entry
 from ..copies import adding, check_weights, copy_adapter, copy_heads, heads_of_sum, is_copy
@@ -129,7 +129,7 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
                 "shift_without_bias=False"
             )
 
-    def _default_targets(self, peft_config: RLRRConfig, names: list[str]) -> set[str]:
+    def _default_targets(self, peft_config: RLRRConfig, names: list[str]) -> set[str] | str:
         """By the ends of names where they are enough; those of `layers_to_transform`, which PEFT asks of ends alone."""
         if peft_config.layers_to_transform is not None:
             by_ending = copy.copy(peft_config)
@@ -141,8 +141,9 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
                     f"layers_to_transform={peft_config.layers_to_transform}{pattern}: no block of "
                     f"{type(self.model).__name__} has such a number; it has {module_patterns(names)}"
                 )
-            names = found
-        return set(shortest_names(names, self.model) if peft_config.layers_to_transform is None else names)
+            return set(found)
+        targets = exact_targets(names, self.model)
+        return targets if isinstance(targets, str) else set(targets)
 
     def _create_and_replace(
         self,

@@ -57,7 +57,9 @@ def hgnet():
         "hidden_sizes": [8, 16],
         "depths": [1, 1],
     }
-    return hf.HGNetV2ForImageClassification(hf.HGNetV2Config(**sizes, num_labels=3))
+    model = hf.HGNetV2ForImageClassification(hf.HGNetV2Config(**sizes, num_labels=3))
+    nn.init.normal_(model.fc.weight)  # trained in full, not rescaled: what changes before it must be seen
+    return model
 
 
 def mobilenet():
@@ -394,6 +396,13 @@ def test_unloading_needs_no_place():
     unloaded = model.unload()
     assert unloaded.state_dict().keys() == base.state_dict().keys()
     assert torch.equal(output(unloaded), output(base))
+
+
+def test_a_classifier_without_a_head_s_name_is_trained():
+    """HGNet's `fc` is as large as the number of labels, and no matrix of the backbone."""
+    _, model = create("hgnet")
+    assert list(model.peft_config["default"].modules_to_save) == ["fc"]
+    assert not any(".fc" in name for name in kinds(model)["RLRRConv2d"]) and "RLRRLinear" not in kinds(model)
 
 
 @pytest.mark.parametrize("name", ["resnet", "regnet", "hgnet"])
