@@ -153,7 +153,7 @@ def train(originals, tmp_path, **replaced):
         "train_dir": originals / "images",
         "cache_dir": tmp_path.parent / f"{tmp_path.name}-cache",
         "output_dir": tmp_path / "out",
-        "max_steps": 2,
+        "max_steps": 3,
         "disable_tqdm": True,
         **({} if "method" in replaced else {"head_select_at": 2}),
         **replaced,
