@@ -123,7 +123,8 @@ def load_adapter(
         The model, and the names of the weights that neither the base model's checkpoint nor the adapter holds.
 
     Raises:
-        ValueError: The adapter does not name its base model.
+        FileNotFoundError: There is no such base model.
+        ValueError: The adapter does not name its base model, or its files contradict each other.
     """
     from peft import PeftConfig, PeftModel
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -145,10 +146,15 @@ def load_adapter(
         base_kwargs["revision"] = adapter_config.revision or "main"
     labels = read_labels(folder)
     label_kwargs = {"id2label": labels, "label2id": {label: i for i, label in labels.items()}} if labels else {}
-    with quiet_loading():  # the adapter brings the trained classifier
-        model, info = base_model_class(settings, folder).from_pretrained(
-            base, ignore_mismatched_sizes=True, output_loading_info=True, **label_kwargs, **base_kwargs
-        )
+    try:
+        with quiet_loading():  # the adapter brings the trained classifier
+            model, info = base_model_class(settings, folder).from_pretrained(
+                base, ignore_mismatched_sizes=True, output_loading_info=True, **label_kwargs, **base_kwargs
+            )
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{folder}: its base model {os.fspath(base)!r} cannot be loaded: {' '.join(str(error).split())}"
+        ) from error
     trained = {module_of(key) + "." for key in saved_keys(folder) if not is_adapter_key(key)}
     untrained = sorted({*info["missing_keys"], *mismatched_keys(info)})
     model = PeftModel.from_pretrained(model, os.fspath(folder)).eval()
