@@ -18,6 +18,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import nn
 
 from .adapter_files import read_labels
+from .tuners.saved_settings import is_settings_key
 
 
 def check_best_checkpoint(model: nn.Module, active: Sequence[str]) -> None:
@@ -109,4 +110,5 @@ def _shapes(model: PeftModel, adapter_name: str) -> dict[str, tuple[int, ...]]:
     return {
         key: tuple(value.shape[1:] if any(end in f".{key}" for end in ends) else value.shape)
         for key, value in state_dict.items()
+        if not is_settings_key(key)
     }

@@ -260,9 +260,10 @@ def test_resuming_with_another_window(tmp_path):
         ({"ne": 2}, r"ne=2 \(was 1\)"),
         ({"ne": 0}, "carries no mask there: it was created with ne=0"),
         (
-            {"mask_scope": "head", "criterion": "front"},
-            r"criterion='front' \(was 'absolute'\), mask_scope='head' \(was",
+            {"granularity": "layer", "criterion": "front"},
+            r"criterion='front' \(was 'absolute'\), granularity='layer' \(was",
         ),
+        ({"mask_scope": "head"}, "was saved without mask_scope=head, which its configuration says"),
     ],
 )
 def test_resuming_after_the_selection_with_other_settings(tmp_path, change, message):

@@ -82,6 +82,11 @@ def is_mask_key(key: str, end: str = IN_FILE) -> bool:
     return key.endswith(end) and any(part.endswith("_head_mask") for part in key.split(".")[-3:-1])
 
 
+def deactivates(state_dict: dict[str, torch.Tensor]) -> bool:
+    """Whether any mask among tensors by the names of a model deactivates a head."""
+    return any(is_mask_key(key, IN_MODEL) and bool(value.any()) for key, value in state_dict.items())
+
+
 def _inverted(state_dict: dict[str, torch.Tensor], end: str, new_end: str) -> dict[str, torch.Tensor]:
     converted = {}
     for key, value in state_dict.items():

@@ -92,7 +92,7 @@ def check_folder(tuner: type, model: nn.Module, config: SavedConfig, source: dic
             packable=[name for name, layer in trial.named_modules() if hasattr(layer, "lora_quantizer")],
             packed_heads=[f"{name}.weight" for name in heads],
             # those of the layers that the adapter has: whether they deactivate anything is seen later
-            spare_masks=[] if getattr(config, "quantizes", False) else [name for name, _ in named_targets(trial)],
+            spare_masks=[name for name, _ in named_targets(trial)],
             ignore_mismatched_sizes=loading.ignore_mismatched_sizes,
         )
         tensors = {keys[key]: value for key, value in read_weights(path, _looked_at(keys, infos)).items()}

@@ -6,7 +6,7 @@ results without a word. Files written before they were noted have none, and are 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 
 import torch
@@ -47,12 +47,15 @@ def write_settings(key: str, settings: dict[str, bool], state_dict: dict[str, to
     state_dict[prefix + key] = torch.tensor(list(settings.values()))
 
 
-def check_settings(settings: dict[str, bool], noted: Iterable[torch.Tensor]) -> None:
+def check_settings(
+    settings: dict[str, bool], noted: Iterable[torch.Tensor], without_meaning: Container[str] = ()
+) -> None:
     """Raise ValueError unless what a file notes are these settings.
 
     Args:
         settings: Those of the configuration, and whether each is so.
         noted: Tensors of the file under a settings key; none of an older file.
+        without_meaning: Settings that make no difference to these weights.
     """
     for tensor in noted:
         if tensor.dtype != torch.bool or tensor.shape != (len(settings),):
@@ -61,7 +64,7 @@ def check_settings(settings: dict[str, bool], noted: Iterable[torch.Tensor]) -> 
                 f"{tuple(tensor.shape)} (expected torch.bool of shape {(len(settings),)}); it was edited"
             )
         for (name, is_so), was_so in zip(settings.items(), tensor.tolist(), strict=True):
-            if is_so != was_so:
+            if is_so != was_so and name not in without_meaning:
                 raise ValueError(
                     f"the adapter file was saved {'with' if was_so else 'without'} {name}, which its configuration "
                     f"{'says' if is_so else 'does not say'}: it was edited, or belongs to another adapter; restore the "

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import datasets
 import numpy as np
@@ -297,8 +298,12 @@ def test_an_entry_is_not_made_again_of_other_images(split, root, cache_dir):
 
 
 def test_files_that_change_while_they_are_decoded(split, root, cache_dir, monkeypatch):
+    lock, new = threading.Lock(), root / "new.jpg"
+
     def decode(image, image_range):
-        trees.picture(2, 3, 99).save(root / "cifar/images/train800/000005.jpg")
+        with lock:  # several threads decode
+            trees.picture(2, 3, 99).save(new)
+            os.replace(new, root / "cifar/images/train800/000005.jpg")
         return decode_image(image, image_range)
 
     monkeypatch.setattr(image_store, "decode_image", decode)

@@ -195,11 +195,6 @@ class HeadMaskedLoraConfig(SavedConfig, LoraConfig):
         }
 
     @property
-    def notes_settings(self) -> bool:
-        """Whether it stands there: not where the adapter is stock LoRA, whose file has nothing else."""
-        return self.masks_heads or self.has_few_bits
-
-    @property
     def changes_lora(self) -> bool:
         """Whether every layer of the adapter, with heads or without, does something else than stock LoRA."""
         return self.quantizes or self.bottleneck_dropout > 0

@@ -19,7 +19,7 @@ from ...heads.resolve import default_targets, task_head_names
 from ...heads.traversal import named_targets
 from ...sharding import whole_entry
 from ..copies import adding, check_weights, copy_adapter, copy_heads, is_copy
-from ..head_mask import complete_masks, masks_for_file, masks_for_model
+from ..head_mask import complete_masks, deactivates, masks_for_file, masks_for_model
 from ..labelled import LabelledTuner
 from ..quantizer import WeightQuantizer, one_pass
 from ..saved_keys import is_adapter_key, rename_modules
@@ -249,7 +249,7 @@ class HeadMaskedLoraModel(LabelledTuner, LoraModel):
         config.packed = is_packed(model, adapter_name, state_dict)
         if config.packed:
             write_packed(model, adapter_name, to_return, state_dict)
-        if config.notes_settings:
+        if config.has_few_bits or deactivates(to_return):  # else its weights are those of stock LoRA
             write_settings("lora_settings", config.noted_settings, to_return)
         cls.describe_for_files(model, config, adapter_name)
         return masks_for_file(to_return)
@@ -264,7 +264,8 @@ class HeadMaskedLoraModel(LabelledTuner, LoraModel):
         state_dict = masks_for_model(state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_state_dict(model, config, adapter_name, remapped)
-        check_settings(config.noted_settings, noted)
+        without_meaning = () if deactivates(remapped) else ("mask_scope=head",)
+        check_settings(config.noted_settings, noted, without_meaning)
         cls.take_heads_and_labels(model, config, adapter_name, remapped)
         return remapped
 
