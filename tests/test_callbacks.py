@@ -529,7 +529,7 @@ def with_own_adapter(name, **settings):
 
 
 @pytest.mark.parametrize("asked", [None, "foo"])
-def test_an_adapter_of_transformers_own(tmp_path, asked):
+def test_a_mixin_adapter(tmp_path, asked):
     model = with_own_adapter("foo")
     scorer = TaylorHeadScorer(select_at=2, adapter_name=asked)
     trainer = make_trainer(tmp_path, [scorer], model=model, max_steps=4, save_strategy="steps", save_steps=2)
@@ -544,7 +544,7 @@ def test_an_adapter_of_transformers_own(tmp_path, asked):
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
-def test_an_adapter_of_transformers_own_that_cannot_be_scored(tmp_path):
+def test_a_mixin_adapter_that_cannot_be_scored(tmp_path):
     model = with_own_adapter("foo", modules_to_save=[])
     model.add_adapter(HeadMaskedLoraConfig(ne=1, modules_to_save=[]), adapter_name="bar")  # active from now on
     with pytest.raises(ValueError, match="the model has no adapter 'third'; it has: foo, bar"):

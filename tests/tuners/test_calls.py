@@ -7,8 +7,10 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+import transformers
 from peft import IA3Config, LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
+from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
 from peft_heads import HeadMaskedLoraConfig, RLRRConfig
 from peft_heads.tuners.calls import watch_calls
@@ -243,3 +245,43 @@ def test_multihead_attention_and_its_encoder_layer():
         get_peft_model(encoder, HeadMaskedLoraConfig(ne=0, target_modules=["linear1"]))
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*there is no place for a bias in the checkpoint format of VideoMAE")
+@pytest.mark.parametrize("make_config", [HeadMaskedLoraConfig, RLRRConfig])
+def test_videomae(make_config):
+    """transformers 4 reads the weights of query and value, transformers 5 calls the layers: refused, or it acts."""
+    model = VideoMAEForVideoClassification(
+        VideoMAEConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=32,
+                       patch_size=8, num_frames=4)
+    ).eval()  # fmt: skip
+    if transformers.__version__.startswith("4."):
+        with pytest.raises(ValueError, match=r"videomae\.encoder\.layer.*VideoMAESelfAttention reads the weight"):
+            get_peft_model(model, make_config(ne=1))
+        return
+    video = torch.randn(2, 4, 3, 32, 32)
+    before = model(pixel_values=video).logits
+    model = get_peft_model(model, make_config(ne=1)).eval()
+    for name, param in model.named_parameters():
+        if "lora_B" in name or "rlrr_" in name:
+            torch.nn.init.normal_(param)
+    output = model(pixel_values=video, labels=torch.tensor([0, 1]))
+    output.loss.backward()
+    assert not torch.allclose(output.logits, before, atol=1e-3)
+    assert all(p.grad is not None for n, p in model.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make_config", [HeadMaskedLoraConfig, RLRRConfig])
+@pytest.mark.parametrize("version", [1, 2])
+def test_torchvision_swin(version, make_config):
+    """Its attention hands the weight of qkv to a function."""
+    swin = pytest.importorskip("torchvision.models.swin_transformer", exc_type=ImportError)
+    block = {1: swin.SwinTransformerBlock, 2: swin.SwinTransformerBlockV2}[version]
+    merging = {1: swin.PatchMerging, 2: swin.PatchMergingV2}[version]
+    model = swin.SwinTransformer(
+        [4, 4], 24, [2, 2], [2, 4], [4, 4], num_classes=3, block=block, downsample_layer=merging
+    )
+    with pytest.raises(ValueError, match=r"attn\.qkv.*ShiftedWindowAttention.* reads the weight of this layer"):
+        get_peft_model(model, make_config(ne=1))
