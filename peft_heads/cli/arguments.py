@@ -136,6 +136,19 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Met
     return tuple(arguments)
 
 
+def local_inputs(
+    argv: list[str], model: ModelArguments, data: DataArguments, method: MethodArguments
+) -> dict[str, str | None]:
+    """`{argument: value}` of all that a training reads and that may be a local file or folder."""
+    groups = (
+        (model, ("model_name_or_path", "config_name", "image_processor_name")),
+        (data, ("dataset_name", "train_dir", "validation_dir")),
+        (method, ("peft_config",)),
+    )
+    found = {f"--{name}": getattr(group, name) for group, names in groups for name in names}
+    return found | {"the config file": argv[0] if argv and not argv[0].startswith("-") else None}
+
+
 def file_arguments(path: str, parser: HfArgumentParser) -> list[str]:
     """A config file as command-line arguments, so that both are checked and converted by the same code."""
     values = _read_mapping(path)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import uuid
 import warnings
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 
@@ -47,6 +49,8 @@ BESIDE = (
 )
 # Trainer neither uploads nor deletes names with an underscore.
 REPLACED, FOREIGN = "_replaced", "_foreign"
+# In the run's file: what was moved into the folders `_replaced`. Whatever else lies in such a folder is the user's.
+REPLACED_FILES = "replaced"
 
 
 class TrainingRun(TrainerCallback, ExportableState):
@@ -63,30 +67,40 @@ class TrainingRun(TrainerCallback, ExportableState):
         return {"args": {"run_id": self.run_id}, "attributes": {}}
 
 
-def check_output_folder(args: TrainingArguments, checkpoint: str | None) -> None:
+def check_output_folder(
+    args: TrainingArguments, checkpoint: str | None, inputs: Mapping[str, str | None] | None = None
+) -> None:
     """Raise ValueError if a training would write over an earlier one of which the user has said nothing.
+
+    Also if it would move or delete what it reads itself: `--overwrite_output_dir` in the folder of the base model.
 
     Args:
         args: With `output_dir` and `overwrite_output_dir`.
         checkpoint: From which training is resumed.
+        inputs: `{argument: value}` of what else the run reads. Values that are no local path are passed over.
     """
     folder = Path(args.output_dir)
-    own = checkpoint is not None and Path(checkpoint).resolve().parent == folder.resolve()
+    own = _lies_in(checkpoint, folder)
     if own and args.overwrite_output_dir:
         raise ValueError(
             f"--resume_from_checkpoint goes on with what lies in {folder}, and --overwrite_output_dir replaces it: give "
             "one of them"
         )
-    found = [] if own or args.overwrite_output_dir else trained_files(folder)
-    if checkpoint is not None:
-        run, other = run_of(checkpoint), run_of_folder(folder)
-        found = found if run is not None and other not in (None, run) else []
-    if found:
+    run, earlier = _runs(checkpoint, folder)
+    resumed = own or (run is not None and run == earlier)
+    if not resumed and not args.overwrite_output_dir and (found := trained_files(folder)):
         names = ", ".join(path.name for path in found[:3]) + (", …" if len(found) > 3 else "")
         raise ValueError(
             f"{folder} holds an earlier training ({names}), and nothing was changed: name another --output_dir; or "
             "--resume_from_checkpoint true goes on with it, --overwrite_output_dir replaces it"
         )
+    given_up = _given_up(folder, run or earlier, args.overwrite_output_dir)
+    for name, value in {**(inputs or {}), "--resume_from_checkpoint": checkpoint}.items():
+        if given_up and value is not None and os.path.exists(value) and (lost := _lost(Path(value), given_up)):
+            raise ValueError(
+                f"{name} {value} needs {lost}, which this run would take away as a part of the earlier training in "
+                f"{folder}, and nothing was changed: name another --output_dir, or copy {value} elsewhere first"
+            )
 
 
 def claim_output_folder(args: TrainingArguments, checkpoint: str | None) -> str:
@@ -96,26 +110,38 @@ def claim_output_folder(args: TrainingArguments, checkpoint: str | None) -> str:
     Checkpoints of other runs, which a resumed run could write over, are moved to `_foreign`, and stay there.
     """
     folder = Path(args.output_dir)
-    run, earlier = (None, None) if checkpoint is None else (run_of(checkpoint), run_of_folder(folder))
-    if run is not None and earlier not in (None, run) and Path(checkpoint).resolve().parent == folder.resolve():
+    run, earlier = _runs(checkpoint, folder)
+    if run is not None and earlier not in (None, run) and _lies_in(checkpoint, folder):
         warnings.warn(f"checkpoint {checkpoint} is of another run ({run}) than {folder} ({earlier}), which now is its")
     run = run or earlier or f"{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:8]}"
+    replaced = _replaced(folder, run, args.overwrite_output_dir)
     if args.overwrite_output_dir and (found := _files_of_training(folder)):
         there = _move(found, folder, REPLACED)
+        replaced[there.name] = [path.name for path in found]
         logger.warning("an earlier training lies in %s until this one is saved, and is deleted then", there)
     if foreign := foreign_checkpoints(folder, run):
         there = _move(list(foreign), folder, FOREIGN)
         logger.warning("%s: of another run, moved to %s", ", ".join(path.name for path in foreign), there)
-    write_atomically(folder / RUN_FILE, json.dumps({"run_id": run}) + "\n")
+    _write_run(folder, run, replaced)
     return run
 
 
 def forget_replaced(output_dir: str | os.PathLike) -> None:
-    """Delete what `--overwrite_output_dir` has replaced, once the new training is saved."""
-    for path in sorted(Path(output_dir).glob(f"{REPLACED}*")):
-        if path.is_dir():
-            shutil.rmtree(path)
-            logger.warning("%s, an earlier training, is deleted", path)
+    """Delete what `--overwrite_output_dir` has replaced, once the new training is saved; nothing else."""
+    folder = Path(output_dir)
+    run = run_of_folder(folder)
+    replaced = _replaced(folder, run)
+    for name, moved in replaced.items():
+        for path in (folder / name / file for file in moved):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        logger.warning("%s, an earlier training, is deleted", folder / name)
+        if (folder / name).is_dir() and not any((folder / name).iterdir()):
+            (folder / name).rmdir()
+    if replaced:
+        _write_run(folder, run, {})
 
 
 def trained_files(folder: str | os.PathLike) -> list[Path]:
@@ -130,10 +156,65 @@ def _files_of_training(folder: Path) -> list[Path]:
     return sorted({*trained_files(folder), *beside})
 
 
+def _lies_in(checkpoint: str | None, folder: Path) -> bool:
+    """By its name or by where a link leads."""
+    if checkpoint is None:
+        return False
+    path = Path(checkpoint)
+    return folder.resolve() in (path.resolve().parent, Path(os.path.abspath(path)).parent.resolve())
+
+
+def _runs(checkpoint: str | None, folder: Path) -> tuple[str | None, str | None]:
+    """The ids of the checkpoint's run and of the folder's; a training that is not resumed has neither."""
+    return (None, None) if checkpoint is None else (run_of(checkpoint), run_of_folder(folder))
+
+
+def _given_up(folder: Path, run: str | None, overwrite: bool) -> list[Path]:
+    """What `claim_output_folder` moves and `forget_replaced` deletes."""
+    moved = _files_of_training(folder) if overwrite else list(foreign_checkpoints(folder, run))
+    replaced = _replaced(folder, run, overwrite)
+    return moved + [folder / name / file for name, files in replaced.items() for file in files]
+
+
+def _lost(needed: Path, given_up: list[Path]) -> Path | None:
+    """Which of the paths is `needed`, or holds it, or is one of the files in it; links are followed."""
+    places = {place: path for path in given_up for place in (path.parent.resolve() / path.name, path.resolve())}
+    return next((places[above] for path in _parts(needed) for above in (path, *path.parents) if above in places), None)
+
+
+def _parts(path: Path) -> Iterator[Path]:
+    real = path.resolve()
+    yield Path(os.path.abspath(path)).parent.resolve() / path.name
+    yield real
+    if real.is_dir():  # a model's files may be links
+        yield from (child.resolve() if child.is_symlink() else child for child in real.iterdir())
+
+
+def _replaced(folder: Path, run: str | None, overwrite: bool = False) -> dict[str, list[str]]:
+    """`{folder: names}` of what was moved there for this run; for any run if its training is replaced, too."""
+    if not overwrite and (run is None or run != run_of_folder(folder)):
+        return {}
+    try:
+        replaced = json.loads((folder / RUN_FILE).read_text("utf-8"))[REPLACED_FILES]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return {name: files for name, files in replaced.items() if _is_ours(folder / name)}
+
+
+def _is_ours(path: Path) -> bool:
+    """A folder, which was not made a link since, under a name that `_move` gives."""
+    return re.fullmatch(rf"{REPLACED}(-\d+)?", path.name) is not None and path.is_dir() and not path.is_symlink()
+
+
+def _write_run(folder: Path, run: str | None, replaced: dict[str, list[str]]) -> None:
+    content = {"run_id": run} | ({REPLACED_FILES: replaced} if replaced else {})
+    write_atomically(folder / RUN_FILE, json.dumps(content) + "\n")
+
+
 def _move(paths: list[Path], folder: Path, name: str) -> Path:
     """Into a new folder in `folder`."""
     target, number = folder / name, 1
-    while target.exists():
+    while os.path.lexists(target):
         number += 1
         target = folder / f"{name}-{number}"
     target.mkdir()

@@ -29,7 +29,7 @@ from ..methods import apply_method, check_method_arguments, has_scored_heads
 from ..metrics.accuracy import compute_metrics
 from ..tuners import HeadMaskedLoraConfig, pack_adapter
 from ..tuners.saved_config import SavedConfig
-from .arguments import DataArguments, ModelArguments, parse_arguments
+from .arguments import DataArguments, ModelArguments, local_inputs, parse_arguments
 from .hub import check_hub, push, reachable_hub
 from .interruption import how_to_go_on
 from .output_folder import TrainingRun, check_output_folder, claim_output_folder, forget_replaced, trained_files
@@ -44,7 +44,7 @@ def run(argv: list[str]) -> int:
     check_method_arguments(method_args)
     checkpoint = find_checkpoint(training_args)
     if training_args.do_train or (training_args.do_train is None and training_args.do_eval is None):
-        check_output_folder(training_args, checkpoint)
+        check_output_folder(training_args, checkpoint, local_inputs(argv, model_args, data_args, method_args))
     check_hub(training_args)
     set_up_logging(training_args)
     if not torch.accelerator.is_available():

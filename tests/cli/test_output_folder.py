@@ -113,17 +113,100 @@ def test_whatever_was_trained_is_refused(tmp_path, name):
 
 
 def test_a_checkpoint_of_elsewhere(tmp_path):
-    """Resumed into another folder: fine, unless the folder is known to be another run's."""
+    """Resumed into another folder: fine, unless that holds a training that is not known to be the same run's."""
     there, here = write_checkpoint(tmp_path / "a", 3, "run a"), tmp_path / "b"
     check_output_folder(arguments(here), str(there))
-    write_checkpoint(here, 7)
+    here.mkdir()
+    (here / "adapter_model.safetensors").write_text("finished")
+    unnamed = write_checkpoint(tmp_path / "c", 3)
+    for run_file in (None, "run b"):
+        if run_file is not None:
+            (here / "_run.json").write_text(json.dumps({"run_id": run_file}))
+        for checkpoint in (there, unnamed):
+            with pytest.raises(ValueError, match="holds an earlier training .adapter_model.safetensors"):
+                check_output_folder(arguments(here), str(checkpoint))
+    (here / "_run.json").write_text('{"run_id": "run a"}')
     check_output_folder(arguments(here), str(there))
-    (here / "_run.json").write_text('{"run_id": "run b"}')
-    with pytest.raises(ValueError, match="holds an earlier training"):
-        check_output_folder(arguments(here), str(there))
+    write_checkpoint(here, 7)
     check_output_folder(arguments(here, overwrite=True), str(there))
     with pytest.raises(ValueError, match="give one of them"):
         check_output_folder(arguments(here, overwrite=True), str(here / "checkpoint-7"))
+
+
+def test_a_checkpoint_on_another_disk_is_the_folder_s_own(tmp_path):
+    there, here = write_checkpoint(tmp_path / "disk", 3), tmp_path / "out"
+    here.mkdir()
+    (here / "checkpoint-3").symlink_to(there)
+    check_output_folder(arguments(here), str(here / "checkpoint-3"))
+    with pytest.raises(ValueError, match="holds an earlier training"):
+        check_output_folder(arguments(here), str(there))
+
+
+def test_the_base_model_is_not_replaced(train, tmp_path, checkpoint, capsys):
+    """Its files have the names of a training's: `config.json`, `model.safetensors`."""
+    out = tmp_path / "out"
+    shutil.copytree(checkpoint, out)
+    before = contents(out)
+    for name in (
+        "model_name_or_path",
+        "config_name",
+        "image_processor_name",
+        "train_dir",
+        "validation_dir",
+        "dataset_name",
+    ):
+        assert train(*SHORT, "--overwrite_output_dir", f"--{name}={out}") == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and f"--{name} {out} needs {out}/" in error
+        assert "copy" in error and contents(out) == before
+    adapter, words = out / "adapter_config.json", out / "all_results.json"
+    adapter.write_text('{"peft_type": "IA3"}')
+    words.write_text("{}")
+    assert train("--overwrite_output_dir", "--method=peft", f"--peft_config={adapter}") == 2
+    assert f"--peft_config {adapter} needs {adapter}, " in capsys.readouterr().err
+    assert train("--overwrite_output_dir", config=[str(words)]) == 2
+    assert f"the config file {words} needs {words}, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "out",
+        "out/checkpoint-9",
+        "out/checkpoint-9/data",
+        "out/config.json",
+        "link",
+        "base",
+        "out/_replaced/checkpoint-3",
+    ],
+)
+def test_what_a_run_reads_is_not_taken_away(tmp_path, place):
+    out = tmp_path / "out"
+    write_checkpoint(out, 3, "run a")
+    claim_output_folder(arguments(out, overwrite=True), None)
+    (write_checkpoint(out, 9, "run a") / "data").mkdir()
+    (out / "config.json").write_text("{}")
+    (tmp_path / "link").symlink_to(out / "checkpoint-9" / "data")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").symlink_to(out / "config.json")
+    (out / "images").mkdir()
+    for harmless in (out / "images", out / "none", None):
+        inputs = {"--train_dir": harmless and str(harmless)}
+        check_output_folder(arguments(out, overwrite=True), None, inputs)
+    with pytest.raises(ValueError, match="--train_dir .* needs .*, and nothing was changed: name another"):
+        check_output_folder(arguments(out, overwrite=True), None, {"--train_dir": str(tmp_path / place)})
+
+
+def test_the_checkpoint_to_resume_from_is_not_taken_away(tmp_path):
+    write_checkpoint(tmp_path, 9, "run a")
+    inner = write_checkpoint(tmp_path / "checkpoint-9", 2, "run a")
+    with pytest.raises(ValueError, match="--resume_from_checkpoint .*checkpoint-2 needs .*checkpoint-9, which"):
+        check_output_folder(arguments(tmp_path, overwrite=True), str(inner))
+    # of another run: moved away by one that is resumed
+    own = write_checkpoint(tmp_path, 3, "run b")
+    check_output_folder(arguments(tmp_path), str(own), {"--model_name_or_path": str(own)})
+    with pytest.raises(ValueError, match="--model_name_or_path .* needs .*checkpoint-9, which"):
+        check_output_folder(arguments(tmp_path), str(own), {"--model_name_or_path": str(tmp_path / "checkpoint-9")})
 
 
 def test_the_user_s_word_for_a_checkpoint_of_another_run(tmp_path):
@@ -156,3 +239,41 @@ def test_replaced_files_are_kept_until_the_new_training_is_saved(tmp_path):
         assert (tmp_path / folder / "adapter_config.json").read_text() == f"adapter_config.json {index}"
     forget_replaced(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "_run.json", "notes.txt"]
+
+
+def test_only_what_was_moved_is_deleted(tmp_path):
+    for name in ("_replaced", "_replaced_notes", "_replaced-7", "_replaced-old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("mine")
+    before = contents(tmp_path)
+    claim_output_folder(arguments(tmp_path), None)
+    forget_replaced(tmp_path)
+    (tmp_path / "_run.json").unlink()
+    assert contents(tmp_path) == before
+
+    own = write_checkpoint(tmp_path, 9)
+    (tmp_path / "checkpoint-10").symlink_to(tmp_path / "_replaced-7")
+    run = claim_output_folder(arguments(tmp_path, overwrite=True), None)
+    assert not own.exists() and (tmp_path / "_replaced-2" / "checkpoint-9").exists()
+    # a run that is resumed deletes it as well; what the user has put beside stays
+    (tmp_path / "_replaced-2" / "mine.txt").write_text("mine")
+    assert claim_output_folder(arguments(tmp_path), str(write_checkpoint(tmp_path, 2, run))) == run
+    forget_replaced(tmp_path)
+    assert [path.name for path in (tmp_path / "_replaced-2").iterdir()] == ["mine.txt"]
+    assert before.items() <= contents(tmp_path).items()
+
+    # nor what lies behind a link that took the folder's place
+    here, run = tmp_path / "a", write_checkpoint(tmp_path / "a", 1)
+    claim_output_folder(arguments(here, overwrite=True), None)
+    (here / "_replaced").rename(tmp_path / "kept")
+    (here / "_replaced").symlink_to(tmp_path / "kept")
+    forget_replaced(here)
+    assert (tmp_path / "kept" / run.name).is_dir()
+
+
+def test_another_run_leaves_what_was_replaced(tmp_path):
+    (tmp_path / "adapter_model.safetensors").write_text("a")
+    claim_output_folder(arguments(tmp_path, overwrite=True), None)
+    claim_output_folder(arguments(tmp_path), None)
+    forget_replaced(tmp_path)
+    assert (tmp_path / "_replaced" / "adapter_model.safetensors").read_text() == "a"
