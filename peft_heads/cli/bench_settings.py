@@ -39,16 +39,19 @@ def effective_lines(specs: list[RunSpec], any_size: bool = False) -> list[str]:
 
 def _images(specs: list[RunSpec]) -> dict[str, str]:
     """How training and evaluation images are read."""
-    names = ("size", "resize", "crop", "filter", "normalization", "image_range")
     parts = {"train": "images", "eval": "evaluated"}
     return {
-        title: describe_settings(
-            merge_settings(
-                [{k: spec.preprocessing[part][k] for k in names if k in spec.preprocessing[part]} for spec in specs]
-            )
-        )
+        title: describe_settings(merge_settings([_image_settings(spec.preprocessing[part]) for spec in specs]))
         for part, title in parts.items()
     }
+
+
+def _image_settings(preprocessing: dict[str, Any]) -> dict[str, Any]:
+    names = ("size", "resize", "crop", "filter", "normalization")
+    settings = {name: preprocessing[name] for name in names}
+    if "image_range" in preprocessing:
+        settings["image_range"] = "{} to {}".format(*preprocessing["image_range"])
+    return settings
 
 
 def _unique(values: Iterable[str]) -> list[str]:
