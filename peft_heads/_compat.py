@@ -265,13 +265,11 @@ class Loading:
 
     Attributes:
         key_mapping, ignore_mismatched_sizes: As of `PeftModel.from_pretrained`.
-        trusts_file: Whether the configuration is what the folder says, not what its user or the model says.
         checked: Configurations whose folders have been found to fit the model.
     """
 
     key_mapping: dict[str, str] | None = None
     ignore_mismatched_sizes: bool = False
-    trusts_file: bool = False
     checked: list[PeftConfig] = field(default_factory=list)
 
 

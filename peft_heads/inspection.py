@@ -268,7 +268,7 @@ def _check(folder: Path, weights: Path, model: nn.Module | None) -> None:
     source = {"path_or_repo": os.fspath(folder)}
     config = PeftConfig.from_pretrained(os.fspath(folder))
     if model is not None:
-        check_before_writing(model, config, source, Loading(trusts_file=True))
+        check_before_writing(model, config, source, Loading())
         return
     for key, info in read_infos(weights).items():
         expected = "bool" if is_settings_key(key) or MASK_KEY in key else "uint8" if key.endswith(PACKED) else None

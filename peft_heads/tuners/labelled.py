@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -85,9 +84,7 @@ class LabelledTuner:
         try:
             follow_file(peft_config, self.model)
             if loading is not None:
-                check_folder(
-                    type(self), self.model, peft_config, peft_config.source, replace(loading, trusts_file=True)
-                )
+                check_folder(type(self), self.model, peft_config, peft_config.source, loading)
                 loading.checked.append(peft_config)
         except OSError:  # of the network
             raise

@@ -102,8 +102,6 @@ def check_folder(tuner: type, model: nn.Module, config: SavedConfig, source: dic
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tuner._remap_adapter_state_dict_for_load(trial, config, TRIAL, tensors)
-        if loading.trusts_file:
-            _check_bits(config, infos)
         if not loading.ignore_mismatched_sizes:
             _check_heads(heads, infos, places, get_labels(model), labels)
     except OSError:
@@ -346,22 +344,6 @@ def _check_heads(
             raise ValueError(
                 f"{name} has {outputs} outputs, but {LABELS_FILE} names {len(labels)} classes; they were edited, or "
                 "belong to different adapters"
-            )
-
-
-def _check_bits(config: SavedConfig, infos: dict[str, TensorInfo]) -> None:
-    """Raise ValueError for k-bit weights that are not packed, in a file that does not note how many bits they have."""
-    packed = {
-        "adapter_bits": any(key.endswith(PACKED) for key in infos),
-        "classifier_bits": any(info.dtype == torch.uint8 for key, info in infos.items() if not is_adapter_key(key)),
-    }
-    noted = any(is_settings_key(key) for key in infos)
-    for name, is_packed in packed.items():
-        if getattr(config, name, 32) != 32 and not is_packed and not noted:
-            raise ValueError(
-                f"the configuration says {name}={getattr(config, name)}, but the adapter file notes no bits, as those of "
-                f"full precision do: it was edited; or, if an early peft_heads has saved it, say so by handing the "
-                "configuration over (config=HeadMaskedLoraConfig(…))"
             )
 
 

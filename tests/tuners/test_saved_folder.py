@@ -11,6 +11,7 @@ from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 
 from peft_heads import HeadMaskedLoraConfig, RLRRConfig, get_head_masks, load_image_classifier, set_head_masks
+from peft_heads.inspection import inspect_adapter
 
 
 HEAD = "base_model.model.classifier."
@@ -67,18 +68,6 @@ CONTRADICTIONS = {
     ),
     "scope": (HeadMaskedLoraConfig(), {"mask_scope": "head"}, None, "saved without mask_scope=head"),
     "bits": (HeadMaskedLoraConfig(), {"adapter_bits": 2}, None, "saved without adapter_bits=2"),
-    "bits of a plain adapter": (
-        HeadMaskedLoraConfig(ne=0),
-        {"adapter_bits": 8},
-        None,
-        "adapter_bits=8, but .* no bits",
-    ),
-    "classifier's bits": (
-        HeadMaskedLoraConfig(ne=0),
-        {"classifier_bits": 1},
-        None,
-        "classifier_bits=1, but .* no bits",
-    ),
     "frozen weight": (
         HeadMaskedLoraConfig(),
         {},
@@ -255,6 +244,26 @@ def test_k_bit_adapters_of_every_width_are_the_first_thing_loaded(tmp_path, monk
     for bits, logits in wanted.items():
         loaded = PeftModel.from_pretrained(tiny.make("vit"), tmp_path / str(bits))
         assert torch.equal(loaded(tiny.images()).logits, logits)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        HeadMaskedLoraConfig(ne=1, adapter_bits=2, classifier_bits=1),
+        HeadMaskedLoraConfig(ne=0, adapter_bits=1),
+        HeadMaskedLoraConfig(ne=0, classifier_bits=8),
+    ],
+)
+def test_k_bit_files_from_before_bits_were_noted_are_believed(tmp_path, config):
+    model = save(tmp_path, config)
+    wanted = model(tiny.images()).logits
+    edit(tmp_path, lambda weights: weights.pop(next(key for key in weights if "settings" in key)))
+    loaded = PeftModel.from_pretrained(tiny.make("vit"), tmp_path)
+    assert torch.equal(loaded(tiny.images()).logits, wanted)
+    loaded.load_adapter(tmp_path, "other")
+    loaded.load_adapter(tmp_path, "default")
+    assert torch.equal(loaded(tiny.images()).logits, wanted)
+    inspect_adapter(tmp_path)
 
 
 @pytest.mark.parametrize(
