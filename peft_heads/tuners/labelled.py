@@ -17,7 +17,7 @@ from ..heads.traversal import own_modules
 from .calls import watch_calls
 from .head_mask import masked_layers
 from .saved_config import SavedConfig
-from .saved_folder import check_folder
+from .saved_folder import check_folder, modules_in_file
 from .saved_keys import BASE, follow_file
 from .setting_types import refusal
 from .task_heads import (
@@ -84,6 +84,7 @@ class LabelledTuner:
         try:
             follow_file(peft_config, self.model)
             if loading is not None:
+                peft_config.modules_to_save = modules_in_file(peft_config)
                 check_folder(type(self), self.model, peft_config, peft_config.source, loading)
                 loading.checked.append(peft_config)
         except OSError:  # of the network

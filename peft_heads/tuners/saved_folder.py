@@ -111,10 +111,12 @@ def check_folder(tuner: type, model: nn.Module, config: SavedConfig, source: dic
 
 
 def check_before_writing(model: nn.Module, config: SavedConfig, source: dict[str, Any], loading: Loading) -> None:
-    """As `check_folder`, for an adapter that the model has: its place is about to be another's."""
+    """As `check_folder`, for an adapter that the model has, or that it gets with a configuration of the user's own."""
     base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = copy.copy(config)
     try:
+        if config.source is not None:
+            config.modules_to_save = modules_in_file(config)
         config.source = source
         follow_file(config, base_model)
         config.adapter_files = AdapterFiles(labels_in_file=find_labels(**source))
@@ -123,6 +125,15 @@ def check_before_writing(model: nn.Module, config: SavedConfig, source: dict[str
         raise
     except Exception as error:
         raise refusal(source["path_or_repo"], error) from error
+
+
+def modules_in_file(config: SavedConfig) -> set[str] | list[str] | str:
+    """What a saved adapter trains in full: nothing where its configuration does not say.
+
+    None was found in the model that it was saved from. In another model, or by a later version, one may be found, of
+    which the adapter knows nothing.
+    """
+    return [] if config.modules_to_save is None else config.modules_to_save
 
 
 def try_adapter(tuner: type, model: nn.Module, config: SavedConfig) -> tuple[nn.Module, SavedConfig]:

@@ -137,6 +137,31 @@ def test_a_huge_rank_takes_neither_memory_nor_time(tmp_path):
     assert time.monotonic() - begin < 5
 
 
+@pytest.mark.parametrize("make_config", [HeadMaskedLoraConfig, RLRRConfig])
+def test_an_adapter_saved_where_no_classifier_was_found(tmp_path, make_config):
+    """It loads onto a model whose classifier is found, and leaves that alone."""
+    model = save(tmp_path, make_config(ne=1, modules_to_save=[]))
+    edit(tmp_path, modules_to_save=None)
+    x = tiny.images()
+    wanted = model(x).logits
+    loaded = PeftModel.from_pretrained(tiny.make("vit"), tmp_path)
+    assert torch.equal(loaded(x).logits, wanted) and not loaded.peft_config["default"].modules_to_save
+    for name in ("other", "default"):
+        loaded.load_adapter(tmp_path, name)
+        loaded.set_adapter(name)
+        assert torch.equal(loaded(x).logits, wanted)
+    if make_config is HeadMaskedLoraConfig:
+        hotswap_adapter(loaded, tmp_path, "default")
+        assert torch.equal(loaded(x).logits, wanted)
+    tiny.make("vit").save_pretrained(tmp_path / "base")
+    inspect_adapter(tmp_path, base_model=tmp_path / "base")
+    # of settings without weights a new adapter is made, which trains the classifier
+    make_config(ne=1).save_pretrained(tmp_path / "settings")
+    config = make_config.from_pretrained(tmp_path / "settings")
+    get_peft_model(tiny.make("vit"), config)
+    assert list(config.modules_to_save) == ["classifier"]
+
+
 def test_a_part_of_the_weights_as_a_dict_is_peft_s(tmp_path):
     model = save(tmp_path, HeadMaskedLoraConfig())
     part = {
