@@ -176,6 +176,26 @@ def test_a_part_of_the_weights_as_a_dict_is_peft_s(tmp_path):
     assert other.get_base_model().vit.layernorm.weight[0] == 7
 
 
+@pytest.mark.parametrize("make_config", [HeadMaskedLoraConfig, RLRRConfig])
+def test_a_bad_folder_with_a_configuration_of_the_user_s(tmp_path, make_config):
+    model = save(tmp_path / "good", make_config(ne=1))
+    base = tiny.make("vit")
+    loaded = PeftModel.from_pretrained(base, str(tmp_path / "good"), config=make_config(ne=1))
+    assert torch.equal(loaded(tiny.images()).logits, model(tiny.images()).logits)
+    save(tmp_path / "bad", make_config(ne=1))
+    edit(
+        tmp_path / "bad",
+        lambda weights: weights.pop(next(key for key in weights if ".lora_A" in key or ".rlrr_left" in key)),
+    )
+    base = tiny.make("vit")
+    before, config = state(base), make_config(ne=1)
+    with pytest.raises(ValueError, match="it has no ") as caught:
+        PeftModel.from_pretrained(base, tmp_path / "bad", config=config)
+    assert str(tmp_path / "bad") in str(caught.value)
+    assert_same_state(base, before)
+    assert config.target_modules is None and config.modules_to_save is None
+
+
 def test_a_configuration_from_a_folder_may_be_changed_for_a_new_adapter(tmp_path):
     save(tmp_path, HeadMaskedLoraConfig())
     config = HeadMaskedLoraConfig.from_pretrained(tmp_path)
