@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import inspect
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 from peft.tuners import tuners_utils
-from peft.utils import PeftType, hotswap, register_peft_method
+from peft.utils import CONFIG_NAME, PeftType, hotswap, register_peft_method
 from torch import nn
 
 
@@ -44,6 +45,10 @@ TUNER_HOOKS = (
     "_replace_module",
     "_unload_and_optionally_merge",
 )
+
+# Of a loaded adapter of ours, by the kind of fault that transformers takes them for: a mask that is missing says that
+# all heads are active, and noted settings, which have no place in a model, have been read by the tuner.
+NO_FAULTS = {"missing_keys": r"_head_mask\..*\.off$", "unexpected_keys": r"(^|\.)(lora|rlrr)_settings\b"}
 
 
 def is_own(config: Any) -> bool:
@@ -366,8 +371,11 @@ def announce_loading(
 def announce_loading_by_transformers() -> None:
     """The same for `model.load_adapter` of transformers, which hands tuners a configuration alone.
 
+    What its report takes for faults and is none (`NO_FAULTS`) is not reported.
+
     Delete together with `announce_loading`.
     """
+    from transformers.integrations import peft as integration
     from transformers.integrations.peft import PeftAdapterMixin
 
     load = PeftAdapterMixin.load_adapter
@@ -377,19 +385,41 @@ def announce_loading_by_transformers() -> None:
     @functools.wraps(load)
     def load_adapter(self, *args: Any, **kwargs: Any):
         given = inspect.signature(load).bind(self, *args, **kwargs).arguments
-        if given.get("adapter_state_dict") is not None:
+        if given.get("adapter_state_dict") is not None or _is_of_others(given):
             return load(self, *args, **kwargs)
-        ignored = self._keys_to_ignore_on_load_unexpected
-        # our tuners read it themselves; to transformers it is a weight without a place
-        self._keys_to_ignore_on_load_unexpected = {*(ignored or ()), r"(lora|rlrr)_settings"}
-        try:
-            with loading_begins(Loading(getattr(self, "_checkpoint_conversion_mapping", None))):
-                return load(self, *args, **kwargs)
-        finally:
-            self._keys_to_ignore_on_load_unexpected = ignored
+        with loading_begins(Loading(getattr(self, "_checkpoint_conversion_mapping", None))):
+            return load(self, *args, **kwargs)
 
     load_adapter.extended_by_peft_heads = True
     PeftAdapterMixin.load_adapter = load_adapter
+    report = getattr(integration, "log_state_dict_report", None)
+    if report is None:  # transformers 4 reports in another way
+        return
+
+    @functools.wraps(report)
+    def log_state_dict_report(*args: Any, **kwargs: Any):
+        info = inspect.signature(report).bind(*args, **kwargs).arguments["loading_info"]
+        if current_loading() is not None:
+            for kind, pattern in NO_FAULTS.items():
+                keys = getattr(info, kind)
+                setattr(info, kind, type(keys)(key for key in keys if not re.search(pattern, key)))
+        return report(*args, **kwargs)
+
+    integration.log_state_dict_report = log_state_dict_report
+
+
+def _is_of_others(given: dict[str, Any]) -> bool:
+    """Whether the arguments of transformers' `load_adapter` are known to mean no adapter of ours; not of repositories."""
+    if given.get("peft_config") is not None:
+        return not is_own(given["peft_config"])
+    options = {
+        **getattr(given.get("load_config"), "download_kwargs", {}),
+        **given.get("kwargs", {}),
+        **(given.get("adapter_kwargs") or {}),
+    }
+    folder, subfolder = given.get("peft_model_id") or "", options.get("subfolder")
+    is_there = os.path.isfile(os.path.join(folder, subfolder or "", CONFIG_NAME))
+    return is_there and _config_class(folder, subfolder) is None
 
 
 def expand_all_linear(config: PeftConfig, model: nn.Module) -> None:
