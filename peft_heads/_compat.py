@@ -192,13 +192,14 @@ def extend_hotswap_check(check: Callable[[PeftConfig, PeftConfig], None]) -> Non
 
 
 def extend_hotswap(
-    prepare: Callable[[nn.Module, dict[str, torch.Tensor], str], dict[str, torch.Tensor]],
+    prepare: Callable[[nn.Module, dict[str, torch.Tensor], str, PeftConfig], dict[str, torch.Tensor]],
     check_padding: Callable[[nn.Module, int], None],
 ) -> None:
     """Let a method prepare the weights that PEFT swaps in, and refuse the ranks that PEFT pads to.
 
     Args:
-        prepare: Of the model, the new weights and the adapter's name: the weights as they are swapped in.
+        prepare: Of the model, the new weights, the adapter's name and the new configuration: the weights as they are
+            swapped in.
         check_padding: Of the model and the rank. It is asked twice, because whoever has imported PEFT's function
             before us goes past the first time; scalings are tensors the second time, of the same values.
 
@@ -210,8 +211,9 @@ def extend_hotswap(
     pad = getattr(hotswap, "_pad_lora_weights", None)
 
     @functools.wraps(swap)
-    def hotswap_adapter_from_state_dict(model, state_dict, adapter_name, *args, **kwargs):
-        return swap(model, prepare(model, state_dict, adapter_name), adapter_name, *args, **kwargs)
+    def hotswap_adapter_from_state_dict(model, state_dict, adapter_name, config, *args, **kwargs):
+        state_dict = prepare(model, state_dict, adapter_name, config)
+        return swap(model, state_dict, adapter_name, config, *args, **kwargs)
 
     @functools.wraps(prepare_model)
     def prepare_model_for_compiled_hotswap(model, *, target_rank=None, **kwargs):
@@ -296,30 +298,20 @@ def loading_begins(loading: Loading) -> Iterator[Loading]:
         _loading.reset(token)
 
 
-def announce_loading(
-    check: Callable[[nn.Module, str, dict[str, Any], Loading], None],
-    is_ours: Callable[[PeftConfig], bool],
-    take_weights: Callable[[dict[str, Any]], dict[str, Any]],
-) -> None:
+def announce_loading(check: Callable[[nn.Module, PeftConfig, dict[str, Any], Loading], None]) -> None:
     """Let tuners know that a saved folder is being loaded: PEFT tells them neither this nor what its user has said.
 
-    A folder that is loaded into an adapter which exists, or hot-swapped, is checked before PEFT reads it; an adapter
+    A folder that is loaded into an adapter which exists is checked before PEFT reads it; an adapter
     that was added and whose weights then cannot be loaded is taken out again.
 
     Delete when PEFT hands tuners the source and the arguments of `load_adapter`.
 
     Args:
         check: Called with model, configuration and source (arguments of `hf_hub_download`); raises ValueError.
-        is_ours: Whether a configuration is one of ours.
-        take_weights: Of what a file holds, what hot-swapping may write.
     """
     if hasattr(PeftModel.load_adapter, "extended_by_peft_heads"):
         return
-    create, load, swap = (
-        PeftModel.from_pretrained.__func__,
-        PeftModel.load_adapter,
-        hotswap.hotswap_adapter_from_state_dict,
-    )
+    create, load = PeftModel.from_pretrained.__func__, PeftModel.load_adapter
 
     @functools.wraps(create)
     def from_pretrained(cls, model: nn.Module, *args: Any, **kwargs: Any):
@@ -342,7 +334,7 @@ def announce_loading(
         outer, exists = current_loading(), adapter_name in self.peft_config
         own = Loading(given.get("key_mapping"), rest.get("ignore_mismatched_sizes", False))
         with loading_begins(outer or own) as loading:
-            if exists and is_ours(self.peft_config[adapter_name]):
+            if exists and is_own(self.peft_config[adapter_name]):
                 config = self.peft_config[adapter_name]
                 if not any(config is other for other in loading.checked):
                     download_kwargs, _ = self._split_kwargs(rest)
@@ -350,22 +342,13 @@ def announce_loading(
             try:
                 return load(self, model_id, adapter_name, *args, **kwargs)
             except BaseException:
-                if not exists and adapter_name in self.peft_config and is_ours(self.peft_config[adapter_name]):
+                if not exists and adapter_name in self.peft_config and is_own(self.peft_config[adapter_name]):
                     self.delete_adapter(adapter_name)
                 raise
-
-    @functools.wraps(swap)
-    def hotswap_adapter_from_state_dict(model, state_dict, adapter_name, config, *args: Any, **kwargs: Any):
-        if is_ours(config):
-            if config.source is not None:
-                check(getattr(model, "_orig_mod", model), config, config.source, Loading())
-            state_dict = take_weights(state_dict)
-        return swap(model, state_dict, adapter_name, config, *args, **kwargs)
 
     load_adapter.extended_by_peft_heads = True
     PeftModel.from_pretrained = classmethod(from_pretrained)
     PeftModel.load_adapter = load_adapter
-    hotswap.hotswap_adapter_from_state_dict = hotswap_adapter_from_state_dict
 
 
 def announce_loading_by_transformers() -> None:

@@ -109,6 +109,11 @@ def test_hotswap_of_others_is_checked_as_peft_does(monkeypatch):
         hotswap.check_hotswap_configs_compatible(HeadMaskedLoraConfig(ne=1), HeadMaskedLoraConfig(ne=0))
 
 
+def test_hotswapping_is_extended_once():
+    inner = hotswap.hotswap_adapter_from_state_dict.__wrapped__
+    assert inner.__module__ == "peft.utils.hotswap" and not hasattr(inner, "__wrapped__")
+
+
 @pytest.fixture
 def uploaded(monkeypatch):
     """What `push_to_hub` would have uploaded, by file name; the card is then the Hub's template, as on the Hub."""
