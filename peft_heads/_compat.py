@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import inspect
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 from peft.tuners import tuners_utils
-from peft.utils import PeftType, hotswap, register_peft_method
+from peft.utils import CONFIG_NAME, PeftType, hotswap, register_peft_method
 from torch import nn
 
 
@@ -44,6 +45,10 @@ TUNER_HOOKS = (
     "_replace_module",
     "_unload_and_optionally_merge",
 )
+
+# Of a loaded adapter of ours, by the kind of fault that transformers takes them for: a mask that is missing says that
+# all heads are active, and noted settings, which have no place in a model, have been read by the tuner.
+NO_FAULTS = {"missing_keys": r"_head_mask\..*\.off$", "unexpected_keys": r"(^|\.)(lora|rlrr)_settings\b"}
 
 
 def is_own(config: Any) -> bool:
@@ -187,13 +192,14 @@ def extend_hotswap_check(check: Callable[[PeftConfig, PeftConfig], None]) -> Non
 
 
 def extend_hotswap(
-    prepare: Callable[[nn.Module, dict[str, torch.Tensor], str], dict[str, torch.Tensor]],
+    prepare: Callable[[nn.Module, dict[str, torch.Tensor], str, PeftConfig], dict[str, torch.Tensor]],
     check_padding: Callable[[nn.Module, int], None],
 ) -> None:
     """Let a method prepare the weights that PEFT swaps in, and refuse the ranks that PEFT pads to.
 
     Args:
-        prepare: Of the model, the new weights and the adapter's name: the weights as they are swapped in.
+        prepare: Of the model, the new weights, the adapter's name and the new configuration: the weights as they are
+            swapped in.
         check_padding: Of the model and the rank. It is asked twice, because whoever has imported PEFT's function
             before us goes past the first time; scalings are tensors the second time, of the same values.
 
@@ -205,8 +211,9 @@ def extend_hotswap(
     pad = getattr(hotswap, "_pad_lora_weights", None)
 
     @functools.wraps(swap)
-    def hotswap_adapter_from_state_dict(model, state_dict, adapter_name, *args, **kwargs):
-        return swap(model, prepare(model, state_dict, adapter_name), adapter_name, *args, **kwargs)
+    def hotswap_adapter_from_state_dict(model, state_dict, adapter_name, config, *args, **kwargs):
+        state_dict = prepare(model, state_dict, adapter_name, config)
+        return swap(model, state_dict, adapter_name, config, *args, **kwargs)
 
     @functools.wraps(prepare_model)
     def prepare_model_for_compiled_hotswap(model, *, target_rank=None, **kwargs):
@@ -265,13 +272,11 @@ class Loading:
 
     Attributes:
         key_mapping, ignore_mismatched_sizes: As of `PeftModel.from_pretrained`.
-        trusts_file: Whether the configuration is what the folder says, not what its user or the model says.
         checked: Configurations whose folders have been found to fit the model.
     """
 
     key_mapping: dict[str, str] | None = None
     ignore_mismatched_sizes: bool = False
-    trusts_file: bool = False
     checked: list[PeftConfig] = field(default_factory=list)
 
 
@@ -293,30 +298,20 @@ def loading_begins(loading: Loading) -> Iterator[Loading]:
         _loading.reset(token)
 
 
-def announce_loading(
-    check: Callable[[nn.Module, str, dict[str, Any], Loading], None],
-    is_ours: Callable[[PeftConfig], bool],
-    take_weights: Callable[[dict[str, Any]], dict[str, Any]],
-) -> None:
+def announce_loading(check: Callable[[nn.Module, PeftConfig, dict[str, Any], Loading], None]) -> None:
     """Let tuners know that a saved folder is being loaded: PEFT tells them neither this nor what its user has said.
 
-    A folder that is loaded into an adapter which exists, or hot-swapped, is checked before PEFT reads it; an adapter
+    A folder that is loaded into an adapter which exists is checked before PEFT reads it; an adapter
     that was added and whose weights then cannot be loaded is taken out again.
 
     Delete when PEFT hands tuners the source and the arguments of `load_adapter`.
 
     Args:
         check: Called with model, configuration and source (arguments of `hf_hub_download`); raises ValueError.
-        is_ours: Whether a configuration is one of ours.
-        take_weights: Of what a file holds, what hot-swapping may write.
     """
     if hasattr(PeftModel.load_adapter, "extended_by_peft_heads"):
         return
-    create, load, swap = (
-        PeftModel.from_pretrained.__func__,
-        PeftModel.load_adapter,
-        hotswap.hotswap_adapter_from_state_dict,
-    )
+    create, load = PeftModel.from_pretrained.__func__, PeftModel.load_adapter
 
     @functools.wraps(create)
     def from_pretrained(cls, model: nn.Module, *args: Any, **kwargs: Any):
@@ -324,7 +319,12 @@ def announce_loading(
         # the same default as PEFT's
         mapping = given.get("key_mapping") or getattr(model, "_checkpoint_conversion_mapping", None)
         ignore = given.get("kwargs", {}).get("ignore_mismatched_sizes", False)
-        with loading_begins(Loading(mapping, ignore)):
+        with loading_begins(Loading(mapping, ignore)) as loading:
+            config = given.get("config")
+            if is_own(config) and config.source is None:
+                # a folder's own is checked when it is prepared; with another PEFT adds the adapter before it reads
+                download_kwargs, _ = cls._split_kwargs(given.get("kwargs", {}))
+                check(model, config, {"path_or_repo": os.fspath(given["model_id"]), **download_kwargs}, loading)
             return create(cls, model, *args, **kwargs)
 
     @functools.wraps(load)
@@ -334,7 +334,7 @@ def announce_loading(
         outer, exists = current_loading(), adapter_name in self.peft_config
         own = Loading(given.get("key_mapping"), rest.get("ignore_mismatched_sizes", False))
         with loading_begins(outer or own) as loading:
-            if exists and is_ours(self.peft_config[adapter_name]):
+            if exists and is_own(self.peft_config[adapter_name]):
                 config = self.peft_config[adapter_name]
                 if not any(config is other for other in loading.checked):
                     download_kwargs, _ = self._split_kwargs(rest)
@@ -342,29 +342,23 @@ def announce_loading(
             try:
                 return load(self, model_id, adapter_name, *args, **kwargs)
             except BaseException:
-                if not exists and adapter_name in self.peft_config and is_ours(self.peft_config[adapter_name]):
+                if not exists and adapter_name in self.peft_config and is_own(self.peft_config[adapter_name]):
                     self.delete_adapter(adapter_name)
                 raise
-
-    @functools.wraps(swap)
-    def hotswap_adapter_from_state_dict(model, state_dict, adapter_name, config, *args: Any, **kwargs: Any):
-        if is_ours(config):
-            if config.source is not None:
-                check(getattr(model, "_orig_mod", model), config, config.source, Loading())
-            state_dict = take_weights(state_dict)
-        return swap(model, state_dict, adapter_name, config, *args, **kwargs)
 
     load_adapter.extended_by_peft_heads = True
     PeftModel.from_pretrained = classmethod(from_pretrained)
     PeftModel.load_adapter = load_adapter
-    hotswap.hotswap_adapter_from_state_dict = hotswap_adapter_from_state_dict
 
 
 def announce_loading_by_transformers() -> None:
     """The same for `model.load_adapter` of transformers, which hands tuners a configuration alone.
 
+    What its report takes for faults and is none (`NO_FAULTS`) is not reported.
+
     Delete together with `announce_loading`.
     """
+    from transformers.integrations import peft as integration
     from transformers.integrations.peft import PeftAdapterMixin
 
     load = PeftAdapterMixin.load_adapter
@@ -374,19 +368,41 @@ def announce_loading_by_transformers() -> None:
     @functools.wraps(load)
     def load_adapter(self, *args: Any, **kwargs: Any):
         given = inspect.signature(load).bind(self, *args, **kwargs).arguments
-        if given.get("adapter_state_dict") is not None:
+        if given.get("adapter_state_dict") is not None or _is_of_others(given):
             return load(self, *args, **kwargs)
-        ignored = self._keys_to_ignore_on_load_unexpected
-        # our tuners read it themselves; to transformers it is a weight without a place
-        self._keys_to_ignore_on_load_unexpected = {*(ignored or ()), r"(lora|rlrr)_settings"}
-        try:
-            with loading_begins(Loading(getattr(self, "_checkpoint_conversion_mapping", None))):
-                return load(self, *args, **kwargs)
-        finally:
-            self._keys_to_ignore_on_load_unexpected = ignored
+        with loading_begins(Loading(getattr(self, "_checkpoint_conversion_mapping", None))):
+            return load(self, *args, **kwargs)
 
     load_adapter.extended_by_peft_heads = True
     PeftAdapterMixin.load_adapter = load_adapter
+    report = getattr(integration, "log_state_dict_report", None)
+    if report is None:  # transformers 4 reports in another way
+        return
+
+    @functools.wraps(report)
+    def log_state_dict_report(*args: Any, **kwargs: Any):
+        info = inspect.signature(report).bind(*args, **kwargs).arguments["loading_info"]
+        if current_loading() is not None:
+            for kind, pattern in NO_FAULTS.items():
+                keys = getattr(info, kind)
+                setattr(info, kind, type(keys)(key for key in keys if not re.search(pattern, key)))
+        return report(*args, **kwargs)
+
+    integration.log_state_dict_report = log_state_dict_report
+
+
+def _is_of_others(given: dict[str, Any]) -> bool:
+    """Whether the arguments of transformers' `load_adapter` are known to mean no adapter of ours; not of repositories."""
+    if given.get("peft_config") is not None:
+        return not is_own(given["peft_config"])
+    options = {
+        **getattr(given.get("load_config"), "download_kwargs", {}),
+        **given.get("kwargs", {}),
+        **(given.get("adapter_kwargs") or {}),
+    }
+    folder, subfolder = given.get("peft_model_id") or "", options.get("subfolder")
+    is_there = os.path.isfile(os.path.join(folder, subfolder or "", CONFIG_NAME))
+    return is_there and _config_class(folder, subfolder) is None
 
 
 def expand_all_linear(config: PeftConfig, model: nn.Module) -> None:

@@ -23,6 +23,7 @@ from .data.images import load_image_processor
 from .image_classifier import fetch_adapter, load_adapter, quiet_loading
 from .migration import ADAPTER_TYPES, LORA_TYPES
 from .tuners import pack_adapter
+from .tuners.head_mask import LORA_MASK
 from .tuners.head_masked_lora.packed import PACKED
 from .tuners.head_masked_lora.state_dict import write_quantized
 from .tuners.saved_settings import is_settings_key
@@ -76,7 +77,7 @@ def export_lora(
         model, _ = load_complete_adapter(source, base_model)
         weights = get_peft_model_state_dict(model, save_embedding_layers=False)
         write_quantized(model, model.active_adapter, weights)
-        ours = ("lora_head_mask.mask", PACKED)
+        ours = (LORA_MASK, PACKED)
         weights = {
             key: tensor.contiguous()
             for key, tensor in weights.items()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._compat import mismatched_keys, support_peft_in_image_pipelines
+from ._compat import is_own, mismatched_keys, support_peft_in_image_pipelines
 from .adapter_files import check_folder_files, read_labels, read_settings
 
 
@@ -73,7 +73,7 @@ def fetch_adapter(path_or_repo: str | os.PathLike, subfolder: str | None = None,
     from huggingface_hub import snapshot_download
     from peft.utils import WEIGHTS_NAME
 
-    from .tuners.saved_settings import check_foreign
+    from .tuners.saved_settings import check_foreign, check_ranks
     from .weights_file import NAMES, find_weights, read_infos
 
     folder = os.fspath(path_or_repo)
@@ -106,6 +106,8 @@ def fetch_adapter(path_or_repo: str | os.PathLike, subfolder: str | None = None,
         read_infos(weights)
     else:
         check_foreign(settings.get("peft_type"), weights)
+        if settings.get("peft_type") == "LORA":
+            check_ranks(settings, weights)
     return Path(folder)
 
 
@@ -130,6 +132,7 @@ def load_adapter(
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     from .tuners.saved_keys import is_adapter_key, module_of, saved_keys
+    from .tuners.setting_types import refusal
 
     settings = read_settings(folder)
     if settings.get("peft_type") not in PEFT_TYPE_TO_CONFIG_MAPPING:
@@ -157,7 +160,14 @@ def load_adapter(
         ) from error
     trained = {module_of(key) + "." for key in saved_keys(folder) if not is_adapter_key(key)}
     untrained = sorted({*info["missing_keys"], *mismatched_keys(info)})
-    model = PeftModel.from_pretrained(model, os.fspath(folder)).eval()
+    try:
+        model = PeftModel.from_pretrained(model, os.fspath(folder)).eval()
+    except OSError:
+        raise
+    except Exception as error:
+        if is_own(adapter_config):  # checked before, so that this is no fault of the folder's
+            raise
+        raise refusal(folder, error) from error
     return model, [name for name in untrained if not name.startswith(tuple(trained))]
 
 

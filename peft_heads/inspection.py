@@ -25,6 +25,7 @@ from .image_classifier import fetch_adapter
 from .migration import empty_base_model
 from .packing import unpack_module
 from .quantization import quantize
+from .tuners.head_mask import LORA_MASK, is_mask_key
 from .tuners.head_masked_lora.config import FULL_PRECISION
 from .tuners.head_masked_lora.packed import PACKED
 from .tuners.saved_folder import check_before_writing
@@ -34,7 +35,6 @@ from .tuners.setting_types import refusal
 from .weights_file import find_weights, read_infos, read_weights
 
 
-MASK_KEY = "_head_mask"
 OURS = ("HEAD_MASKED_LORA", "RLRR")
 PARTS = ("adapter", "classification head", "masks and header")
 
@@ -243,7 +243,7 @@ def _unpacked(
         names = [f"{prefix}lora_A.weight", f"{prefix}lora_B.weight"] if is_lora else [key]
         unpacked |= {name: matrix.values() for name, matrix in zip(names, matrices, strict=True)}
         if mask is not None:
-            unpacked[f"{prefix}lora{MASK_KEY}.mask"] = mask
+            unpacked[prefix + LORA_MASK] = mask
     return unpacked
 
 
@@ -253,7 +253,7 @@ def _quantized(
     """The factors as a k-bit adapter acts by them; what stands in rows of deactivated heads stays to be seen."""
     quantized = dict(tensors)
     for key, tensor in tensors.items():
-        mask = tensors.get(key.replace("lora_B.weight", f"lora{MASK_KEY}.mask"))
+        mask = tensors.get(key.replace("lora_B.weight", LORA_MASK))
         layout = layouts.get(module_of(key))
         if key.endswith("lora_A.weight") or (key.endswith("lora_B.weight") and mask is None):
             quantized[key] = quantize(tensor, bits)
@@ -268,10 +268,10 @@ def _check(folder: Path, weights: Path, model: nn.Module | None) -> None:
     source = {"path_or_repo": os.fspath(folder)}
     config = PeftConfig.from_pretrained(os.fspath(folder))
     if model is not None:
-        check_before_writing(model, config, source, Loading(trusts_file=True))
+        check_before_writing(model, config, source, Loading())
         return
     for key, info in read_infos(weights).items():
-        expected = "bool" if is_settings_key(key) or MASK_KEY in key else "uint8" if key.endswith(PACKED) else None
+        expected = "bool" if is_settings_key(key) or is_mask_key(key) else "uint8" if key.endswith(PACKED) else None
         is_right = info.dtype == getattr(torch, expected) if expected else info.dtype and info.dtype.is_floating_point
         if not is_right and (is_adapter_key(key) or info.dtype != torch.uint8):
             raise ValueError(f"{weights}: {key} is a tensor of {info.dtype} (expected {expected or 'floating point'})")
@@ -305,7 +305,7 @@ def _masks(
 ) -> dict[str, torch.Tensor]:
     masks = {}
     for key, mask in tensors.items():
-        if MASK_KEY in key:
+        if is_mask_key(key):
             name = module_of(key)
             layout = layouts.get(name)
             try:
@@ -342,6 +342,6 @@ def _is_packed(tensors: dict[str, torch.Tensor]) -> bool:
 
 
 def _part_of(key: str) -> str:
-    if MASK_KEY in key:
+    if is_mask_key(key):
         return PARTS[2]
     return PARTS[0] if is_adapter_key(key) else PARTS[1]

@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftConfig, PeftMixedModel, PeftModel, get_peft_mod
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners import tuners_utils
 from peft.utils import PeftType, hotswap
+from safetensors.torch import load_file, save_file
 from transformers.utils import PushToHubMixin
 
 import peft_heads
@@ -106,6 +107,11 @@ def test_hotswap_of_others_is_checked_as_peft_does(monkeypatch):
     hotswap.check_hotswap_configs_compatible(old, new)
     with pytest.raises(ValueError, match="needs two adapters that carry head masks, or two that do not"):
         hotswap.check_hotswap_configs_compatible(HeadMaskedLoraConfig(ne=1), HeadMaskedLoraConfig(ne=0))
+
+
+def test_hotswapping_is_extended_once():
+    inner = hotswap.hotswap_adapter_from_state_dict.__wrapped__
+    assert inner.__module__ == "peft.utils.hotswap" and not hasattr(inner, "__wrapped__")
 
 
 @pytest.fixture
@@ -266,6 +272,70 @@ def test_mixin_of_transformers(make_config, without_version_check, tmp_path):
     assert torch.equal(loaded(images).logits, base_logits)
     model.delete_adapter("pets")
     assert torch.equal(model(images).logits, base_logits)
+
+
+MASK_END = "_head_mask.mask"
+
+
+def without_masks(folder, chosen=lambda key: True):
+    path = folder / "adapter_model.safetensors"
+    weights = load_file(path)
+    gone = [key for key in weights if key.endswith(MASK_END) and chosen(key)]
+    save_file({key: value for key, value in weights.items() if key not in gone}, path, metadata={"format": "pt"})
+    return gone
+
+
+@pytest.mark.filterwarnings("ignore:the adapter saved to")  # no heads are selected
+@pytest.mark.parametrize("make_config", [HeadMaskedLoraConfig, RLRRConfig])
+def test_missing_masks_are_no_weights_that_need_training(make_config, tmp_path):
+    model = get_peft_model(tiny.make("vit"), make_config(ne=1, modules_to_save=[]))
+    model.save_pretrained(tmp_path)
+    assert len(without_masks(tmp_path)) == 4
+    loaded = tiny.make("vit")
+    info = loaded.load_adapter(str(tmp_path))
+    assert not getattr(info, "missing_keys", None) and not getattr(info, "unexpected_keys", None)  # 4 returns nothing
+    assert all(mask.all() for mask in get_head_masks(loaded).values())
+
+
+def test_a_missing_mask_of_silent_heads_is_refused_by_transformers_loading(tmp_path):
+    model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=1, mask_scope="head", modules_to_save=[]))
+    tiny.randomize_lora(model)
+    set_head_masks(model, {key: torch.arange(6) != 2 for key in get_head_masks(model)})
+    model.save_pretrained(tmp_path)
+    loaded = tiny.make("vit")
+    loaded.load_adapter(str(tmp_path))
+    assert torch.equal(loaded.eval()(tiny.images()).logits, model.eval()(tiny.images()).logits)
+    (_,) = without_masks(tmp_path, lambda key: ".1." in key and key.split(".")[-3].startswith("v"))
+    loaded = tiny.make("vit")
+    with pytest.raises(ValueError, match=r"no head mask for .*1\..*, but its rows of lora_B are zero for heads \[2\]"):
+        loaded.load_adapter(str(tmp_path))
+    assert not any("lora" in name for name, _ in loaded.named_modules())
+
+
+@pytest.mark.filterwarnings("ignore:the adapter saved to")  # no heads are selected
+@pytest.mark.parametrize("make_config", [HeadMaskedLoraConfig, LoraConfig])
+def test_transformers_loading_leaves_the_model_s_patterns_alone(make_config, tmp_path):
+    config = make_config(target_modules=tiny.now(["q_proj"]))
+    get_peft_model(tiny.make("vit"), config).save_pretrained(tmp_path, save_embedding_layers=False)
+    model = tiny.make("vit")
+    for option in ("_keys_to_ignore_on_load_unexpected", "_keys_to_ignore_on_load_missing"):
+        vars(model).pop(option, None)
+    before = set(vars(model))
+    model.load_adapter(str(tmp_path))
+    added = set(vars(model)) - before
+    assert not [name for name in added if "ignore" in name]
+
+
+def test_of_a_stock_adapter_transformers_reports_everything(tmp_path):
+    """Also settings of ours, which stock LoRA would overlook."""
+    model = get_peft_model(tiny.make("vit"), LoraConfig(target_modules=tiny.now(["q_proj"])))
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file(
+        load_file(path) | {"base_model.model.lora_settings": torch.ones(3, dtype=torch.bool)}, path, {"format": "pt"}
+    )
+    info = tiny.make("vit").load_adapter(str(tmp_path))
+    assert info is None or any("lora_settings" in key for key in info.unexpected_keys)  # 4 returns nothing
 
 
 def test_import_adds_nothing_heavy():

@@ -9,9 +9,11 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification, pipeline
 
 from peft_heads import HeadMaskedLoraConfig, load_image_classifier, set_head_masks, set_image_processor
+from peft_heads.cli.errors import raised_by_this_package
 from peft_heads.cli.main import main
 from peft_heads.data.images import ImageTransform, decode_image
 from peft_heads.demo.model import load_demo_processor
@@ -113,6 +115,60 @@ def test_stock_lora_adapter(base, tmp_path):
     model.save_pretrained(tmp_path / "stock")
     loaded, _ = load_image_classifier(tmp_path / "stock")
     assert torch.equal(loaded(tiny.images()).logits, model.eval()(tiny.images()).logits)
+
+
+@pytest.fixture
+def stock(base, tmp_path):
+    """A stock LoRA adapter with ranks of 8, and of 3 for one kind of module."""
+    vit = AutoModelForImageClassification.from_pretrained(base)
+    targets, patterns = tiny.now(["q_proj", "v_proj"]), {tiny.now("v_proj"): 3}
+    model = get_peft_model(
+        vit, LoraConfig(target_modules=targets, rank_pattern=patterns, modules_to_save=["classifier"])
+    )
+    model.save_pretrained(tmp_path / "stock")
+    return model.eval(), tmp_path / "stock"
+
+
+def edit_settings(folder, **settings):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"r": 2_000_000},
+        {"r": 7},
+        {"r": "x"},
+        {"rank_pattern": {}},
+        {"rank_pattern": {".*v.*": 2_000_000}},
+        {"rank_pattern": {"(": 1}},
+    ],
+)
+def test_a_stock_adapter_whose_rank_was_edited(stock, base, tmp_path, monkeypatch, settings):
+    model, folder = stock
+    loaded, _ = load_image_classifier(folder)
+    assert torch.equal(loaded(tiny.images()).logits, model(tiny.images()).logits)
+    edit_settings(folder, **settings)
+    monkeypatch.setattr("peft.PeftModel.from_pretrained", None)  # nothing is made
+    for use in (load_image_classifier, inspect_adapter, lambda folder: export_merged(folder, tmp_path / "out")):
+        with pytest.raises(ValueError, match="rank") as caught:
+            use(folder)
+        assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+        assert raised_by_this_package(caught.value)
+
+
+def test_a_stock_adapter_that_peft_cannot_load(stock, base, tmp_path):
+    _, folder = stock
+    path = folder / "adapter_model.safetensors"
+    weights = load_file(path)
+    key = next(key for key in weights if "lora_B" in key)
+    save_file(weights | {key: weights[key][:-1].clone()}, path)
+    for use in (load_image_classifier, lambda folder: export_merged(folder, tmp_path / "out")):
+        with pytest.raises(ValueError, match="cannot be used .RuntimeError: .*lora_B") as caught:
+            use(folder)
+        assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+        assert raised_by_this_package(caught.value)
 
 
 def test_subfolder(adapter, tmp_path):

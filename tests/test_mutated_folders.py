@@ -373,8 +373,19 @@ def run_all(folders, tmp_path, mutants, change, step):
     return loaded, refused
 
 
+def leaves_no_trace(name, option, value):
+    """Whether a changed field cannot be told from what a file may have been saved with.
+
+    The file of a plain adapter notes no settings, as all files did before settings were noted: that it has few bits is
+    believed.
+    """
+    if option in ("adapter_bits", "classifier_bits"):
+        return name == "plain" and value in (1, 2, 4, 8) and value is not True
+    return option in UNSEEN and not isinstance(value, (str, list))
+
+
 def seen_fields():
-    return [m for m in field_mutants() if m[1] not in UNSEEN or isinstance(m[2], (str, list))]
+    return [m for m in field_mutants() if not leaves_no_trace(*m)]
 
 
 @pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 13])

@@ -17,6 +17,8 @@ from .saved_keys import BASE
 
 # The last part of a mask's key: in files, and in earlier versions' models; and in a model.
 IN_FILE, IN_MODEL = ".mask", ".off"
+# In the file of a head-masked LoRA adapter, the end of a mask's key.
+LORA_MASK = "lora_head_mask" + IN_FILE
 
 
 class HeadMask(nn.Module):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from ..heads.traversal import own_modules
 from .calls import watch_calls
 from .head_mask import masked_layers
 from .saved_config import SavedConfig
-from .saved_folder import check_folder
+from .saved_folder import check_folder, modules_in_file
 from .saved_keys import BASE, follow_file
 from .setting_types import refusal
 from .task_heads import (
@@ -85,9 +84,8 @@ class LabelledTuner:
         try:
             follow_file(peft_config, self.model)
             if loading is not None:
-                check_folder(
-                    type(self), self.model, peft_config, peft_config.source, replace(loading, trusts_file=True)
-                )
+                peft_config.modules_to_save = modules_in_file(peft_config)
+                check_folder(type(self), self.model, peft_config, peft_config.source, loading)
                 loading.checked.append(peft_config)
         except OSError:  # of the network
             raise

@@ -19,7 +19,7 @@ from .._compat import Loading
 from ..adapter_files import LABELS_FILE, AdapterFiles, find_labels
 from ..heads.traversal import named_targets
 from ..weights_file import NAMES, TensorInfo, find_weights, read_infos, read_weights
-from .head_mask import masked_layers
+from .head_mask import IN_MODEL, LORA_MASK, is_mask_key, masked_layers
 from .saved_config import SavedConfig
 from .saved_keys import BASE, PACKED, follow_file, is_adapter_key, module_of, renamed_keys
 from .saved_settings import is_settings_key
@@ -29,7 +29,6 @@ from .targets import module_patterns
 from .task_heads import QuantizedLinear, get_labels
 
 
-MASK = "_head_mask.mask"
 # What PEFT saves while an adapter is trained, and has no place for where it predicts.
 TRAINING_ONLY = ("lora_monteclora_sampler.",)
 # The name that an adapter has while it is tried.
@@ -102,8 +101,6 @@ def check_folder(tuner: type, model: nn.Module, config: SavedConfig, source: dic
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tuner._remap_adapter_state_dict_for_load(trial, config, TRIAL, tensors)
-        if loading.trusts_file:
-            _check_bits(config, infos)
         if not loading.ignore_mismatched_sizes:
             _check_heads(heads, infos, places, get_labels(model), labels)
     except OSError:
@@ -113,10 +110,12 @@ def check_folder(tuner: type, model: nn.Module, config: SavedConfig, source: dic
 
 
 def check_before_writing(model: nn.Module, config: SavedConfig, source: dict[str, Any], loading: Loading) -> None:
-    """As `check_folder`, for an adapter that the model has: its place is about to be another's."""
+    """As `check_folder`, for an adapter that the model has, or that it gets with a configuration of the user's own."""
     base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = copy.copy(config)
     try:
+        if config.source is not None:
+            config.modules_to_save = modules_in_file(config)
         config.source = source
         follow_file(config, base_model)
         config.adapter_files = AdapterFiles(labels_in_file=find_labels(**source))
@@ -125,6 +124,15 @@ def check_before_writing(model: nn.Module, config: SavedConfig, source: dict[str
         raise
     except Exception as error:
         raise refusal(source["path_or_repo"], error) from error
+
+
+def modules_in_file(config: SavedConfig) -> set[str] | list[str] | str:
+    """What a saved adapter trains in full: nothing where its configuration does not say.
+
+    None was found in the model that it was saved from. In another model, or by a later version, one may be found, of
+    which the adapter knows nothing.
+    """
+    return [] if config.modules_to_save is None else config.modules_to_save
 
 
 def try_adapter(tuner: type, model: nn.Module, config: SavedConfig) -> tuple[nn.Module, SavedConfig]:
@@ -168,7 +176,9 @@ def places_of(model: nn.Module, own: dict[str, torch.Tensor]) -> dict[str, Place
         model: The base model with the adapter `TRIAL` in it.
         own: What PEFT saves of it beside what is trained in full.
     """
-    places = {key: Place(tuple(value.shape), value.dtype) for key, value in own.items() if "_head_mask." not in key}
+    places = {
+        key: Place(tuple(value.shape), value.dtype) for key, value in own.items() if not is_mask_key(key, IN_MODEL)
+    }
     for name, layer in masked_layers(model, TRIAL):
         key = f"{name}.{layer.head_masks_name}.mask"
         places[key] = Place((layer.head_layout[TRIAL].num_heads,), torch.bool, is_optional=True)
@@ -213,7 +223,7 @@ def check_infos(
     places = dict(places)
     for name in packable:
         if f"{name}.{PACKED}" in infos:
-            for key in ("lora_A.weight", "lora_B.weight", f"lora{MASK}"):
+            for key in ("lora_A.weight", "lora_B.weight", LORA_MASK):
                 places.pop(f"{name}.{key}", None)
             places[f"{name}.{PACKED}"] = Place(None, torch.uint8)
     for key in packed_heads:
@@ -221,10 +231,10 @@ def check_infos(
             places[key] = Place(None, torch.uint8)
     known = {key for key in infos if is_settings_key(key) or _is_targeted_embedding(key, targets)}
     known |= {key for key in infos if any(part in key for part in TRAINING_ONLY)}
-    known |= {key for key in infos if key.endswith(MASK) and module_of(key) in set(spare_masks)}
+    known |= {key for key in infos if is_mask_key(key) and module_of(key) in set(spare_masks)}
     surplus = [key for key in infos if key not in places and key not in known and module_of(key) not in foreign]
     if surplus:
-        raise ValueError(_no_place(surplus, set(frozen), sum(key.endswith(MASK) for key in infos)))
+        raise ValueError(_no_place(surplus, set(frozen), sum(is_mask_key(key) for key in infos)))
     missing = [key for key, place in places.items() if key not in infos and not place.is_optional]
     if missing:
         raise ValueError(
@@ -239,7 +249,7 @@ def check_infos(
 def _check_one(
     key: str, info: TensorInfo, place: Place, infos: dict[str, TensorInfo], ignore_mismatched_sizes: bool
 ) -> None:
-    if place.dtype == torch.bool and key.endswith(MASK):
+    if place.dtype == torch.bool and is_mask_key(key):
         if info != TensorInfo(place.shape, place.dtype):
             raise ValueError(
                 f"the head mask of {module_of(key)} must be a bool tensor of shape {place.shape}; got {info.dtype} of "
@@ -274,7 +284,7 @@ def _no_place(surplus: list[str], frozen: set[str], all_masks: int) -> str:
             "them from the file"
         )
     ours = [key for key in surplus if is_adapter_key(key)]
-    masks = [module_of(key) for key in ours if key.endswith(MASK)]
+    masks = [module_of(key) for key in ours if is_mask_key(key)]
     if masks and len(masks) == all_masks:
         return f"its masks are those of {module_patterns(masks)}: is it an adapter of another model?"
     key = (ours or surplus)[0]
@@ -346,22 +356,6 @@ def _check_heads(
             raise ValueError(
                 f"{name} has {outputs} outputs, but {LABELS_FILE} names {len(labels)} classes; they were edited, or "
                 "belong to different adapters"
-            )
-
-
-def _check_bits(config: SavedConfig, infos: dict[str, TensorInfo]) -> None:
-    """Raise ValueError for k-bit weights that are not packed, in a file that does not note how many bits they have."""
-    packed = {
-        "adapter_bits": any(key.endswith(PACKED) for key in infos),
-        "classifier_bits": any(info.dtype == torch.uint8 for key, info in infos.items() if not is_adapter_key(key)),
-    }
-    noted = any(is_settings_key(key) for key in infos)
-    for name, is_packed in packed.items():
-        if getattr(config, name, 32) != 32 and not is_packed and not noted:
-            raise ValueError(
-                f"the configuration says {name}={getattr(config, name)}, but the adapter file notes no bits, as those of "
-                f"full precision do: it was edited; or, if an early peft_heads has saved it, say so by handing the "
-                "configuration over (config=HeadMaskedLoraConfig(…))"
             )
 
 

@@ -6,10 +6,14 @@ results without a word. Files written before they were noted have none, and are 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
 
 from ..weights_file import read_infos, read_weights
 
@@ -39,6 +43,33 @@ def check_foreign(peft_type: str | None, path: Path) -> None:
             f"{path} has {odd[0]}, which no adapter of type {peft_type} has; its configuration was edited, or belongs to "
             "another adapter"
         )
+
+
+def check_ranks(settings: dict[str, Any], path: Path) -> None:
+    """Raise ValueError if the factors of a stock LoRA adapter have other ranks than its configuration says.
+
+    PEFT makes the factors by the configuration, however large, before it reads the weights.
+
+    Args:
+        settings: The adapter's configuration.
+        path: The file of its weights.
+    """
+    if settings.get("target_parameters"):  # the factors of several experts in one
+        return
+    patterns = settings.get("rank_pattern") or {}
+    for key, info in read_infos(path).items():
+        name, found, _ = key.removeprefix(_BASE).rpartition(".lora_A.weight")
+        if not found or not info.shape:
+            continue
+        try:
+            rank = patterns.get(get_pattern_key(patterns, name), settings.get("r", LoraConfig.r))
+        except (AttributeError, TypeError, re.error) as error:
+            raise ValueError(f"{path.parent}: rank_pattern cannot be used ({' '.join(str(error).split())})") from error
+        if rank != info.shape[0]:
+            raise ValueError(
+                f"{path}: {key} has rank {info.shape[0]}, but the configuration says {str(rank)[:80]} (r, rank_pattern); "
+                "one of the two was edited, or they belong to different adapters"
+            )
 
 
 def write_settings(key: str, settings: dict[str, bool], state_dict: dict[str, torch.Tensor]) -> None:

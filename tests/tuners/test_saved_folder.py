@@ -11,6 +11,7 @@ from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 
 from peft_heads import HeadMaskedLoraConfig, RLRRConfig, get_head_masks, load_image_classifier, set_head_masks
+from peft_heads.inspection import inspect_adapter
 
 
 HEAD = "base_model.model.classifier."
@@ -67,18 +68,6 @@ CONTRADICTIONS = {
     ),
     "scope": (HeadMaskedLoraConfig(), {"mask_scope": "head"}, None, "saved without mask_scope=head"),
     "bits": (HeadMaskedLoraConfig(), {"adapter_bits": 2}, None, "saved without adapter_bits=2"),
-    "bits of a plain adapter": (
-        HeadMaskedLoraConfig(ne=0),
-        {"adapter_bits": 8},
-        None,
-        "adapter_bits=8, but .* no bits",
-    ),
-    "classifier's bits": (
-        HeadMaskedLoraConfig(ne=0),
-        {"classifier_bits": 1},
-        None,
-        "classifier_bits=1, but .* no bits",
-    ),
     "frozen weight": (
         HeadMaskedLoraConfig(),
         {},
@@ -148,6 +137,31 @@ def test_a_huge_rank_takes_neither_memory_nor_time(tmp_path):
     assert time.monotonic() - begin < 5
 
 
+@pytest.mark.parametrize("make_config", [HeadMaskedLoraConfig, RLRRConfig])
+def test_an_adapter_saved_where_no_classifier_was_found(tmp_path, make_config):
+    """It loads onto a model whose classifier is found, and leaves that alone."""
+    model = save(tmp_path, make_config(ne=1, modules_to_save=[]))
+    edit(tmp_path, modules_to_save=None)
+    x = tiny.images()
+    wanted = model(x).logits
+    loaded = PeftModel.from_pretrained(tiny.make("vit"), tmp_path)
+    assert torch.equal(loaded(x).logits, wanted) and not loaded.peft_config["default"].modules_to_save
+    for name in ("other", "default"):
+        loaded.load_adapter(tmp_path, name)
+        loaded.set_adapter(name)
+        assert torch.equal(loaded(x).logits, wanted)
+    if make_config is HeadMaskedLoraConfig:
+        hotswap_adapter(loaded, tmp_path, "default")
+        assert torch.equal(loaded(x).logits, wanted)
+    tiny.make("vit").save_pretrained(tmp_path / "base")
+    inspect_adapter(tmp_path, base_model=tmp_path / "base")
+    # of settings without weights a new adapter is made, which trains the classifier
+    make_config(ne=1).save_pretrained(tmp_path / "settings")
+    config = make_config.from_pretrained(tmp_path / "settings")
+    get_peft_model(tiny.make("vit"), config)
+    assert list(config.modules_to_save) == ["classifier"]
+
+
 def test_a_part_of_the_weights_as_a_dict_is_peft_s(tmp_path):
     model = save(tmp_path, HeadMaskedLoraConfig())
     part = {
@@ -160,6 +174,26 @@ def test_a_part_of_the_weights_as_a_dict_is_peft_s(tmp_path):
     frozen = {"base_model.model.vit.layernorm.weight": torch.full((24,), 7.0)}
     set_peft_model_state_dict(other, part | frozen)
     assert other.get_base_model().vit.layernorm.weight[0] == 7
+
+
+@pytest.mark.parametrize("make_config", [HeadMaskedLoraConfig, RLRRConfig])
+def test_a_bad_folder_with_a_configuration_of_the_user_s(tmp_path, make_config):
+    model = save(tmp_path / "good", make_config(ne=1))
+    base = tiny.make("vit")
+    loaded = PeftModel.from_pretrained(base, str(tmp_path / "good"), config=make_config(ne=1))
+    assert torch.equal(loaded(tiny.images()).logits, model(tiny.images()).logits)
+    save(tmp_path / "bad", make_config(ne=1))
+    edit(
+        tmp_path / "bad",
+        lambda weights: weights.pop(next(key for key in weights if ".lora_A" in key or ".rlrr_left" in key)),
+    )
+    base = tiny.make("vit")
+    before, config = state(base), make_config(ne=1)
+    with pytest.raises(ValueError, match="it has no ") as caught:
+        PeftModel.from_pretrained(base, tmp_path / "bad", config=config)
+    assert str(tmp_path / "bad") in str(caught.value)
+    assert_same_state(base, before)
+    assert config.target_modules is None and config.modules_to_save is None
 
 
 def test_a_configuration_from_a_folder_may_be_changed_for_a_new_adapter(tmp_path):
@@ -255,6 +289,26 @@ def test_k_bit_adapters_of_every_width_are_the_first_thing_loaded(tmp_path, monk
     for bits, logits in wanted.items():
         loaded = PeftModel.from_pretrained(tiny.make("vit"), tmp_path / str(bits))
         assert torch.equal(loaded(tiny.images()).logits, logits)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        HeadMaskedLoraConfig(ne=1, adapter_bits=2, classifier_bits=1),
+        HeadMaskedLoraConfig(ne=0, adapter_bits=1),
+        HeadMaskedLoraConfig(ne=0, classifier_bits=8),
+    ],
+)
+def test_k_bit_files_from_before_bits_were_noted_are_believed(tmp_path, config):
+    model = save(tmp_path, config)
+    wanted = model(tiny.images()).logits
+    edit(tmp_path, lambda weights: weights.pop(next(key for key in weights if "settings" in key)))
+    loaded = PeftModel.from_pretrained(tiny.make("vit"), tmp_path)
+    assert torch.equal(loaded(tiny.images()).logits, wanted)
+    loaded.load_adapter(tmp_path, "other")
+    loaded.load_adapter(tmp_path, "default")
+    assert torch.equal(loaded(tiny.images()).logits, wanted)
+    inspect_adapter(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,10 @@ import torch
 from peft import PeftConfig
 from torch import nn
 
+from ..._compat import Loading, is_own
 from ..head_mask import masks_for_model
+from ..saved_folder import check_before_writing
+from ..saved_settings import split_settings
 from .layer import HeadMaskedLinear
 
 
@@ -32,15 +35,22 @@ def check_configs(old: PeftConfig, new: PeftConfig) -> None:
         )
 
 
-def prepare(model: nn.Module, state_dict: dict[str, torch.Tensor], adapter_name: str) -> dict[str, torch.Tensor]:
+def prepare(
+    model: nn.Module, state_dict: dict[str, torch.Tensor], adapter_name: str, config: PeftConfig
+) -> dict[str, torch.Tensor]:
     """The weights of a file, by the model's names but with the file's masks, as they are to be swapped in.
 
     What a file does not hold PEFT fills with zeros: all heads active, and no update.
 
     Raises:
-        ValueError: A k-bit weight has another rank than the one it replaces. PEFT fills up with zeros, which have no
-            code, and would change all the others; a larger weight it puts into a layer of the old rank.
+        ValueError: The folder that the configuration comes from contradicts itself, or does not fit the model. A k-bit
+            weight has another rank than the one it replaces: PEFT fills up with zeros, which have no code, and would change
+            all the others; a larger weight it puts into a layer of the old rank.
     """
+    if is_own(config):
+        if config.source is not None:
+            check_before_writing(getattr(model, "_orig_mod", model), config, config.source, Loading())
+        state_dict, _ = split_settings(state_dict)
     layers = list(_layers(model, adapter_name))
     if not layers:
         return state_dict
