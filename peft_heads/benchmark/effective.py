@@ -87,7 +87,7 @@ def _unique(values: list[Any]) -> list[Any]:
 
 
 def _differences(values: dict[str, Any], expected: dict[str, Any], prefix: str = "") -> list[str]:
-    """Of the names that both have."""
+    """What differs, in words, among the names that both have."""
     return [
         f"{prefix}{name} {_words(values[name])} (recipe: {_words(value)})"
         for name, value in expected.items()

@@ -274,7 +274,7 @@ def held_trunk(spec: RunSpec, places: Places) -> Iterator[None]:
 
 
 def trunk_folder(spec: RunSpec, places: Places) -> Path:
-    """Of all runs of one `trunk_key`."""
+    """The folder of the training that all runs with one `trunk_key` share."""
     digest = hashlib.sha256(trunk_key(spec).encode()).hexdigest()[:10]
     return places.work / f"{TRUNK}{spec.task}-seed{spec.seed}-{digest}"
 

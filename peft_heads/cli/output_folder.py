@@ -70,7 +70,7 @@ class TrainingRun(TrainerCallback, ExportableState):
 def check_output_folder(
     args: TrainingArguments, checkpoint: str | None, inputs: Mapping[str, str | None] | None = None
 ) -> None:
-    """Raise ValueError if a training would write over an earlier one of which the user has said nothing.
+    """Raise ValueError if a training would write over an earlier one without the user having said so.
 
     Also if it would move or delete what it reads itself: `--overwrite_output_dir` in the folder of the base model.
 

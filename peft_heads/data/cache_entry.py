@@ -50,7 +50,7 @@ class CacheEntry:
 
 
 def checksum(pixels: np.ndarray, shape: tuple[int, int]) -> int:
-    """Of an image's bytes, contiguous, and of its height and width (XXH3, 64 bits)."""
+    """The checksum (XXH3, 64 bits) of an image's contiguous bytes, and of its height and width."""
     return xxhash.xxh3_64_intdigest(pixels.data, seed=int(shape[0]) << 32 | int(shape[1]))
 
 

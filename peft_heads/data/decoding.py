@@ -65,7 +65,7 @@ def check_values(path: str, image_range: tuple[float, float] | None = None) -> N
 
 
 def name_of(image) -> str:
-    """Of an image as `decode_image` takes it, for messages."""
+    """The name, for messages, of an image as `decode_image` takes it."""
     if isinstance(image, (str, os.PathLike)):
         return os.fspath(image)
     name = image["path"] if isinstance(image, dict) else getattr(image, "filename", None)
