@@ -377,8 +377,10 @@ def leaves_no_trace(name, option, value):
     """Whether a changed field cannot be told from what a file may have been saved with.
 
     The file of a plain adapter notes no settings, as all files did before settings were noted: that it has few bits is
-    believed.
+    believed. Nor does that of a packed one with the mask's scope "adapter", where bytes count.
     """
+    if option == "mask_scope" and name == "packed":
+        return value == "head"
     if option in ("adapter_bits", "classifier_bits"):
         return name == "plain" and value in (1, 2, 4, 8) and value is not True
     return option in UNSEEN and not isinstance(value, (str, list))

@@ -187,9 +187,16 @@ class HeadMaskedLoraConfig(SavedConfig, LoraConfig):
 
     @property
     def noted_settings(self) -> dict[str, bool]:
-        """What stands among the weights, because it changes what they mean and shows in none of them."""
+        """What stands among the weights, because it changes what they mean and shows in none of them.
+
+        Packed codes say themselves how many bits they have. Of an adapter that is packed, where bytes count, the scope
+        "adapter" is what no note says.
+        """
+        scope = {"mask_scope=head": self.mask_scope == "head"}
+        if self.packed:
+            return scope
         return {
-            "mask_scope=head": self.mask_scope == "head",
+            **scope,
             **{f"adapter_bits={bits}": self.adapter_bits == bits for bits in BITS},
             **{f"classifier_bits={bits}": self.classifier_bits == bits for bits in BITS},
         }

@@ -249,7 +249,10 @@ class HeadMaskedLoraModel(LabelledTuner, LoraModel):
         config.packed = is_packed(model, adapter_name, state_dict)
         if config.packed:
             write_packed(model, adapter_name, to_return, state_dict)
-        if config.has_few_bits or deactivates(to_return):  # else its weights are those of stock LoRA
+            is_noted = config.mask_scope == "head"
+        else:  # otherwise its weights are those of stock LoRA
+            is_noted = config.has_few_bits or deactivates(to_return)
+        if is_noted:
             write_settings("lora_settings", config.noted_settings, to_return)
         cls.describe_for_files(model, config, adapter_name)
         return masks_for_file(to_return)
