@@ -655,6 +655,7 @@ class OutOfMemory(TrainerCallback):
 
 
 @pytest.mark.parametrize("step", [2, 6])
+@pytest.mark.slow
 def test_auto_find_batch_size_starts_the_scoring_again(tmp_path, step):
     """Before the window of steps 5 to 8, and in it; a smaller batch makes an epoch longer."""
     scorer = TaylorHeadScorer(warmup_epochs=2)
@@ -669,6 +670,7 @@ def test_auto_find_batch_size_starts_the_scoring_again(tmp_path, step):
     assert all(len(heads) == 1 for heads in off(trainer.model))
 
 
+@pytest.mark.slow
 def test_auto_find_batch_size_after_the_selection_keeps_the_heads(tmp_path, caplog):
     """The rows are zero by then: there is nothing to score them by."""
     scorer = TaylorHeadScorer(warmup_epochs=2)

@@ -210,6 +210,7 @@ def k_bit(bits, *, refuses=None, **options):
     )
 
 
+SLOW = ("8 bit, swin",)
 CASES = {
     "plain": Case({}),
     "swin": Case({}, backbone="swin", refuses=NO_MIXED_SWIN),
@@ -305,7 +306,14 @@ def behaviour(test):
     """Run a test on every row of the table; where a row refuses, the refusal is what is tested."""
     name = test.__name__.removeprefix("test_")
 
-    @pytest.mark.parametrize("case", [pytest.param(c, id=i) for i, c in CASES.items() if name not in c.never])
+    @pytest.mark.parametrize(
+        "case",
+        [
+            pytest.param(c, id=i, marks=[pytest.mark.slow] if i in SLOW else [])
+            for i, c in CASES.items()
+            if name not in c.never
+        ],
+    )
     @functools.wraps(test)
     def on_case(case, **fixtures):
         refusal = case.refuses.get(name)

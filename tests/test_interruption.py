@@ -31,6 +31,7 @@ def kill_and_resume(runs):
     return {name: int(count) for name, count in re.findall(r"^  (.+?) {2,}(\d+)$", done.stdout, re.MULTILINE)}
 
 
+@pytest.mark.slow
 def test_killed_in_every_phase_and_in_every_file_of_a_checkpoint():
     counts = kill_and_resume(runs=2)
     assert all(counts[f"kills {when} the window"] for when in ("before", "in", "after"))

@@ -347,6 +347,7 @@ def test_3_hotswap_of_another_kind_is_refused(other, tmp_path):
 # 4. What we save under mask_scope="adapter" is a valid plain LoRA
 
 
+@pytest.mark.slow
 def test_4_saved_file_is_a_plain_lora(backbone, tmp_path):
     """Anyone with stock PEFT and without us can use it: the type changed, the mask left out."""
     ours, _ = masked(backbone, 1)

@@ -12,7 +12,7 @@ from peft_heads.benchmark.tables import to_markdown
 
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-SLOW = {"02_small_adapters"}  # a minute and more
+SLOW = {"02_small_adapters", "03_does_it_work"}
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,7 @@ def test_finished_runs_are_not_repeated(bench, monkeypatch):
 
 
 @pytest.mark.parametrize("steps", [(2,), (3, 7), (8, 9, 11)], ids=["warm-up", "twice", "late"])
+@pytest.mark.slow
 def test_killed_runs_go_on(bench, kill_at, steps):
     whole, _ = run(spec_of(bench), bench.places("whole"))
     for step in steps:
@@ -201,6 +202,7 @@ def test_other_data_under_an_old_result_are_refused(bench):
 
 
 @pytest.mark.parametrize("what", ["data_fingerprint", "commit", "checkpoint_revision"])
+@pytest.mark.slow
 def test_checkpoints_of_other_data_or_code_are_not_gone_on_from(bench, kill_at, monkeypatch, what):
     whole, _ = run(spec_of(bench), bench.places("whole"))
     environment = Training.environment
@@ -246,6 +248,7 @@ def test_one_process_at_a_time(bench):
     assert run(spec, bench.places("out"))[1]
 
 
+@pytest.mark.slow
 def test_precision_and_clipping_are_the_recipes(bench, monkeypatch):
     expected, _ = run(spec_of(bench), bench.places("plain"))
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as a launcher does
@@ -271,6 +274,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.slow
 def test_a_branch_is_a_run_of_its_own(bench, name):
     variant = spec_of(bench, HEADS | VARIANTS[name] | {"bottleneck_dropout": 0.1})
     trunk = train_trunk(spec_of(bench, HEADS | {"bottleneck_dropout": 0.1}), bench.places("branch"))

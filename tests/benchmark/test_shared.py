@@ -73,6 +73,7 @@ def results(bench, machine):
 
 
 @pytest.mark.parametrize("storage", ["sqlite:///{}/sweep.db", "{}/sweep.log"])
+@pytest.mark.slow
 def test_two_machines(bench, made_up, storage):
     """Every group is run once, by one of them, and both have all results."""
     url = storage.format(bench.root)
@@ -98,6 +99,7 @@ def test_two_machines(bench, made_up, storage):
     assert reports[0] == reports[1] == reports[2]
 
 
+@pytest.mark.slow
 def test_a_second_machine_finds_all_done(bench, made_up):
     run_sweep(sweep_of(bench), bench.places("a"), queue=queue_of(bench, "a"))
     made_up.clear()
@@ -151,6 +153,7 @@ def test_take_over(bench, made_up, monkeypatch):
     assert len(outcome.runs) == 12
 
 
+@pytest.mark.slow
 def test_a_failed_run_keeps_nobody_waiting(bench, made_up, monkeypatch):
     run = sweep_module.run
 
@@ -201,6 +204,7 @@ def test_plans_in_one_study_leave_each_other_alone(bench, made_up):
     assert len(one.study.trials) == 3
 
 
+@pytest.mark.slow
 def test_a_plan_with_more_runs_of_a_group(bench, made_up, never_waits):
     """What another plan has run of a group is not taken for all of it."""
     run_sweep(sweep_of(bench, tuned=("scale", "ne")), bench.places("a"), queue=queue_of(bench, "a"))

@@ -148,6 +148,7 @@ def test_shared_warmup_changes_nothing(bench):
     assert not list((bench.root / "share-True" / "work").iterdir())
 
 
+@pytest.mark.slow
 def test_shared_warmup_is_trained_once(bench, monkeypatch):
     trunks = []
     original = sweep_module.train_trunk
@@ -167,6 +168,7 @@ def test_shared_warmup_is_trained_once(bench, monkeypatch):
     assert len(trunks) == 2
 
 
+@pytest.mark.slow
 def test_runs_of_one_training_are_trained_once(bench, monkeypatch):
     trunks, trained = [], []
     original, trunk = Training.trainer, sweep_module.train_trunk
@@ -190,6 +192,7 @@ def test_runs_of_one_training_are_trained_once(bench, monkeypatch):
     }
 
 
+@pytest.mark.slow
 def test_the_rest_of_a_training_is_trained_together(bench, monkeypatch):
     trained = []
     original = Training.trainer
@@ -274,6 +277,7 @@ def test_killed_at_random(bench, monkeypatch):
     assert table(bench.root / "killed") == table(bench.root / "whole")
 
 
+@pytest.mark.slow
 def test_failed_runs_do_not_stop_the_others(bench, monkeypatch, caplog):
     original = sweep_module.run
     fails = [True]
@@ -295,6 +299,7 @@ def test_failed_runs_do_not_stop_the_others(bench, monkeypatch, caplog):
     assert not again.failed and not path.exists() and len(again.runs) == 6
 
 
+@pytest.mark.slow
 def test_progress_counts_what_is_left(bench):
     made = []
 
@@ -321,6 +326,7 @@ def test_equally_good_settings_are_chosen_as_in_the_report(bench):
     assert chosen.method["scale"] == 1
 
 
+@pytest.mark.slow
 def test_a_damaged_result_stops_nothing(bench):
     sweep = sweep_of(bench, HEADS | {"ne": 1})
     run_sweep(sweep, bench.places("out"))
@@ -364,6 +370,7 @@ def is_test(run):
     return run.spec.eval_split == "test"
 
 
+@pytest.mark.slow
 def test_what_another_sweep_has_finished_meanwhile_counts(bench, monkeypatch):
     sweep, places = sweep_of(bench, HEADS | {"ne": 1}), bench.places("out")
     original, first = sweep_module.run, sweep.search()[0]

@@ -45,6 +45,7 @@ def accuracies(folder):
     return {run.spec.run_id: run.result.accuracy for run in read_results(folder, unofficial=True)}
 
 
+@pytest.mark.slow
 def test_check_sweep_report(root, tmp_path, capsys):
     assert main(["data", "check", str(root / "vtab"), "--task", "cifar"]) == 1  # a small tree is not VTAB-1K
     assert "train800" in capsys.readouterr().out

@@ -87,6 +87,7 @@ def test_processor_enlarges_and_normalises():
     assert 0.5 < pixels.max() <= 1.0
 
 
+@pytest.mark.slow
 def test_pretraining_beats_random_weights_by_10_points():
     result = probe.compare()
     assert len(result["random"]) == 3
@@ -122,6 +123,7 @@ def test_characters_are_centred_and_bright():
     assert images.mean() < 0.5
 
 
+@pytest.mark.slow
 def test_pretrain_smoke(tmp_path, capsys):
     output = tmp_path / "vit"
     pretrain.main(["--output", str(output), "--steps", "2", "--batch-size", "16", "--classes", "10"])

@@ -23,6 +23,7 @@ def demo(tmp_path_factory):
     return printed.getvalue(), code, folder
 
 
+@pytest.mark.slow
 def test_printed(demo):
     text, code, folder = demo
     assert code == 0
@@ -36,6 +37,7 @@ def test_printed(demo):
     assert str(folder / "taylor" / "head_scores.png") in text and str(folder / "taylor" / "adapter") in text
 
 
+@pytest.mark.slow
 def test_what_it_leaves(demo):
     _, _, folder = demo
     assert (folder / "taylor" / "head_scores.png").read_bytes().startswith(b"\x89PNG")
@@ -47,6 +49,7 @@ def test_what_it_leaves(demo):
     assert not list(folder.glob("**/*.bin"))  # safetensors only
 
 
+@pytest.mark.slow
 def test_a_reloaded_adapter_that_differs_is_reported(demo, capsys):
     _, _, folder = demo
     data = [{"pixel_values": torch.zeros(3, 32, 32), "labels": 0}]
