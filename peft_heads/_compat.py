@@ -46,8 +46,8 @@ TUNER_HOOKS = (
     "_unload_and_optionally_merge",
 )
 
-# Of a loaded adapter of ours, by the kind of fault that transformers takes them for: a mask that is missing says that
-# all heads are active, and noted settings, which have no place in a model, have been read by the tuner.
+# Keys of our adapters that transformers would report as faults, by kind. A missing mask means that all heads are active;
+# noted settings have no place in a model, and the tuner has read them.
 NO_FAULTS = {"missing_keys": r"_head_mask\..*\.off$", "unexpected_keys": r"(^|\.)(lora|rlrr)_settings\b"}
 
 

@@ -95,7 +95,7 @@ def test_adapters_of_ours_are_uploaded_between_them(sessions):
 
 @pytest.mark.slow
 def test_the_import_changes_only_what_it_must():
-    """Of all that other code of the process shares."""
+    """Nothing else changes of what other code in the process shares."""
     changed = json.loads(run("what_import_changes.py").stdout)
     assert set(changed["attributes"]) == {
         *(f"peft.utils.peft_types.PeftType.{name}" for name in ("HEAD_MASKED_LORA", "RLRR")),

@@ -301,7 +301,7 @@ def _heads_inside(model: nn.Module, names: list[str]) -> list[str]:
     if lost:
         warnings.warn(
             f"{', '.join(lost)} of {type(model).__name__} depend on the number of labels, but PEFT cannot train them "
-            "without the modules beside them: they stay as they are. Pass modules_to_save= with what is to be trained"
+            "without the modules beside them: they stay as they are. Name the modules to train in modules_to_save="
         )
     elif not names and not inside and _takes_classes(model):
         warnings.warn(

@@ -59,7 +59,7 @@ class HeadMask(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a model that was pickled as a whole, maybe by an earlier version."""
+        """Restore a module that was pickled with its whole model, maybe by an earlier version."""
         super().__setstate__(state)
         if "mask" in self._buffers:
             self.register_buffer("off", ~self._buffers.pop("mask"))

@@ -154,7 +154,7 @@ def keys_in_model(keys: Iterable[str], model: nn.Module, key_mapping: dict[str, 
     Args:
         keys: Keys of the file.
         model: The base model, possibly with adapters in it.
-        key_mapping: Of `load_adapter`: patterns and what stands for them, of which the first that is found is replaced.
+        key_mapping: That of `load_adapter`: `{pattern: replacement}`; the first pattern that is found is replaced.
     """
     mapped = {}
     for key in keys:
