@@ -3,9 +3,9 @@
 Importing the package registers its tuners with PEFT.
 """
 
-from .adapter_files import set_image_processor
+from .adapter_folder.card import set_image_processor
+from .adapter_folder.checkpoints import last_complete_checkpoint
 from .callbacks import TaylorHeadScorer
-from .checkpoints import last_complete_checkpoint
 from .heads import get_head_masks, set_head_masks
 from .image_classifier import load_image_classifier
 from .scoring import HeadScorer

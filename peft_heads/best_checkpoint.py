@@ -17,7 +17,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import nn
 
-from .adapter_files import read_labels
+from .adapter_folder.card import read_labels
 from .tuners.saved_settings import is_settings_key
 
 

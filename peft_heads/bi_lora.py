@@ -15,8 +15,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 
-from .adapter_files import read_settings, write_labels
-from .atomic import new_folder, write_atomically, write_together
+from .adapter_folder.atomic import new_folder, write_atomically, write_together
+from .adapter_folder.card import read_settings, write_labels
+from .adapter_folder.weights_file import find_weights, read_infos, read_weights
 from .bi_lora_files import (
     BACKBONE,
     BASE_MODEL,
@@ -45,7 +46,6 @@ from .tuners.head_masked_lora.packed import PACKED
 from .tuners.saved_keys import BASE, module_of, renamed_keys
 from .tuners.saved_settings import is_settings_key
 from .tuners.task_heads import default_labels
-from .weights_file import find_weights, read_infos, read_weights
 
 
 # The authors' images: 224 × 224, bicubic, from 0 to 1 and not normalised as the base model's own are.

@@ -16,9 +16,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from .adapter_files import HEAT_MAP_FILE, SCORES_FILE, read_labels, read_settings, write_labels
-from .atomic import new_folder
-from .checkpoints import read_error
+from .adapter_folder.atomic import new_folder
+from .adapter_folder.card import HEAT_MAP_FILE, SCORES_FILE, read_labels, read_settings, write_labels
+from .adapter_folder.checkpoints import read_error
 from .data.images import load_image_processor
 from .image_classifier import fetch_adapter, load_adapter, quiet_loading
 from .migration import ADAPTER_TYPES, LORA_TYPES

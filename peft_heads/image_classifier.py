@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._compat import is_own, mismatched_keys, support_peft_in_image_pipelines
-from .adapter_files import check_folder_files, read_labels, read_settings
+from .adapter_folder.card import check_folder_files, read_labels, read_settings
 
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ def fetch_adapter(path_or_repo: str | os.PathLike, subfolder: str | None = None,
     from huggingface_hub import snapshot_download
     from peft.utils import WEIGHTS_NAME
 
+    from .adapter_folder.weights_file import NAMES, find_weights, read_infos
     from .tuners.saved_settings import check_foreign, check_ranks
-    from .weights_file import NAMES, find_weights, read_infos
 
     folder = os.fspath(path_or_repo)
     if not os.path.isdir(folder):
@@ -200,7 +200,7 @@ def new_image_classifier(
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForImageClassification
 
-    from .checkpoints import read_error
+    from .adapter_folder.checkpoints import read_error
     from .heads.resolve import task_head_names
 
     if os.path.isfile(os.path.join(path, "adapter_config.json")):

@@ -14,8 +14,9 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ._compat import Loading
-from .adapter_files import read_labels, read_settings
-from .checkpoints import read_error
+from .adapter_folder.card import read_labels, read_settings
+from .adapter_folder.checkpoints import read_error
+from .adapter_folder.weights_file import find_weights, read_infos, read_weights
 from .export import check_type
 from .heads.layout import HeadLayout, ProjectionLayout
 from .heads.maskable import check_mask
@@ -32,7 +33,6 @@ from .tuners.saved_folder import check_before_writing
 from .tuners.saved_keys import is_adapter_key, module_of
 from .tuners.saved_settings import is_settings_key
 from .tuners.setting_types import refusal
-from .weights_file import find_weights, read_infos, read_weights
 
 
 OURS = ("HEAD_MASKED_LORA", "RLRR")

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 import transformers
 
-from .adapter_files import read_settings
-from .atomic import new_folder
+from .adapter_folder.atomic import new_folder
+from .adapter_folder.card import read_settings
 from .export import check_type, load_whole_model, merge, save_checkpoint, sources
 from .heads.layout import HeadLayout
 from .heads.maskable import get_head_masks

@@ -29,7 +29,7 @@ from peft_heads import (
     get_head_masks,
     set_head_masks,
 )
-from peft_heads.adapter_files import SECTION_BEGIN, update_card
+from peft_heads.adapter_folder.card import SECTION_BEGIN, update_card
 
 
 def test_peft_type_is_a_true_member():

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 
 from peft_heads import HeadMaskedLoraConfig, get_head_masks, load_image_classifier, migration
-from peft_heads.atomic import write_atomically
+from peft_heads.adapter_folder.atomic import write_atomically
 from peft_heads.cli.main import main
 from peft_heads.migration import migrate_adapter
 

@@ -19,8 +19,8 @@ import filelock
 from accelerate import PartialState
 from transformers import AutoConfig, Trainer
 
-from ..atomic import write_atomically
-from ..checkpoints import last_complete_checkpoint
+from ..adapter_folder.atomic import write_atomically
+from ..adapter_folder.checkpoints import last_complete_checkpoint
 from ..data.augmentation import Augmentation
 from ..data.preprocessing import Preprocessing
 from ..data.tasks import OFFLINE, Task

@@ -16,7 +16,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from ..atomic import write_atomically
+from ..adapter_folder.atomic import write_atomically
 from ..data.tasks import Task
 from .environment import source_state
 from .plans import Choice, unfinished_choices, write_plan

@@ -93,7 +93,7 @@ def run(argv: list[str]) -> int:
 
 def report(runs: list, folder: Path) -> None:
     """Print the tables of the evidence, and write them with the benchmark's own report."""
-    from ..atomic import write_atomically
+    from ..adapter_folder.atomic import write_atomically
     from ..benchmark.evidence import make_records, write_records
     from ..benchmark.evidence_plots import plot_differences
     from ..benchmark.evidence_tables import FOR_SCALE, evidence_tables

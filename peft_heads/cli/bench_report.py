@@ -28,7 +28,7 @@ def run(argv: list[str]) -> int:
         hint = "" if args.unofficial else "; --unofficial reads those of uncommitted code and partial ones as well"
         raise ValueError(f"{args.results} holds no results{hint}")
 
-    from ..atomic import write_atomically
+    from ..adapter_folder.atomic import write_atomically
     from ..benchmark.plans import read_plans
     from ..benchmark.report import make_report
 

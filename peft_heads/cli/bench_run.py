@@ -95,7 +95,7 @@ def sweep(argv: list[str]) -> int:
             queue=_queue(args, sweep) if args.storage and _is_main() else None,
         )
     if _is_main() and outcome.runs:
-        from ..atomic import write_atomically
+        from ..adapter_folder.atomic import write_atomically
         from ..benchmark.report import make_report, summarize
 
         files = make_report(outcome.runs.values(), args.suite, sweep.choices())

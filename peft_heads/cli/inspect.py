@@ -36,7 +36,7 @@ def run(argv: list[str]) -> int:
         raise ValueError(f"there is nothing to plot: {report.no_norms}")
     print("\n".join(describe(report)))
     if args.plot:
-        from ..atomic import write_atomically
+        from ..adapter_folder.atomic import write_atomically
         from ..plotting import figure_bytes, plot_head_scores
 
         figure = plot_head_scores(report.norms, report.masks, joint=False, title="Norm of the update per head")

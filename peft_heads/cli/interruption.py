@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from transformers import Trainer
 
-from ..checkpoints import last_complete_checkpoint
+from ..adapter_folder.checkpoints import last_complete_checkpoint
 from .errors import CommandError, disk_full
 
 

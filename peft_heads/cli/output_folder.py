@@ -16,8 +16,8 @@ from pathlib import Path
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from ..atomic import write_atomically
-from ..checkpoints import (
+from ..adapter_folder.atomic import write_atomically
+from ..adapter_folder.checkpoints import (
     RUN_FILE,
     RUN_STATE,
     WEIGHTS,

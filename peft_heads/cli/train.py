@@ -13,8 +13,8 @@ from accelerate import PartialState
 from datasets import Image
 from transformers import Trainer, TrainingArguments
 
-from ..adapter_files import set_image_processor, write_labels
-from ..checkpoints import (
+from ..adapter_folder.card import set_image_processor, write_labels
+from ..adapter_folder.checkpoints import (
     checkpoint_fault,
     checkpoint_folders,
     foreign_checkpoints,

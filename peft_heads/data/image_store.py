@@ -25,7 +25,7 @@ import filelock
 import numpy as np
 import PIL
 
-from ..atomic import new_folder
+from ..adapter_folder.atomic import new_folder
 from .cache_entry import ENTRY, PIXELS, CacheEntry, checksum, folder_size, read_entry
 from .decoding import decode_image, name_of
 from .files import content_hashes

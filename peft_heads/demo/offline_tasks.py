@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from sklearn.model_selection import train_test_split
 
-from ..atomic import new_folder
+from ..adapter_folder.atomic import new_folder
 from ..data.tasks import OFFLINE, Task, find_task
 from .digits import grey_digits
 

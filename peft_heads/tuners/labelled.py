@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .._compat import current_loading
-from ..adapter_files import AdapterFiles
+from ..adapter_folder.card import AdapterFiles
 from ..heads.maskable import read_masks
 from ..heads.traversal import own_modules
 from .calls import watch_calls

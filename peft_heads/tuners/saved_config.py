@@ -9,7 +9,14 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
-from ..adapter_files import AdapterFiles, CardText, check_folder_files, check_patterns, find_labels, read_settings
+from ..adapter_folder.card import (
+    AdapterFiles,
+    CardText,
+    check_folder_files,
+    check_patterns,
+    find_labels,
+    read_settings,
+)
 from ..heads.scores import CRITERIA
 from ..heads.selection import GRANULARITIES, check_head_count
 from .setting_types import check_types, refusal

@@ -16,9 +16,9 @@ from peft.utils.other import EMBEDDING_LAYER_NAMES, AuxiliaryTrainingWrapper, Mo
 from torch import nn
 
 from .._compat import Loading
-from ..adapter_files import LABELS_FILE, AdapterFiles, find_labels
+from ..adapter_folder.card import LABELS_FILE, AdapterFiles, find_labels
+from ..adapter_folder.weights_file import NAMES, TensorInfo, find_weights, read_infos, read_weights
 from ..heads.traversal import named_targets
-from ..weights_file import NAMES, TensorInfo, find_weights, read_infos, read_weights
 from .head_mask import IN_MODEL, LORA_MASK, is_mask_key, masked_layers
 from .saved_config import SavedConfig
 from .saved_keys import BASE, PACKED, follow_file, is_adapter_key, module_of, renamed_keys

@@ -47,7 +47,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from peft_heads import HeadMaskedLoraConfig, TaylorHeadScorer, get_head_masks, last_complete_checkpoint
-from peft_heads.atomic import write_atomically
+from peft_heads.adapter_folder.atomic import write_atomically
 
 
 STEPS, WINDOW = 32, range(9, 17)  # 4 epochs of 8 steps; the heads are selected after the second

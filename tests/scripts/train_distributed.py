@@ -24,7 +24,8 @@ from peft import get_peft_model
 from torch import distributed as dist
 from transformers import Trainer, TrainingArguments
 
-from peft_heads import HeadMaskedLoraConfig, HeadScorer, RLRRConfig, TaylorHeadScorer, adapter_files, get_head_masks
+from peft_heads import HeadMaskedLoraConfig, HeadScorer, RLRRConfig, TaylorHeadScorer, get_head_masks
+from peft_heads.adapter_folder import card as adapter_files
 
 
 torch.set_num_threads(1)

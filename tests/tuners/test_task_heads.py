@@ -16,7 +16,7 @@ from peft import (
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from peft_heads import HeadMaskedLoraConfig, RLRRConfig, pack_adapter, set_head_masks, set_image_processor
-from peft_heads.adapter_files import read_labels
+from peft_heads.adapter_folder.card import read_labels
 
 
 ANIMALS = {0: "cat", 1: "dog", 2: "eel"}

@@ -9,7 +9,7 @@ from ..._compat import (
     extend_weight_mapping,
     register_tuner,
 )
-from ...adapter_files import update_card
+from ...adapter_folder.card import update_card
 from .config import HeadMaskedLoraConfig
 from .hotswap import check_configs, check_padding, prepare
 from .layer import HeadMaskedLinear

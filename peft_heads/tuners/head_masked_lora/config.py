@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import PeftType
 
 from ..._compat import add_peft_type
-from ...adapter_files import HEAD_MASKED_LORA_CARD
+from ...adapter_folder.card import HEAD_MASKED_LORA_CARD
 from ...heads.layout import ProjectionLayout
 from ...heads.scores import Criterion
 from ...quantization import BITS

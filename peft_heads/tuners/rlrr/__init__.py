@@ -1,7 +1,7 @@
 """RLRR: residual low-rank rescaling."""
 
 from ..._compat import delegate_config_loading, extend_model_card, extend_weight_mapping, register_tuner
-from ...adapter_files import update_card
+from ...adapter_folder.card import update_card
 from .config import RLRRConfig
 from .layer import RLRRConv2d, RLRRLinear, RLRRScale
 from .model import RLRRModel

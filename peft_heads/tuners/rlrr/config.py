@@ -8,7 +8,7 @@ from typing import Literal
 from peft import PeftConfig
 
 from ..._compat import add_peft_type
-from ...adapter_files import RLRR_CARD
+from ...adapter_folder.card import RLRR_CARD
 from ...heads.layout import ProjectionLayout
 from ...heads.scores import Criterion
 from ...rescaling import Rescaling

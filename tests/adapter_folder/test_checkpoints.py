@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from peft_heads import HeadMaskedLoraConfig, last_complete_checkpoint
-from peft_heads.checkpoints import checkpoint_fault
+from peft_heads.adapter_folder.checkpoints import checkpoint_fault
 
 
 FILES = [

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from peft_heads.weights_file import TensorInfo, find_weights, read_infos, read_weights
+from peft_heads.adapter_folder.weights_file import TensorInfo, find_weights, read_infos, read_weights
 
 
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "b.mask": torch.tensor([True, False]), "c": torch.zeros(0).half()}

@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from peft_heads import HeadMaskedLoraConfig, set_head_masks, set_image_processor
-from peft_heads.adapter_files import HEAT_MAP_FILE, SCORES_FILE, read_labels
+from peft_heads.adapter_folder.card import HEAT_MAP_FILE, SCORES_FILE, read_labels
 from peft_heads.data.images import load_image_processor
 from peft_heads.demo.model import load_demo_processor
 

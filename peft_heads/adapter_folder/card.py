@@ -19,8 +19,8 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalE
 from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME
 
+from ..heads.maskable import deactivated_heads, describe_masks
 from .atomic import write_atomically
-from .heads.maskable import deactivated_heads, describe_masks
 from .weights_file import NAMES as WEIGHTS_FILES
 from .weights_file import check_ordinary
 
@@ -28,7 +28,7 @@ from .weights_file import check_ordinary
 if TYPE_CHECKING:
     import torch
 
-    from .tuners.saved_config import SavedConfig
+    from ..tuners.saved_config import SavedConfig
 
 # Not config.json: transformers takes a folder that has one for a full checkpoint and no longer for an adapter.
 LABELS_FILE = "labels.json"

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from peft_heads.atomic import new_folder, write_atomically, write_together
+from peft_heads.adapter_folder.atomic import new_folder, write_atomically, write_together
 
 
 def test_writes_text_and_bytes(tmp_path):
