@@ -17,10 +17,10 @@ from ._compat import Loading
 from .adapter_folder.card import read_labels, read_settings
 from .adapter_folder.checkpoints import read_error
 from .adapter_folder.weights_file import find_weights, read_infos, read_weights
+from .backbones.renames import match_renamed
 from .export import check_type
 from .heads.layout import HeadLayout, ProjectionLayout
 from .heads.maskable import check_mask
-from .heads.renames import match_renamed
 from .heads.resolve import resolve_heads
 from .image_classifier import fetch_adapter
 from .migration import empty_base_model

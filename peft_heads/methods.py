@@ -14,8 +14,8 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import TrainerCallback
 
+from .backbones.structure import backbone_parts
 from .callbacks import TaylorHeadScorer
-from .heads.blocks import backbone_parts
 from .heads.resolve import default_targets, exact_targets, task_head_names
 from .heads.scores import Criterion
 from .heads.traversal import named_targets

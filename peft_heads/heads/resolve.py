@@ -13,7 +13,7 @@ import warnings
 
 from torch import nn
 
-from .classifier import is_loss, label_sized_modules
+from ..backbones.classifier import is_loss, label_sized_modules
 from .layout import HeadLayout, ProjectionLayout
 from .traversal import named_targets, own_modules
 

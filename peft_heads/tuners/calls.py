@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .._compat import run_while_tracing
-from ..heads.bypass import child_uses
+from ..backbones.bypass import child_uses
 from ..heads.resolve import FUSED_PROJECTIONS, NUM_HEADS_ATTRIBUTES, PROJECTION_ROLES
 from ..heads.traversal import own_modules
 

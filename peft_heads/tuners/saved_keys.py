@@ -12,7 +12,7 @@ from peft import PeftConfig
 from torch import nn
 
 from ..adapter_folder.weights_file import find_weights, read_infos
-from ..heads.renames import match_renamed
+from ..backbones.renames import match_renamed
 from ..heads.resolve import matches_pattern, shortest_names
 from ..heads.traversal import named_targets
 from .saved_settings import is_settings_key

@@ -6,10 +6,10 @@ import warnings
 
 from torch import nn
 
-from ..heads.bypass import bypassed_modules
+from ..backbones.bypass import bypassed_modules
+from ..backbones.overlooked import overlooked_attention
 from ..heads.layout import ProjectionLayout
 from ..heads.maskable import module_patterns
-from ..heads.overlooked import overlooked_attention
 from ..heads.resolve import FUSED_PROJECTIONS, matches_pattern
 from ..heads.selection import groups_kept_whole, plan_groups
 from .saved_config import SavedConfig

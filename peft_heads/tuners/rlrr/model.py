@@ -15,7 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..._compat import current_loading, expand_all_linear
-from ...heads.blocks import backbone_parts
+from ...backbones.structure import backbone_parts
 from ...heads.resolve import exact_targets, task_head_names
 from ...heads.traversal import named_targets, own_modules
 from ...sharding import whole_entry

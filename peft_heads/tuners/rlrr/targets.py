@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ...heads.blocks import BackboneParts, batch_norms
+from ...backbones.structure import BackboneParts, batch_norms
 from ...heads.layout import ProjectionLayout
 from ...heads.resolve import interleaved_projections, resolve_heads
 from ..targets import check_called, check_head_groups, module_patterns

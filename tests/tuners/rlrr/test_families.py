@@ -14,7 +14,7 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_heads import RLRRConfig, get_head_masks
-from peft_heads.heads.blocks import backbone_parts
+from peft_heads.backbones.structure import backbone_parts
 
 
 def resnet():

@@ -11,14 +11,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .resolve import (
-    FUSED_PROJECTIONS,
-    PROJECTION_ROLES,
-    backbone_name,
-    image_projections,
-    task_head_names,
-)
-from .traversal import named_targets, own_modules
+from ..heads.resolve import FUSED_PROJECTIONS, PROJECTION_ROLES, backbone_name, image_projections, task_head_names
+from ..heads.traversal import named_targets, own_modules
 
 
 # Networks that compute an attention layer's position bias (SwinV2): linear layers, but none of the block's.

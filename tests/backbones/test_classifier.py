@@ -10,7 +10,7 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_heads import HeadMaskedLoraConfig
-from peft_heads.heads.classifier import is_loss, label_sized_modules
+from peft_heads.backbones.classifier import is_loss, label_sized_modules
 from peft_heads.heads.resolve import task_head_names
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from .traversal import own_modules
+from ..heads.traversal import own_modules
 
 
 _KINDS = (nn.Linear, _ConvNd, nn.Embedding)

@@ -3,7 +3,7 @@ from backbones import FAMILIES, FusedViT
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from peft_heads.heads.blocks import _within, backbone_parts, batch_norms, is_norm
+from peft_heads.backbones.structure import _within, backbone_parts, batch_norms, is_norm
 
 
 def test_vit():

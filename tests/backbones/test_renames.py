@@ -1,6 +1,6 @@
 import pytest
 
-from peft_heads.heads.renames import match_renamed, place_of
+from peft_heads.backbones.renames import match_renamed, place_of
 
 
 NAMES = [  # transformers 4.57, and 5.23

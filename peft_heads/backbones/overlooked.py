@@ -6,8 +6,8 @@ import re
 
 from torch import nn
 
-from .resolve import image_projections, in_image_part, resolve_heads
-from .traversal import own_modules
+from ..heads.resolve import image_projections, in_image_part, resolve_heads
+from ..heads.traversal import own_modules
 
 
 # What stands around the letters or words that say what a projection is for: `to_kv`, `proj_q`, `Wqkv`, `qkv_conv`.

@@ -6,7 +6,7 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_heads import HeadMaskedLoraConfig, RLRRConfig
-from peft_heads.heads.overlooked import overlooked_attention
+from peft_heads.backbones.overlooked import overlooked_attention
 
 
 def layer(class_name="Attention", heads=6, **children):
