@@ -26,7 +26,7 @@ def run(argv: list[str]) -> int:
     _check_single(args)
     sweep, places = _prepare(args, {})
 
-    from ..benchmark.sweep import Outcome, execute
+    from ..benchmark.engine.sweep import Outcome, execute
     from .bench_settings import effective_lines
 
     specs = sweep.runs(sweep.methods(), sweep.seeds, final=not args.validation)
@@ -69,7 +69,7 @@ def sweep(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     sweep, places = _prepare(args, {} if args.tune is None else {"tuned": tuple(args.tune)})
 
-    from ..benchmark.sweep import Outcome, run_sweep
+    from ..benchmark.engine.sweep import Outcome, run_sweep
     from .bench_settings import effective_lines
 
     effective = effective_lines(sweep.runs(sweep.methods(), sweep.seeds[:1], final=True), args.any_size)
@@ -112,8 +112,8 @@ def _prepare(args: argparse.Namespace, settings: dict[str, Any]):
     import torch
     from accelerate import PartialState
 
-    from ..benchmark.sweep import Sweep
-    from ..benchmark.training import Places
+    from ..benchmark.engine.sweep import Sweep
+    from ..benchmark.engine.training import Places
     from .bench_arguments import read_method, read_recipe
 
     # first of all: without a word on the device a process on a CPU takes itself for the only one
@@ -146,7 +146,7 @@ def _prepare(args: argparse.Namespace, settings: dict[str, Any]):
 
 
 def _queue(args: argparse.Namespace, sweep):
-    from ..benchmark.shared import SharedQueue, default_study_name
+    from ..benchmark.engine.optuna_queue import SharedQueue, default_study_name
 
     name = args.study_name or default_study_name(sweep.plan())
     return SharedQueue(args.storage, name, args.output_dir, args.take_over)

@@ -8,11 +8,11 @@ import pytest
 from benchmark_runs import heads, make_run
 
 from peft_heads.benchmark.effective import deviations, effective_method, merge_settings
+from peft_heads.benchmark.engine.run import make_spec
 from peft_heads.benchmark.offline import offline_settings, offline_specs
 from peft_heads.benchmark.recipes import RECIPES, SHIPPED
 from peft_heads.benchmark.report import make_report, summarize
 from peft_heads.benchmark.results import read_result, write_result
-from peft_heads.benchmark.run import make_spec
 from peft_heads.data.tasks import find_task
 
 
@@ -47,7 +47,7 @@ def test_settings_in_effect(method, some):
 
 def test_they_are_those_of_the_adapter():
     """The same numbers as the configuration that is trained."""
-    from peft_heads.benchmark.training import Training
+    from peft_heads.benchmark.engine.training import Training
 
     method = {"name": "head-masked-lora", "r": 32, "adapter_bits": 1, "scale": 0.5, "ne": 1}
     training = object.__new__(Training)

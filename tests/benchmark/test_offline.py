@@ -6,8 +6,8 @@ from benchmark_runs import make_run
 from scipy import stats
 
 from peft_heads.benchmark import evidence, evidence_plots, evidence_tables, offline
+from peft_heads.benchmark.engine.run import training_key, trunk_epochs
 from peft_heads.benchmark.evidence import Record
-from peft_heads.benchmark.run import training_key, trunk_epochs
 
 
 TASKS = [task.name for task in offline.OFFLINE_TASKS]

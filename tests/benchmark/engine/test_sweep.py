@@ -7,13 +7,13 @@ import filelock
 import pytest
 from benchmark_runs import make_run
 
-from peft_heads.benchmark import run as run_module
-from peft_heads.benchmark import sweep as sweep_module
+from peft_heads.benchmark.engine import run as run_module
+from peft_heads.benchmark.engine import sweep as sweep_module
+from peft_heads.benchmark.engine.sweep import Outcome, Sweep, execute, run_sweep
+from peft_heads.benchmark.engine.training import Training
 from peft_heads.benchmark.plans import read_plans, unfinished_choices
 from peft_heads.benchmark.report import make_report
 from peft_heads.benchmark.results import Run, RunResult, find_result, read_results, write_result
-from peft_heads.benchmark.sweep import Outcome, Sweep, execute, run_sweep
-from peft_heads.benchmark.training import Training
 
 
 HEADS = {"name": "head-masked-lora", "r": 4, "adapter_bits": 1, "scale": [0.1, 10]}
@@ -245,7 +245,7 @@ def test_killed_at_random(bench, monkeypatch):
     whole = run_sweep(sweep_of(bench, method), bench.places("whole"))
     from transformers import TrainerCallback
 
-    from peft_heads.benchmark.training import Training
+    from peft_heads.benchmark.engine.training import Training
 
     countdown, chance = [0], random.Random(0)
 

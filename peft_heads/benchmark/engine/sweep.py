@@ -16,13 +16,14 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from ..adapter_folder.atomic import write_atomically
-from ..data.tasks import Task
-from .environment import source_state
-from .plans import Choice, unfinished_choices, write_plan
-from .recipes import Recipe
-from .results import Run, RunSpec, describe_method, find_result
-from .rows import method_order
+from ...adapter_folder.atomic import write_atomically
+from ...data.tasks import Task
+from ..environment import source_state
+from ..plans import Choice, unfinished_choices, write_plan
+from ..recipes import Recipe
+from ..results import Run, RunSpec, describe_method, find_result
+from ..rows import method_order
+from .optuna_queue import WAIT, SharedQueue, default_study_name, take_turns
 from .run import (
     SELECTION,
     clear_trunks,
@@ -34,7 +35,6 @@ from .run import (
     trunk_epochs,
     trunk_key,
 )
-from .shared import WAIT, SharedQueue, default_study_name, take_turns
 from .training import Places
 
 

@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import pytest
 from benchmark_runs import make_run
 
-from peft_heads.benchmark import shared
-from peft_heads.benchmark import sweep as sweep_module
+from peft_heads.benchmark.engine import optuna_queue as shared
+from peft_heads.benchmark.engine import sweep as sweep_module
+from peft_heads.benchmark.engine.optuna_queue import SharedQueue, default_study_name
+from peft_heads.benchmark.engine.sweep import Outcome, Sweep, execute, run_sweep
 from peft_heads.benchmark.report import make_report
 from peft_heads.benchmark.results import find_result, read_results, result_path, write_result
-from peft_heads.benchmark.shared import SharedQueue, default_study_name
-from peft_heads.benchmark.sweep import Outcome, Sweep, execute, run_sweep
 
 
 pytest.importorskip("optuna")
@@ -305,7 +305,7 @@ def test_gives_a_sign_while_it_waits(bench, made_up, monkeypatch):
 
 @pytest.mark.slow
 def test_optuna_is_not_imported_without_storage():
-    code = "import sys, peft_heads.cli.bench_run, peft_heads.benchmark.sweep; sys.exit('optuna' in sys.modules)"
+    code = "import sys, peft_heads.cli.bench_run, peft_heads.benchmark.engine.sweep; sys.exit('optuna' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

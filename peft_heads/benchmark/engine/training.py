@@ -18,28 +18,28 @@ from peft import get_peft_model_state_dict
 from torch import nn
 from transformers import AutoConfig, PrinterCallback, Trainer, TrainingArguments, set_seed
 
-from ..adapter_folder.card import SCORES_FILE
-from ..data import image_folders
-from ..data.augmentation import Augmentation
-from ..data.cache import open_images
-from ..data.deep_images import check_image_range
-from ..data.images import collate
-from ..data.preprocessing import Preprocessing
-from ..data.tasks import OFFLINE, find_task
-from ..data.trees import Split, load_split
-from ..demo.model import DEMO_MODEL_PATH
-from ..heads.maskable import get_head_masks
-from ..heads.resolve import task_head_names
-from ..image_classifier import new_image_classifier, quiet_loading
-from ..methods import apply_method, has_scored_heads
-from ..metrics.accuracy import compute_metrics
-from ..tuners import HeadMaskedLoraConfig, pack_adapter
+from ...adapter_folder.card import SCORES_FILE
+from ...data import image_folders
+from ...data.augmentation import Augmentation
+from ...data.cache import open_images
+from ...data.deep_images import check_image_range
+from ...data.images import collate
+from ...data.preprocessing import Preprocessing
+from ...data.tasks import OFFLINE, find_task
+from ...data.trees import Split, load_split
+from ...demo.model import DEMO_MODEL_PATH
+from ...heads.maskable import get_head_masks
+from ...heads.resolve import task_head_names
+from ...image_classifier import new_image_classifier, quiet_loading
+from ...methods import apply_method, has_scored_heads
+from ...metrics.accuracy import compute_metrics
+from ...tuners import HeadMaskedLoraConfig, pack_adapter
+from ..effective import method_arguments
+from ..environment import describe_environment
+from ..recipes import SHIPPED
+from ..results import CONTENT, Environment, RunResult, RunSpec
 from .callbacks import Clock, EpochEnds
 from .drop_path import CONFIG_FIELD, add_drop_path, residual_branches
-from .effective import method_arguments
-from .environment import describe_environment
-from .recipes import SHIPPED
-from .results import CONTENT, Environment, RunResult, RunSpec
 
 
 @dataclass(frozen=True)

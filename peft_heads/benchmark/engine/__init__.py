@@ -1,0 +1,1 @@
+"""From a setting to its result: one run, and sweeps of many."""
