@@ -6,8 +6,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from peft_heads.benchmark.evidence import read_records
-from peft_heads.benchmark.evidence_tables import evidence_tables
+from peft_heads.benchmark.offline.evidence import read_records
+from peft_heads.benchmark.offline.evidence_tables import evidence_tables
 from peft_heads.benchmark.tables import to_markdown
 
 

@@ -41,7 +41,7 @@ def run(argv: list[str]) -> int:
     from ..benchmark.engine.run import clear_trunks
     from ..benchmark.engine.sweep import Outcome, execute
     from ..benchmark.engine.training import Places
-    from ..benchmark.offline import OFFLINE_TASKS, SEEDS, offline_settings, offline_specs
+    from ..benchmark.offline.offline import OFFLINE_TASKS, SEEDS, offline_settings, offline_specs
     from ..benchmark.recipes import RECIPES
     from ..benchmark.results import read_results
     from ..data.tasks import OFFLINE, find_task
@@ -94,9 +94,9 @@ def run(argv: list[str]) -> int:
 def report(runs: list, folder: Path) -> None:
     """Print the tables of the evidence, and write them with the benchmark's own report."""
     from ..adapter_folder.atomic import write_atomically
-    from ..benchmark.evidence import make_records, write_records
-    from ..benchmark.evidence_plots import plot_differences
-    from ..benchmark.evidence_tables import FOR_SCALE, evidence_tables
+    from ..benchmark.offline.evidence import make_records, write_records
+    from ..benchmark.offline.evidence_plots import plot_differences
+    from ..benchmark.offline.evidence_tables import FOR_SCALE, evidence_tables
     from ..benchmark.report import make_report
     from ..benchmark.tables import to_csv, to_markdown, to_text
     from ..data.tasks import OFFLINE

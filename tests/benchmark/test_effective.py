@@ -9,7 +9,7 @@ from benchmark_runs import heads, make_run
 
 from peft_heads.benchmark.effective import deviations, effective_method, merge_settings
 from peft_heads.benchmark.engine.run import make_spec
-from peft_heads.benchmark.offline import offline_settings, offline_specs
+from peft_heads.benchmark.offline.offline import offline_settings, offline_specs
 from peft_heads.benchmark.recipes import RECIPES, SHIPPED
 from peft_heads.benchmark.report import make_report, summarize
 from peft_heads.benchmark.results import read_result, write_result

@@ -5,9 +5,9 @@ import pytest
 from benchmark_runs import make_run
 from scipy import stats
 
-from peft_heads.benchmark import evidence, evidence_plots, evidence_tables, offline
 from peft_heads.benchmark.engine.run import training_key, trunk_epochs
-from peft_heads.benchmark.evidence import Record
+from peft_heads.benchmark.offline import evidence, evidence_plots, evidence_tables, offline
+from peft_heads.benchmark.offline.evidence import Record
 
 
 TASKS = [task.name for task in offline.OFFLINE_TASKS]

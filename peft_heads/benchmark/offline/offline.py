@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from ..data.tasks import OFFLINE, TASKS, Task
-from .engine.run import make_spec
-from .engine.training import SHIPPED
-from .recipes import RECIPES, Recipe
-from .results import RunSpec, describe_method
+from ...data.tasks import OFFLINE, TASKS, Task
+from ..engine.run import make_spec
+from ..engine.training import SHIPPED
+from ..recipes import RECIPES, Recipe
+from ..results import RunSpec, describe_method
 
 
 SEEDS = (0, 1, 2, 3, 4)

@@ -1,0 +1,1 @@
+"""Evidence of our own, on tasks that are generated here."""
