@@ -28,7 +28,7 @@ import torch
 from measure import add_arguments, cpu_model, device_name
 
 from peft_heads.adapter_folder.atomic import write_atomically
-from peft_heads.benchmark.environment import installed_versions, source_state
+from peft_heads.benchmark.records.environment import installed_versions, source_state
 from peft_heads.data.tasks import TASKS
 
 

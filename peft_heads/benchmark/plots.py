@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .averages import averages_over_seeds, mean_and_std
-from .results import describe_method
+from .records.results import describe_method
+from .records.schema import canonical_json
 from .rows import VARIANTS, Row, common_and_own
-from .schema import canonical_json
 
 
 if TYPE_CHECKING:

@@ -9,7 +9,6 @@ from ..plotting import figure_bytes
 from .accuracy_tables import accuracy_table, cost_table, validation_table
 from .atlas import plot_head_atlas
 from .overlap import group_p_value, overlaps
-from .plans import Choice, unfinished_choices
 from .plots import (
     criterion_families,
     criterion_wins,
@@ -17,7 +16,8 @@ from .plots import (
     plot_accuracy_by_shots,
     plot_criterion_wins,
 )
-from .results import Run
+from .records.plans import Choice, unfinished_choices
+from .records.results import Run
 from .rows import Row, make_rows, row_labels
 from .settings_notes import deviation_notes, settings_notes
 from .suites import suite_groups

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .averages import mean_and_std
-from .results import Run, describe_method, on_different_data
-from .schema import canonical_json
+from .records.results import Run, describe_method, on_different_data
+from .records.schema import canonical_json
 
 
 # Settings of a method that a "best per task" row may choose anew for every task.

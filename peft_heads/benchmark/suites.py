@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ..data.tasks import TASKS
-from .results import Run
+from .records.results import Run
 
 
 ONE_GROUP = "all tasks"

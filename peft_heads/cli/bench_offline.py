@@ -37,13 +37,13 @@ def run(argv: list[str]) -> int:
     import torch
     from accelerate import PartialState
 
-    from ..benchmark.effective import describe_settings, effective_method
     from ..benchmark.engine.run import clear_trunks
     from ..benchmark.engine.sweep import Outcome, execute
     from ..benchmark.engine.training import Places
     from ..benchmark.offline.offline import OFFLINE_TASKS, SEEDS, offline_settings, offline_specs
     from ..benchmark.recipes import RECIPES
-    from ..benchmark.results import read_results
+    from ..benchmark.records.effective import describe_settings, effective_method
+    from ..benchmark.records.results import read_results
     from ..data.tasks import OFFLINE, find_task
     from ..demo.offline_tasks import write_offline_task
     from .bench_run import finish, goes_on, progress_bar

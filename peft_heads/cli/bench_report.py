@@ -21,7 +21,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace files in DIR")
     args = parser.parse_args(argv)
 
-    from ..benchmark.results import read_results
+    from ..benchmark.records.results import read_results
 
     runs = read_results(args.results, unofficial=args.unofficial)
     if not runs:
@@ -29,7 +29,7 @@ def run(argv: list[str]) -> int:
         raise ValueError(f"{args.results} holds no results{hint}")
 
     from ..adapter_folder.atomic import write_atomically
-    from ..benchmark.plans import read_plans
+    from ..benchmark.records.plans import read_plans
     from ..benchmark.report import make_report
 
     files = make_report(runs, args.suite, read_plans(args.results))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ..benchmark.effective import describe_settings, deviations, effective_method, merge_settings
-from ..benchmark.environment import source_state
-from ..benchmark.results import RunSpec
+from ..benchmark.records.effective import describe_settings, deviations, effective_method, merge_settings
+from ..benchmark.records.environment import source_state
+from ..benchmark.records.results import RunSpec
 
 
 def effective_lines(specs: list[RunSpec], any_size: bool = False) -> list[str]:

@@ -1,7 +1,7 @@
 import pytest
 from benchmark_runs import heads, make_run
 
-from peft_heads.benchmark.results import write_result
+from peft_heads.benchmark.records.results import write_result
 from peft_heads.cli import bench
 from peft_heads.cli.bench_report import run
 

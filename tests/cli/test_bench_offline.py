@@ -4,7 +4,7 @@ import pytest
 from benchmark_runs import make_run
 
 from peft_heads.benchmark.offline.evidence import read_records
-from peft_heads.benchmark.results import read_results, write_result
+from peft_heads.benchmark.records.results import read_results, write_result
 from peft_heads.cli.main import main
 
 

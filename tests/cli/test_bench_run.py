@@ -11,7 +11,7 @@ import tiny
 import trees
 from PIL import Image
 
-from peft_heads.benchmark.results import read_results
+from peft_heads.benchmark.records.results import read_results
 from peft_heads.cli.bench_arguments import build_parser, read_method, read_recipe
 from peft_heads.cli.main import main
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from ..results import Environment, Run, RunResult, RunSpec, find_result, write_result
+from ..records.results import Environment, Run, RunResult, RunSpec, find_result, write_result
 
 
 logger = logging.getLogger(__name__)

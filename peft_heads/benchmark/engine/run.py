@@ -26,7 +26,7 @@ from ...data.preprocessing import Preprocessing
 from ...data.tasks import OFFLINE, Task
 from ...methods import check_method_arguments
 from ..recipes import Recipe
-from ..results import Environment, Run, RunResult, RunSpec, find_result, write_result
+from ..records.results import Environment, Run, RunResult, RunSpec, find_result, write_result
 from .drop_path import has_drop_path
 from .training import Places, Training, checkpoint_of, method_arguments
 

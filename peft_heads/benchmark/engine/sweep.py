@@ -18,10 +18,10 @@ from accelerate.utils import broadcast_object_list
 
 from ...adapter_folder.atomic import write_atomically
 from ...data.tasks import Task
-from ..environment import source_state
-from ..plans import Choice, unfinished_choices, write_plan
 from ..recipes import Recipe
-from ..results import Run, RunSpec, describe_method, find_result
+from ..records.environment import source_state
+from ..records.plans import Choice, unfinished_choices, write_plan
+from ..records.results import Run, RunSpec, describe_method, find_result
 from ..rows import method_order
 from .optuna_queue import WAIT, SharedQueue, default_study_name, take_turns
 from .run import (

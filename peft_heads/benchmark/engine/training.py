@@ -34,10 +34,10 @@ from ...image_classifier import new_image_classifier, quiet_loading
 from ...methods import apply_method, has_scored_heads
 from ...metrics.accuracy import compute_metrics
 from ...tuners import HeadMaskedLoraConfig, pack_adapter
-from ..effective import method_arguments
-from ..environment import describe_environment
 from ..recipes import SHIPPED
-from ..results import CONTENT, Environment, RunResult, RunSpec
+from ..records.effective import method_arguments
+from ..records.environment import describe_environment
+from ..records.results import CONTENT, Environment, RunResult, RunSpec
 from .callbacks import Clock, EpochEnds
 from .drop_path import CONFIG_FIELD, add_drop_path, residual_branches
 

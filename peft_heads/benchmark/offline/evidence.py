@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from ..results import Run
+from ..records.results import Run
 from .offline import setting_name
 
 

@@ -10,7 +10,7 @@ from ...data.tasks import OFFLINE, TASKS, Task
 from ..engine.run import make_spec
 from ..engine.training import SHIPPED
 from ..recipes import RECIPES, Recipe
-from ..results import RunSpec, describe_method
+from ..records.results import RunSpec, describe_method
 
 
 SEEDS = (0, 1, 2, 3, 4)

@@ -14,7 +14,7 @@ from peft_heads.benchmark.engine import training
 from peft_heads.benchmark.engine.run import make_spec, run, train_trunk, training_key, trunk_epochs, trunk_key
 from peft_heads.benchmark.engine.training import Training
 from peft_heads.benchmark.offline.offline import offline_specs
-from peft_heads.benchmark.results import read_results
+from peft_heads.benchmark.records.results import read_results
 from peft_heads.data.tasks import find_task
 
 
@@ -224,7 +224,7 @@ def test_checkpoints_of_other_data_or_code_are_not_gone_on_from(bench, kill_at, 
 
 
 def test_results_of_uncommitted_code_are_made_again(bench, monkeypatch):
-    from peft_heads.benchmark import environment
+    from peft_heads.benchmark.records import environment
 
     for state, expected in (
         ((None, True), True),
@@ -397,7 +397,7 @@ def test_a_twin_is_a_result_of_the_code_that_trained_it(bench, monkeypatch):
     """Whatever is committed or edited meanwhile."""
     test = spec_of(bench)
     states = iter([("abc", True), ("abc", True), ("def", False), ("def", False)])
-    monkeypatch.setattr("peft_heads.benchmark.environment.source_state", lambda: next(states))
+    monkeypatch.setattr("peft_heads.benchmark.records.environment.source_state", lambda: next(states))
     run(test, bench.places("out"), also=(replace(test, eval_split="val200"),))
     found = read_results(bench.root / "out", unofficial=True)
     assert [(run.environment.commit, run.environment.dirty) for run in found] == [("abc", True)] * 2

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..adapter_folder.atomic import write_atomically
+from ...adapter_folder.atomic import write_atomically
 from .schema import check_fields, from_mapping
 
 

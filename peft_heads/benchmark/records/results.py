@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..adapter_folder.atomic import write_atomically
+from ...adapter_folder.atomic import write_atomically
 from .effective import deviations, effective_method
 from .schema import canonical_json, check_fields, from_mapping, jsonable
 

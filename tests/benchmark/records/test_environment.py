@@ -3,7 +3,7 @@ import subprocess
 import torch
 
 import peft_heads
-from peft_heads.benchmark.environment import describe_environment, source_state
+from peft_heads.benchmark.records.environment import describe_environment, source_state
 
 
 def git(folder, *arguments):

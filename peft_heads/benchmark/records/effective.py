@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..data.preprocessing import Preprocessing
-from ..data.tasks import TASKS
-from ..methods import MethodArguments, effective_settings
-from .recipes import RECIPES
+from ...data.preprocessing import Preprocessing
+from ...data.tasks import TASKS
+from ...methods import MethodArguments, effective_settings
+from ..recipes import RECIPES
 from .schema import canonical_json
 
 

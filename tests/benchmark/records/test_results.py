@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from peft_heads.benchmark.results import (
+from peft_heads.benchmark.records.results import (
     Environment,
     RunResult,
     RunSpec,

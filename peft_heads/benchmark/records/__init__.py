@@ -1,0 +1,1 @@
+"""Results as files: what was set, on which machine, and what came out."""
