@@ -8,7 +8,7 @@ from nbclient import NotebookClient
 
 from peft_heads.benchmark.offline.evidence import read_records
 from peft_heads.benchmark.offline.evidence_tables import evidence_tables
-from peft_heads.benchmark.tables import to_markdown
+from peft_heads.benchmark.report.tables import to_markdown
 
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))

@@ -97,8 +97,8 @@ def report(runs: list, folder: Path) -> None:
     from ..benchmark.offline.evidence import make_records, write_records
     from ..benchmark.offline.evidence_plots import plot_differences
     from ..benchmark.offline.evidence_tables import FOR_SCALE, evidence_tables
-    from ..benchmark.report import make_report
-    from ..benchmark.tables import to_csv, to_markdown, to_text
+    from ..benchmark.report.report import make_report
+    from ..benchmark.report.tables import to_csv, to_markdown, to_text
     from ..data.tasks import OFFLINE
     from ..plotting import figure_bytes
 

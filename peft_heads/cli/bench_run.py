@@ -96,7 +96,7 @@ def sweep(argv: list[str]) -> int:
         )
     if _is_main() and outcome.runs:
         from ..adapter_folder.atomic import write_atomically
-        from ..benchmark.report import make_report, summarize
+        from ..benchmark.report.report import make_report, summarize
 
         files = make_report(outcome.runs.values(), args.suite, sweep.choices())
         folder = places.work.parent / "report"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from ..tables import Table
+from ..report.tables import Table
 from .evidence_tables import FOR_SCALE
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..overlap import KINDS, Masks, overlaps
-from ..tables import Cell, Column, Table, TableRow
+from ..report.overlap import KINDS, Masks, overlaps
+from ..report.tables import Cell, Column, Table, TableRow
 from .evidence import (
     CONFIDENCE,
     Difference,

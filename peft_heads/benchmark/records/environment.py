@@ -59,7 +59,7 @@ def source_state(package: str | os.PathLike | None = None) -> tuple[str | None, 
     Args:
         package: Folder of the package; by default, this one's.
     """
-    package = Path(package or Path(__file__).parent.parent).resolve()
+    package = Path(package or Path(__file__).parents[2]).resolve()
     if not (package.parent / ".git").exists():
         return None, None
     commit = _git(package, "rev-parse", "HEAD")

@@ -1,6 +1,6 @@
 import pytest
 
-from peft_heads.benchmark.published import AVERAGING, disagreements, published_rows
+from peft_heads.benchmark.report.published import AVERAGING, disagreements, published_rows
 from peft_heads.benchmark.suites import suite_groups
 
 

@@ -1,7 +1,7 @@
 import pytest
 from benchmark_runs import heads, make_run
 
-from peft_heads.benchmark.rows import SCALE, best_on_test, best_on_validation, common_and_own, make_rows
+from peft_heads.benchmark.report.rows import SCALE, best_on_test, best_on_validation, common_and_own, make_rows
 
 
 def test_runs_that_differ_in_task_and_seed_share_a_row():

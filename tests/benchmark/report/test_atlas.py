@@ -1,8 +1,8 @@
 import numpy as np
 from benchmark_runs import heads, make_run
 
-from peft_heads.benchmark.atlas import head_atlas, plot_head_atlas
-from peft_heads.benchmark.rows import make_rows
+from peft_heads.benchmark.report.atlas import head_atlas, plot_head_atlas
+from peft_heads.benchmark.report.rows import make_rows
 
 
 GROUPS = {"cifar": "natural", "dtd": "natural", "eurosat": "specialized", "kitti": "structured"}

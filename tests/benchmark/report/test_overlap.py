@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from peft_heads.benchmark.overlap import Overlap, expected_jaccard, group_p_value, mask_overlap, overlaps
+from peft_heads.benchmark.report.overlap import Overlap, expected_jaccard, group_p_value, mask_overlap, overlaps
 
 
 def masks(*off, num_heads=12, projections=("q", "v")):

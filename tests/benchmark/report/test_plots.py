@@ -1,7 +1,7 @@
 import pytest
 from benchmark_runs import heads, make_run
 
-from peft_heads.benchmark.plots import (
+from peft_heads.benchmark.report.plots import (
     NO_WIN,
     criterion_families,
     criterion_wins,
@@ -9,7 +9,7 @@ from peft_heads.benchmark.plots import (
     plot_accuracy_by_shots,
     plot_criterion_wins,
 )
-from peft_heads.benchmark.rows import make_rows
+from peft_heads.benchmark.report.rows import make_rows
 
 
 GROUPS = {"cifar": "natural", "eurosat": "specialized"}

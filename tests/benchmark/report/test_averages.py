@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from peft_heads.benchmark.averages import averages, averages_over_seeds, group_means, mean_and_std
+from peft_heads.benchmark.report.averages import averages, averages_over_seeds, group_means, mean_and_std
 
 
 GROUPS = {"a": "one", "b": "one", "c": "one", "d": "two"}

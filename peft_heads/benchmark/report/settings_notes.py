@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .records.effective import describe_settings, deviations, effective_method
+from ..records.effective import describe_settings, deviations, effective_method
 from .rows import Row, row_labels
 
 

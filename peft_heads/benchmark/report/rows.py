@@ -6,9 +6,9 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..records.results import Run, describe_method, on_different_data
+from ..records.schema import canonical_json
 from .averages import mean_and_std
-from .records.results import Run, describe_method, on_different_data
-from .records.schema import canonical_json
 
 
 # Settings of a method that a "best per task" row may choose anew for every task.

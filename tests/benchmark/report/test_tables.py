@@ -1,6 +1,6 @@
 import csv
 
-from peft_heads.benchmark.tables import Cell, Column, Table, TableRow, to_csv, to_latex, to_markdown, to_text
+from peft_heads.benchmark.report.tables import Cell, Column, Table, TableRow, to_csv, to_latex, to_markdown, to_text
 
 
 TABLE = Table(

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from ..plotting import figure_bytes
+from ...plotting import figure_bytes
+from ..records.plans import Choice, unfinished_choices
+from ..records.results import Run
+from ..suites import suite_groups
 from .accuracy_tables import accuracy_table, cost_table, validation_table
 from .atlas import plot_head_atlas
 from .overlap import group_p_value, overlaps
@@ -16,11 +19,8 @@ from .plots import (
     plot_accuracy_by_shots,
     plot_criterion_wins,
 )
-from .records.plans import Choice, unfinished_choices
-from .records.results import Run
 from .rows import Row, make_rows, row_labels
 from .settings_notes import deviation_notes, settings_notes
-from .suites import suite_groups
 from .tables import Cell, Column, Table, TableRow, to_csv, to_latex, to_markdown, to_text
 
 

@@ -1,0 +1,1 @@
+"""Tables and figures of a folder of results, beside the published numbers."""
