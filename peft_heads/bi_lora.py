@@ -34,10 +34,10 @@ from .bi_lora_files import (
     settings_beside,
     shortest_scale,
 )
-from .export import PROCESSOR_FILE, check_type, load_complete_adapter
+from .convert.lora import PROCESSOR_FILE, check_type, load_complete_adapter
+from .convert.migrate import LORA_TYPES
 from .heads.resolve import default_targets, resolve_heads
 from .image_classifier import fetch_adapter
-from .migration import LORA_TYPES
 from .packing import PackedWeight, pack_module, unpack_module
 from .quantization import BITS
 from .tuners import HeadMaskedLoraConfig, pack_adapter

@@ -15,11 +15,11 @@ from transformers import AutoModelForImageClassification, pipeline
 from peft_heads import HeadMaskedLoraConfig, load_image_classifier, set_head_masks, set_image_processor
 from peft_heads.cli.errors import raised_by_this_package
 from peft_heads.cli.main import main
+from peft_heads.convert.inspect import inspect_adapter
+from peft_heads.convert.lora import export_merged
 from peft_heads.data.images import ImageTransform, decode_image
 from peft_heads.demo.model import load_demo_processor
-from peft_heads.export import export_merged
 from peft_heads.image_classifier import base_model_class
-from peft_heads.inspection import inspect_adapter
 
 
 @pytest.fixture

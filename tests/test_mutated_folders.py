@@ -23,7 +23,7 @@ from peft_heads import (
     set_head_masks,
 )
 from peft_heads.cli.errors import raised_by_this_package
-from peft_heads.inspection import inspect_adapter
+from peft_heads.convert.inspect import inspect_adapter
 
 
 SECONDS, BYTES = 5, 2**30

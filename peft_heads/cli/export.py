@@ -13,12 +13,15 @@ FORMATS = {
         "FILE.bin and FILE.yaml of Bi-LoRA's authors (k bits, q and v of a ViT-B/16)",
         "peft_heads.bi_lora:export_bi_lora",
     ),
-    "lora": ("a stock LoRA adapter, masks folded in (mask_scope=adapter)", "peft_heads.export:export_lora"),
-    "merged": ("an ordinary checkpoint of transformers", "peft_heads.export:export_merged"),
-    "packed": ("the adapter itself with k bits per weight (adapter_bits < 32)", "peft_heads.export:export_packed"),
+    "lora": ("a stock LoRA adapter, masks folded in (mask_scope=adapter)", "peft_heads.convert.lora:export_lora"),
+    "merged": ("an ordinary checkpoint of transformers", "peft_heads.convert.lora:export_merged"),
+    "packed": (
+        "the adapter itself with k bits per weight (adapter_bits < 32)",
+        "peft_heads.convert.lora:export_packed",
+    ),
     "pruned": (
         "a smaller checkpoint, deactivated heads removed (mask_scope=head, as many in every layer)",
-        "peft_heads.pruning:export_pruned",
+        "peft_heads.convert.pruned:export_pruned",
     ),
 }
 

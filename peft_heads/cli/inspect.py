@@ -29,7 +29,7 @@ def run(argv: list[str]) -> int:
     if args.plot and args.plot.exists() and not args.overwrite:
         raise ValueError(f"{args.plot} exists already and nothing was changed; --overwrite replaces it")
 
-    from ..inspection import inspect_adapter
+    from ..convert.inspect import inspect_adapter
 
     report = inspect_adapter(args.adapter, args.base_model)
     if args.plot and report.no_norms:

@@ -17,8 +17,8 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--base_model", help="folder or repository of its base model, if not the one it names")
     args = parser.parse_args(argv)
 
+    from ..convert.migrate import migrate_adapter
     from ..heads.maskable import module_patterns
-    from ..migration import migrate_adapter
 
     names = migrate_adapter(args.folder, args.base_model)
     transformers = f"transformers {version('transformers')}"

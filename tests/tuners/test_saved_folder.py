@@ -11,7 +11,7 @@ from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 
 from peft_heads import HeadMaskedLoraConfig, RLRRConfig, get_head_masks, load_image_classifier, set_head_masks
-from peft_heads.inspection import inspect_adapter
+from peft_heads.convert.inspect import inspect_adapter
 
 
 HEAD = "base_model.model.classifier."

@@ -12,7 +12,7 @@ from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 
 from peft_heads import HeadMaskedLoraConfig, HeadScorer, set_head_masks
-from peft_heads.export import export_lora
+from peft_heads.convert.lora import export_lora
 from peft_heads.heads.maskable import head_layers
 from peft_heads.quantization import BITS, quantize_by_autograd
 from peft_heads.tuners import quantizer

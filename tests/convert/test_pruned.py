@@ -13,8 +13,8 @@ from transformers import AutoModelForImageClassification, BeitConfig, BeitForIma
 
 from peft_heads import HeadMaskedLoraConfig, get_head_masks, set_head_masks
 from peft_heads.cli.main import main
+from peft_heads.convert.pruned import export_pruned, prune_heads, slice_heads
 from peft_heads.heads import resolve_heads
-from peft_heads.pruning import export_pruned, prune_heads, slice_heads
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:ne=2. . group.s. with no more heads")

@@ -14,15 +14,16 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 
-from peft_heads import HeadMaskedLoraConfig, get_head_masks, load_image_classifier, migration
+from peft_heads import HeadMaskedLoraConfig, get_head_masks, load_image_classifier
 from peft_heads.adapter_folder.atomic import write_atomically
 from peft_heads.cli.main import main
-from peft_heads.migration import migrate_adapter
+from peft_heads.convert import migrate as migration
+from peft_heads.convert.migrate import migrate_adapter
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:these targets have no attention heads")  # of "all-linear"
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 ADAPTERS = sorted(str(path.parent.relative_to(FIXTURES / "adapters")) for path in FIXTURES.rglob("expected.json"))
 OLD_NAMES = Version(transformers.__version__) < Version("5.9")
 # These train a norm in full, whose path 5.9 has changed: PEFT looks it up before we can say what it is called.

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageClassification
 
 from peft_heads import HeadMaskedLoraConfig, RLRRConfig, get_head_masks, pack_adapter, set_head_masks
 from peft_heads.cli.main import main
-from peft_heads.inspection import inspect_adapter
+from peft_heads.convert.inspect import inspect_adapter
 
 
 pytestmark = [
@@ -119,7 +119,7 @@ def test_parameters_and_bytes(saved, name):
 
 @pytest.mark.skipif(tiny.OLD_NAMES, reason="is about names of 4.57 under later versions")
 def test_names_of_another_transformers():
-    fixtures = Path(__file__).parent / "fixtures"
+    fixtures = Path(__file__).parents[1] / "fixtures"
     report = inspect_adapter(fixtures / "adapters" / "4.57.6" / "vit" / "ours", base_model=fixtures / "base" / "vit")
     assert report.norms.keys() == report.masks.keys()
     assert "vit.encoder.layer.0.attention.attention.query" in report.norms

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 import torch
 import transformers
 
-from .adapter_folder.atomic import new_folder
-from .adapter_folder.card import read_settings
-from .export import check_type, load_whole_model, merge, save_checkpoint, sources
-from .heads.layout import HeadLayout
-from .heads.maskable import get_head_masks
-from .heads.resolve import resolve_heads
-from .image_classifier import fetch_adapter
-from .migration import LORA_TYPES
+from ..adapter_folder.atomic import new_folder
+from ..adapter_folder.card import read_settings
+from ..heads.layout import HeadLayout
+from ..heads.maskable import get_head_masks
+from ..heads.resolve import resolve_heads
+from ..image_classifier import fetch_adapter
+from .lora import check_type, load_whole_model, merge, save_checkpoint, sources
+from .migrate import LORA_TYPES
 
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def export_pruned(
     """Merge an adapter with `mask_scope="head"` and write the model without its deactivated heads.
 
     The checkpoint says so as the installed transformers does (see [`prune_heads`]) and is read by that version.
-    Arguments, result and errors as of [`peft_heads.export.export_lora`].
+    Arguments, result and errors as of [`peft_heads.convert.lora.export_lora`].
     """
     with new_folder(target, overwrite, sources(adapter, base_model)) as folder:
         source = fetch_adapter(adapter)

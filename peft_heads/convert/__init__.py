@@ -1,0 +1,1 @@
+"""An adapter in other forms: stock LoRA, merged, packed or pruned checkpoints, under other module names; and what it is."""
