@@ -11,7 +11,7 @@ from pathlib import Path
 FORMATS = {
     "bi-lora": (
         "FILE.bin and FILE.yaml of Bi-LoRA's authors (k bits, q and v of a ViT-B/16)",
-        "peft_heads.bi_lora:export_bi_lora",
+        "peft_heads.convert.bi_lora.convert:export_bi_lora",
     ),
     "lora": ("a stock LoRA adapter, masks folded in (mask_scope=adapter)", "peft_heads.convert.lora:export_lora"),
     "merged": ("an ordinary checkpoint of transformers", "peft_heads.convert.lora:export_merged"),

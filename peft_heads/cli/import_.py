@@ -9,7 +9,9 @@ from .export import sizes
 
 
 # Its line in --help, and the function `(file, target, base_model=, overwrite=)` that reads it.
-FORMATS = {"bi-lora": ("FILE.bin and FILE.yaml of Bi-LoRA's authors", "peft_heads.bi_lora:import_bi_lora")}
+FORMATS = {
+    "bi-lora": ("FILE.bin and FILE.yaml of Bi-LoRA's authors", "peft_heads.convert.bi_lora.convert:import_bi_lora")
+}
 
 
 def run(argv: list[str]) -> int:

@@ -15,10 +15,22 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 
-from .adapter_folder.atomic import new_folder, write_atomically, write_together
-from .adapter_folder.card import read_settings, write_labels
-from .adapter_folder.weights_file import find_weights, read_infos, read_weights
-from .bi_lora_files import (
+from ...adapter_folder.atomic import new_folder, write_atomically, write_together
+from ...adapter_folder.card import read_settings, write_labels
+from ...adapter_folder.weights_file import find_weights, read_infos, read_weights
+from ...heads.resolve import default_targets, resolve_heads
+from ...image_classifier import fetch_adapter
+from ...packing import PackedWeight, pack_module, unpack_module
+from ...quantization import BITS
+from ...tuners import HeadMaskedLoraConfig, pack_adapter
+from ...tuners.head_masked_lora.config import FULL_PRECISION
+from ...tuners.head_masked_lora.packed import PACKED
+from ...tuners.saved_keys import BASE, module_of, renamed_keys
+from ...tuners.saved_settings import is_settings_key
+from ...tuners.task_heads import default_labels
+from ..lora import PROCESSOR_FILE, check_type, load_complete_adapter
+from ..migrate import LORA_TYPES
+from .files import (
     BACKBONE,
     BASE_MODEL,
     HEAD_BITS,
@@ -34,18 +46,6 @@ from .bi_lora_files import (
     settings_beside,
     shortest_scale,
 )
-from .convert.lora import PROCESSOR_FILE, check_type, load_complete_adapter
-from .convert.migrate import LORA_TYPES
-from .heads.resolve import default_targets, resolve_heads
-from .image_classifier import fetch_adapter
-from .packing import PackedWeight, pack_module, unpack_module
-from .quantization import BITS
-from .tuners import HeadMaskedLoraConfig, pack_adapter
-from .tuners.head_masked_lora.config import FULL_PRECISION
-from .tuners.head_masked_lora.packed import PACKED
-from .tuners.saved_keys import BASE, module_of, renamed_keys
-from .tuners.saved_settings import is_settings_key
-from .tuners.task_heads import default_labels
 
 
 # The authors' images: 224 × 224, bicubic, from 0 to 1 and not normalised as the base model's own are.

@@ -22,14 +22,14 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from peft_heads import HeadMaskedLoraConfig
 from peft_heads.adapter_folder.card import read_labels
-from peft_heads.bi_lora import export_bi_lora, import_bi_lora
-from peft_heads.bi_lora_files import BASE_MODEL, shortest_scale
 from peft_heads.cli.main import main
+from peft_heads.convert.bi_lora.convert import export_bi_lora, import_bi_lora
+from peft_heads.convert.bi_lora.files import BASE_MODEL, shortest_scale
 from peft_heads.data.images import load_image_processor
 from peft_heads.packing import pack_module, unpack_module
 
 
-PUBLISHED = Path(__file__).parent / "fixtures" / "bi-lora"
+PUBLISHED = Path(__file__).parents[1] / "fixtures" / "bi-lora"
 # The authors' small files as they are, and others of the same form. Rank 3: the scale is no quotient of floats.
 CASES = {
     "kitti": PUBLISHED / "lora-bihead" / "kitti-bit1-dim1.bin",
@@ -237,7 +237,7 @@ def test_an_adapter_that_is_not_packed(vit, tmp_path, monkeypatch):
         assert (source, base_model) == (tmp_path / "adapter", BASE_MODEL)
         return PeftModel.from_pretrained(vit, source).eval(), []
 
-    monkeypatch.setattr("peft_heads.bi_lora.load_complete_adapter", load)
+    monkeypatch.setattr("peft_heads.convert.bi_lora.convert.load_complete_adapter", load)
     file = export_bi_lora(tmp_path / "adapter", tmp_path / "mine.bin", base_model=BASE_MODEL)
     settings = yaml.safe_load(file.with_suffix(".yaml").read_text())
     assert settings == {

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 import yaml
 
-from .adapter_folder.weights_file import check_ordinary
-from .packing import PackedWeight
-from .quantization import BITS, pack, unpack
+from ...adapter_folder.weights_file import check_ordinary
+from ...packing import PackedWeight
+from ...quantization import BITS, pack, unpack
 
 
 WIDTH, NUM_BLOCKS, PATCH_SIZE = 768, 12, 16

@@ -1,0 +1,1 @@
+"""The files of Bi-LoRA's authors, read and written."""
