@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .functional.sharding import is_dtensor, whole, whole_shape, whole_value
 from .heads.maskable import HeadMaskable, module_patterns
-from .sharding import is_dtensor, whole, whole_shape, whole_value
 
 
 class StepGradients:

@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
+from .functional.sharding import whole_shape, zero_rows
 from .gradients import StepGradients
 from .heads.maskable import (
     HeadMaskable,
@@ -29,7 +30,6 @@ from .heads.selection import (
     plan_groups,
     select_heads,
 )
-from .sharding import whole_shape, zero_rows
 
 
 # Which scorer listens to a layer's adapter: a second one would be a mistake nobody sees.

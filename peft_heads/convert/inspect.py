@@ -18,12 +18,12 @@ from ..adapter_folder.card import read_labels, read_settings
 from ..adapter_folder.checkpoints import read_error
 from ..adapter_folder.weights_file import find_weights, read_infos, read_weights
 from ..backbones.renames import match_renamed
+from ..functional.packing import unpack_module
+from ..functional.quantization import quantize
 from ..heads.layout import HeadLayout, ProjectionLayout
 from ..heads.maskable import check_mask
 from ..heads.resolve import resolve_heads
 from ..image_classifier import fetch_adapter
-from ..packing import unpack_module
-from ..quantization import quantize
 from ..tuners.head_mask import LORA_MASK, is_mask_key
 from ..tuners.head_masked_lora.config import FULL_PRECISION
 from ..tuners.head_masked_lora.packed import PACKED

@@ -26,7 +26,7 @@ from peft_heads.cli.main import main
 from peft_heads.convert.bi_lora.convert import export_bi_lora, import_bi_lora
 from peft_heads.convert.bi_lora.files import BASE_MODEL, shortest_scale
 from peft_heads.data.images import load_image_processor
-from peft_heads.packing import pack_module, unpack_module
+from peft_heads.functional.packing import pack_module, unpack_module
 
 
 PUBLISHED = Path(__file__).parents[1] / "fixtures" / "bi-lora"

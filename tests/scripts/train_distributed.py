@@ -143,7 +143,7 @@ def deepspeed_config(stage):
 
 def checks(scorer, optimizer):
     """The largest absolute value in the raw deactivated rows and in the optimizer's state of them; sums of weights."""
-    from peft_heads.sharding import whole, whole_value
+    from peft_heads.functional.sharding import whole, whole_value
 
     rows, states, weights = 0.0, 0.0, {}
     for name, layer in scorer.layers.items():

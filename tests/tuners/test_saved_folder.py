@@ -285,7 +285,7 @@ def test_k_bit_adapters_of_every_width_are_the_first_thing_loaded(tmp_path, monk
     for bits in (1, 2, 4, 8):
         model = save(tmp_path / str(bits), HeadMaskedLoraConfig(ne=0, adapter_bits=bits, classifier_bits=bits))
         wanted[bits] = model(tiny.images()).logits
-    monkeypatch.setattr("peft_heads.quantization._CODE_BOOKS", {})
+    monkeypatch.setattr("peft_heads.functional.quantization._CODE_BOOKS", {})
     for bits, logits in wanted.items():
         loaded = PeftModel.from_pretrained(tiny.make("vit"), tmp_path / str(bits))
         assert torch.equal(loaded(tiny.images()).logits, logits)

@@ -18,10 +18,10 @@ from torch import nn
 from ...adapter_folder.atomic import new_folder, write_atomically, write_together
 from ...adapter_folder.card import read_settings, write_labels
 from ...adapter_folder.weights_file import find_weights, read_infos, read_weights
+from ...functional.packing import PackedWeight, pack_module, unpack_module
+from ...functional.quantization import BITS
 from ...heads.resolve import default_targets, resolve_heads
 from ...image_classifier import fetch_adapter
-from ...packing import PackedWeight, pack_module, unpack_module
-from ...quantization import BITS
 from ...tuners import HeadMaskedLoraConfig, pack_adapter
 from ...tuners.head_masked_lora.config import FULL_PRECISION
 from ...tuners.head_masked_lora.packed import PACKED

@@ -11,9 +11,9 @@ from peft.utils import PeftType
 
 from ..._compat import add_peft_type
 from ...adapter_folder.card import HEAD_MASKED_LORA_CARD
+from ...functional.quantization import BITS
 from ...heads.layout import ProjectionLayout
 from ...heads.scores import Criterion
-from ...quantization import BITS
 from ..quantizer import WeightQuantizer
 from ..saved_config import SavedConfig, check_file, source_of
 

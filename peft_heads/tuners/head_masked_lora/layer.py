@@ -13,8 +13,8 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.other import transpose
 from torch import nn
 
+from ...functional.sharding import on_gradient
 from ...heads.layout import ProjectionLayout
-from ...sharding import on_gradient
 from ..head_mask import HeadMask, HeadMaskedLayer
 from ..quantizer import WeightQuantizer
 from .config import FULL_PRECISION, HeadMaskedLoraConfig

@@ -9,9 +9,9 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
+from ...functional.packing import PackedWeight, pack_module, unpack_module
 from ...heads.layout import ProjectionLayout
 from ...heads.traversal import own_modules
-from ...packing import PackedWeight, pack_module, unpack_module
 from ..quantizer import WeightQuantizer, packed_weight
 from ..saved_keys import PACKED
 from ..task_heads import QuantizedLinear

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ...functional.sharding import whole_entry
 from ...heads.traversal import own_modules
-from ...sharding import whole_entry
 from ..head_mask import check_saved_masks, masked_layers
 from ..task_heads import QuantizedLinear
 from .config import HeadMaskedLoraConfig

@@ -9,8 +9,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
+from ...functional.rescaling import Rescaling
 from ...heads.layout import ProjectionLayout
-from ...rescaling import Rescaling
 from .config import RLRRConfig
 
 

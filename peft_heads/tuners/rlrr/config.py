@@ -9,9 +9,9 @@ from peft import PeftConfig
 
 from ..._compat import add_peft_type
 from ...adapter_folder.card import RLRR_CARD
+from ...functional.rescaling import Rescaling
 from ...heads.layout import ProjectionLayout
 from ...heads.scores import Criterion
-from ...rescaling import Rescaling
 from ..saved_config import SavedConfig
 
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...rescaling import Change, ConvolutionOperation, LinearOperation, delta, rescaled_operation
-from ...sharding import on_gradient
+from ...functional.rescaling import Change, ConvolutionOperation, LinearOperation, delta, rescaled_operation
+from ...functional.sharding import on_gradient
 from ..head_mask import HeadMask, HeadMaskedLayer
 from .base_layer import RLRRLayer
 from .config import RLRRConfig

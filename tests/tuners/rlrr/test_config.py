@@ -12,7 +12,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from torch import nn
 
 from peft_heads import HeadMaskedLoraConfig, RLRRConfig, RLRRModel
-from peft_heads.rescaling import Rescaling
+from peft_heads.functional.rescaling import Rescaling
 
 
 def test_defaults():

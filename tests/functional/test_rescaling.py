@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft_heads.rescaling import (
+from peft_heads.functional.rescaling import (
     Change,
     ConvolutionOperation,
     LinearOperation,

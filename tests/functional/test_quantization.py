@@ -6,8 +6,8 @@ import pytest
 import reference
 import torch
 
-from peft_heads import quantization
-from peft_heads.quantization import (
+from peft_heads.functional import quantization
+from peft_heads.functional.quantization import (
     BITS,
     code_book,
     decide,

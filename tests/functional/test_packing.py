@@ -6,8 +6,8 @@ import pytest
 import reference
 import torch
 
-from peft_heads.packing import PackedWeight, pack_module, unpack_module
-from peft_heads.quantization import BITS, decide
+from peft_heads.functional.packing import PackedWeight, pack_module, unpack_module
+from peft_heads.functional.quantization import BITS, decide
 
 
 every_width = pytest.mark.parametrize("bits", BITS)
