@@ -35,7 +35,7 @@ from peft_heads.adapter_folder.atomic import write_atomically
 from peft_heads.benchmark.engine.drop_path import add_drop_path, residual_branches
 from peft_heads.benchmark.recipes import RECIPES
 from peft_heads.data.tasks import TASKS
-from peft_heads.heads.maskable import head_layers
+from peft_heads.heads.protocol import head_layers
 
 
 VTAB = {task.name: task for task in TASKS if task.suite == "vtab"}

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import ViTConfig, ViTForImageClassification
 
 from peft_heads import get_head_masks, set_head_masks
-from peft_heads.heads.resolve import default_targets, task_head_names
+from peft_heads.heads.detect import default_targets, task_head_names
 
 
 NUM_LABELS = 100

@@ -17,7 +17,7 @@ from transformers.trainer_callback import ExportableState
 
 from .adapter_folder.card import HEAT_MAP_FILE, SCORES_FILE, set_image_processor
 from .best_checkpoint import check_best_checkpoint, load_best_checkpoint
-from .heads.maskable import deactivated_heads, describe_masks, get_head_masks, module_patterns
+from .heads.protocol import deactivated_heads, describe_masks, get_head_masks, module_patterns
 from .heads.scores import GRADIENT_CRITERIA, TAYLOR_CRITERIA
 from .plotting import figure_bytes, plot_head_scores
 from .scoring import HeadScorer, TwoScorersError

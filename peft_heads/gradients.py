@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .functional.sharding import is_dtensor, whole, whole_shape, whole_value
-from .heads.maskable import HeadMaskable, module_patterns
+from .heads.protocol import HeadMaskable, module_patterns
 
 
 class StepGradients:

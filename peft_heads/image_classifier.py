@@ -201,7 +201,7 @@ def new_image_classifier(
     from transformers import AutoConfig, AutoModelForImageClassification
 
     from .adapter_folder.checkpoints import read_error
-    from .heads.resolve import task_head_names
+    from .heads.detect import task_head_names
 
     if os.path.isfile(os.path.join(path, "adapter_config.json")):
         raise ValueError(

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from .backbones.structure import backbone_parts
 from .callbacks import TaylorHeadScorer
-from .heads.resolve import default_targets, exact_targets, task_head_names
+from .heads.detect import default_targets, exact_targets, task_head_names
 from .heads.scores import Criterion
 from .heads.traversal import named_targets
 from .tuners import HeadMaskedLoraConfig, RLRRConfig

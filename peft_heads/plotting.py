@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .heads.maskable import deactivated_heads
+from .heads.protocol import deactivated_heads
 
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from torch import nn
 
 from .functional.sharding import whole_shape, zero_rows
 from .gradients import StepGradients
-from .heads.maskable import (
+from .heads.protocol import (
     HeadMaskable,
     describe_masks,
     head_layers,

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from peft_heads import HeadMaskedLoraConfig, HeadScorer, TaylorHeadScorer, get_head_masks, set_head_masks
-from peft_heads.heads.resolve import default_targets, resolve_heads, task_head_names
+from peft_heads.heads.detect import default_targets, resolve_heads, task_head_names
 
 
 # PVT-v2, SegFormer and Hiera begin with a stage of one head, which ne=1 keeps, and says so

@@ -17,7 +17,7 @@ from transformers import SwinConfig, SwinForImageClassification
 from peft_heads import HeadMaskedLoraConfig, HeadScorer, get_head_masks, set_head_masks
 from peft_heads.backbones.renames import place_of
 from peft_heads.heads import CRITERIA, head_statistics
-from peft_heads.heads.maskable import head_layers
+from peft_heads.heads.protocol import head_layers
 from peft_heads.heads.scores import TAYLOR_CRITERIA
 
 

@@ -19,7 +19,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalE
 from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME
 
-from ..heads.maskable import deactivated_heads, describe_masks
+from ..heads.protocol import deactivated_heads, describe_masks
 from .atomic import write_atomically
 from .weights_file import NAMES as WEIGHTS_FILES
 from .weights_file import check_ordinary

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..heads.resolve import FUSED_PROJECTIONS
+from ..heads.detect import FUSED_PROJECTIONS
 
 
 # What code asks of a weight without computing with it.

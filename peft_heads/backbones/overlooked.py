@@ -6,7 +6,7 @@ import re
 
 from torch import nn
 
-from ..heads.resolve import image_projections, in_image_part, resolve_heads
+from ..heads.detect import image_projections, in_image_part, resolve_heads
 from ..heads.traversal import own_modules
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from ..heads.resolve import PROJECTION_ROLES
+from ..heads.detect import PROJECTION_ROLES
 
 
 # The ends of names of the other linear layers in a block, by role.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..heads.resolve import FUSED_PROJECTIONS, PROJECTION_ROLES, backbone_name, image_projections, task_head_names
+from ..heads.detect import FUSED_PROJECTIONS, PROJECTION_ROLES, backbone_name, image_projections, task_head_names
 from ..heads.traversal import named_targets, own_modules
 
 

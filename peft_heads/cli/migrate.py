@@ -18,7 +18,7 @@ def run(argv: list[str]) -> int:
     args = parser.parse_args(argv)
 
     from ..convert.migrate import migrate_adapter
-    from ..heads.maskable import module_patterns
+    from ..heads.protocol import module_patterns
 
     names = migrate_adapter(args.folder, args.base_model)
     transformers = f"transformers {version('transformers')}"

@@ -23,7 +23,7 @@ from ..adapter_folder.checkpoints import (
     run_of_folder,
 )
 from ..data.images import ImageTransform, collate, label_names, load_image_dataset, load_image_processor
-from ..heads.maskable import describe_masks, get_head_masks
+from ..heads.protocol import describe_masks, get_head_masks
 from ..image_classifier import new_image_classifier
 from ..methods import apply_method, check_method_arguments, has_scored_heads
 from ..metrics.accuracy import compute_metrics

@@ -20,9 +20,9 @@ from ..adapter_folder.weights_file import find_weights, read_infos, read_weights
 from ..backbones.renames import match_renamed
 from ..functional.packing import unpack_module
 from ..functional.quantization import quantize
+from ..heads.detect import resolve_heads
 from ..heads.layout import HeadLayout, ProjectionLayout
-from ..heads.maskable import check_mask
-from ..heads.resolve import resolve_heads
+from ..heads.protocol import check_mask
 from ..image_classifier import fetch_adapter
 from ..tuners.head_mask import LORA_MASK, is_mask_key
 from ..tuners.head_masked_lora.config import FULL_PRECISION

@@ -17,9 +17,9 @@ import transformers
 
 from ..adapter_folder.atomic import new_folder
 from ..adapter_folder.card import read_settings
+from ..heads.detect import resolve_heads
 from ..heads.layout import HeadLayout
-from ..heads.maskable import get_head_masks
-from ..heads.resolve import resolve_heads
+from ..heads.protocol import get_head_masks
 from ..image_classifier import fetch_adapter
 from .lora import check_type, load_whole_model, merge, save_checkpoint, sources
 from .migrate import LORA_TYPES

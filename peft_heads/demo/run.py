@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from ..callbacks import HEAT_MAP_FILE, TaylorHeadScorer
-from ..heads.maskable import describe_masks
-from ..heads.resolve import default_targets, task_head_names
+from ..heads.detect import default_targets, task_head_names
+from ..heads.protocol import describe_masks
 from ..image_classifier import load_image_classifier
 from ..metrics.accuracy import compute_metrics
 from ..tuners import HeadMaskedLoraConfig

@@ -1,8 +1,8 @@
 """Attention heads: where they are, how responsive they are, which are deactivated. Depends on torch alone."""
 
+from .detect import resolve_heads
 from .layout import HeadLayout, ProjectionLayout
-from .maskable import HeadMaskable, get_head_masks, set_head_masks
-from .resolve import resolve_heads
+from .protocol import HeadMaskable, get_head_masks, set_head_masks
 from .scores import CRITERIA, head_scores, head_statistics
 from .selection import plan_groups, select_heads
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from .._compat import run_while_tracing
 from ..backbones.bypass import child_uses
-from ..heads.resolve import FUSED_PROJECTIONS, NUM_HEADS_ATTRIBUTES, PROJECTION_ROLES
+from ..heads.detect import FUSED_PROJECTIONS, NUM_HEADS_ATTRIBUTES, PROJECTION_ROLES
 from ..heads.traversal import own_modules
 
 

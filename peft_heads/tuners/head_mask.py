@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..heads.layout import ProjectionLayout
-from ..heads.maskable import check_mask, deactivated_heads
+from ..heads.protocol import check_mask, deactivated_heads
 from ..heads.traversal import own_modules
 from .saved_config import SavedConfig
 from .saved_keys import BASE

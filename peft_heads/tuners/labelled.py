@@ -12,7 +12,7 @@ from torch import nn
 
 from .._compat import current_loading
 from ..adapter_folder.card import AdapterFiles
-from ..heads.maskable import read_masks
+from ..heads.protocol import read_masks
 from ..heads.traversal import own_modules
 from .calls import watch_calls
 from .head_mask import masked_layers

@@ -8,9 +8,9 @@ from torch import nn
 
 from ..backbones.bypass import bypassed_modules
 from ..backbones.overlooked import overlooked_attention
+from ..heads.detect import FUSED_PROJECTIONS, matches_pattern
 from ..heads.layout import ProjectionLayout
-from ..heads.maskable import module_patterns
-from ..heads.resolve import FUSED_PROJECTIONS, matches_pattern
+from ..heads.protocol import module_patterns
 from ..heads.selection import groups_kept_whole, plan_groups
 from .saved_config import SavedConfig
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from peft_heads import HeadMaskedLoraConfig
 from peft_heads.backbones.classifier import is_loss, label_sized_modules
-from peft_heads.heads.resolve import task_head_names
+from peft_heads.heads.detect import task_head_names
 
 
 SWIN = {**backbones._UPERNET_SWIN, "embed_dim": 8}

@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from peft.utils import hotswap
 
 from peft_heads import HeadMaskedLoraConfig, pack_adapter, set_head_masks
-from peft_heads.heads.maskable import head_layers
+from peft_heads.heads.protocol import head_layers
 from peft_heads.tuners import quantizer
 
 

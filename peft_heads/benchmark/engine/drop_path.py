@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ...heads.resolve import resolve_heads
+from ...heads.detect import resolve_heads
 
 
 CONFIG_FIELD = "drop_path_rate"

@@ -28,8 +28,8 @@ from ...data.preprocessing import Preprocessing
 from ...data.tasks import OFFLINE, find_task
 from ...data.trees import Split, load_split
 from ...demo.model import DEMO_MODEL_PATH
-from ...heads.maskable import get_head_masks
-from ...heads.resolve import task_head_names
+from ...heads.detect import task_head_names
+from ...heads.protocol import get_head_masks
 from ...image_classifier import new_image_classifier, quiet_loading
 from ...methods import apply_method, has_scored_heads
 from ...metrics.accuracy import compute_metrics

@@ -20,7 +20,7 @@ from ...adapter_folder.card import read_settings, write_labels
 from ...adapter_folder.weights_file import find_weights, read_infos, read_weights
 from ...functional.packing import PackedWeight, pack_module, unpack_module
 from ...functional.quantization import BITS
-from ...heads.resolve import default_targets, resolve_heads
+from ...heads.detect import default_targets, resolve_heads
 from ...image_classifier import fetch_adapter
 from ...tuners import HeadMaskedLoraConfig, pack_adapter
 from ...tuners.head_masked_lora.config import FULL_PRECISION

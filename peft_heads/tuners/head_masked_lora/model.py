@@ -16,7 +16,7 @@ from torch import nn
 
 from ..._compat import current_loading, expand_all_linear
 from ...functional.sharding import whole_entry
-from ...heads.resolve import default_targets, task_head_names
+from ...heads.detect import default_targets, task_head_names
 from ...heads.traversal import named_targets
 from ..copies import adding, check_weights, copy_adapter, copy_heads, is_copy
 from ..head_mask import complete_masks, deactivates, masks_for_file, masks_for_model

@@ -6,14 +6,14 @@ import warnings
 
 from torch import nn
 
-from ...heads.layout import ProjectionLayout
-from ...heads.resolve import (
+from ...heads.detect import (
     FUSED_PROJECTIONS,
     NUM_HEADS_ATTRIBUTES,
     PROJECTION_ROLES,
     interleaved_projections,
     resolve_heads,
 )
+from ...heads.layout import ProjectionLayout
 from ..targets import check_called, check_head_groups, module_patterns
 from .config import HeadMaskedLoraConfig
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ...backbones.structure import following_batch_norm
-from ...heads.resolve import PROJECTION_ROLES
+from ...heads.detect import PROJECTION_ROLES
 from ...heads.traversal import own_modules
 from .base_layer import RLRRLayer
 

@@ -17,7 +17,7 @@ from torch import nn
 from ..._compat import current_loading, expand_all_linear
 from ...backbones.structure import backbone_parts
 from ...functional.sharding import whole_entry
-from ...heads.resolve import exact_targets, task_head_names
+from ...heads.detect import exact_targets, task_head_names
 from ...heads.traversal import named_targets, own_modules
 from ..copies import adding, check_weights, copy_adapter, copy_heads, heads_of_sum, is_copy
 from ..head_mask import complete_masks, masks_for_file, masks_for_model

@@ -14,7 +14,7 @@ from torch import nn
 from peft_heads import HeadMaskedLoraConfig, HeadScorer, set_head_masks
 from peft_heads.convert.lora import export_lora
 from peft_heads.functional.quantization import BITS, quantize_by_autograd
-from peft_heads.heads.maskable import head_layers
+from peft_heads.heads.protocol import head_layers
 from peft_heads.tuners import quantizer
 from peft_heads.tuners.task_heads import QuantizedLinear
 

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClass
 from peft_heads import HeadMaskedLoraConfig, HeadScorer, get_head_masks, pack_adapter, set_head_masks
 from peft_heads.cli.main import main
 from peft_heads.functional.quantization import BITS
-from peft_heads.heads.maskable import head_layers
+from peft_heads.heads.protocol import head_layers
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:these targets have no attention heads")

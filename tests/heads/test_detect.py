@@ -7,8 +7,8 @@ from torch import nn
 from transformers import ViTModel
 
 from peft_heads import HeadMaskedLoraConfig, RLRRConfig
+from peft_heads.heads.detect import default_targets, exact_targets, matches_pattern, resolve_heads, task_head_names
 from peft_heads.heads.layout import HeadLayout, ProjectionLayout
-from peft_heads.heads.resolve import default_targets, exact_targets, matches_pattern, resolve_heads, task_head_names
 
 
 def whole(role, num_heads, head_dim):

@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from peft_heads import HeadMaskedLoraConfig, get_head_masks, set_head_masks
-from peft_heads.heads.maskable import describe_masks, head_layers
+from peft_heads.heads.protocol import describe_masks, head_layers
 
 
 @pytest.fixture
