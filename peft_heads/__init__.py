@@ -5,10 +5,10 @@ Importing the package registers its tuners with PEFT.
 
 from .adapter_folder.card import set_image_processor
 from .adapter_folder.checkpoints import last_complete_checkpoint
-from .callbacks import TaylorHeadScorer
 from .heads import get_head_masks, set_head_masks
 from .image_classifier import load_image_classifier
-from .scoring import HeadScorer
+from .scoring.callback import TaylorHeadScorer
+from .scoring.scorer import HeadScorer
 from .tuners import HeadMaskedLoraConfig, HeadMaskedLoraModel, RLRRConfig, RLRRModel, pack_adapter
 
 

@@ -15,10 +15,10 @@ from torch import nn
 from transformers import TrainerCallback
 
 from .backbones.structure import backbone_parts
-from .callbacks import TaylorHeadScorer
 from .heads.detect import default_targets, exact_targets, task_head_names
 from .heads.scores import Criterion
 from .heads.traversal import named_targets
+from .scoring.callback import TaylorHeadScorer
 from .tuners import HeadMaskedLoraConfig, RLRRConfig
 from .tuners.calls import watch_calls
 from .tuners.saved_config import SavedConfig

@@ -11,7 +11,8 @@ from peft import get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments
 
-from peft_heads import HeadMaskedLoraConfig, HeadScorer, TaylorHeadScorer, callbacks
+from peft_heads import HeadMaskedLoraConfig, HeadScorer, TaylorHeadScorer
+from peft_heads.scoring import callback as callbacks
 
 
 GRADIENT_CRITERIA = ("absolute", "positive", "grad_norm")

@@ -100,7 +100,7 @@ def report(runs: list, folder: Path) -> None:
     from ..benchmark.report.report import make_report
     from ..benchmark.report.tables import to_csv, to_markdown, to_text
     from ..data.tasks import OFFLINE
-    from ..plotting import figure_bytes
+    from ..scoring.plotting import figure_bytes
 
     records = make_records(runs)
     tables = evidence_tables(records)

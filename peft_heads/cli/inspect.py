@@ -37,7 +37,7 @@ def run(argv: list[str]) -> int:
     print("\n".join(describe(report)))
     if args.plot:
         from ..adapter_folder.atomic import write_atomically
-        from ..plotting import figure_bytes, plot_head_scores
+        from ..scoring.plotting import figure_bytes, plot_head_scores
 
         figure = plot_head_scores(report.norms, report.masks, joint=False, title="Norm of the update per head")
         print(f"heat map             {write_atomically(args.plot, figure_bytes(figure))}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from ...plotting import figure_bytes
+from ...scoring.plotting import figure_bytes
 from ..records.plans import Choice, unfinished_choices
 from ..records.results import Run
 from ..suites import suite_groups

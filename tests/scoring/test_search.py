@@ -14,9 +14,9 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-import peft_heads.search
+import peft_heads.scoring.search
 from peft_heads import HeadMaskedLoraConfig, RLRRConfig, TaylorHeadScorer, get_head_masks
-from peft_heads.search import head_model_init, head_search_space
+from peft_heads.scoring.search import head_model_init, head_search_space
 
 
 CONFIG = HeadMaskedLoraConfig(r=4, lora_dropout=0.1)
@@ -303,7 +303,7 @@ def test_ray_and_wandb_search_spaces_are_refused():
 
 def test_the_module_does_not_need_optuna(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)  # not installed
-    importlib.reload(peft_heads.search)
+    importlib.reload(peft_heads.scoring.search)
 
 
 def test_rlrr():

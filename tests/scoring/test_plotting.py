@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from peft_heads.plotting import figure_bytes, plot_head_scores
+from peft_heads.scoring.plotting import figure_bytes, plot_head_scores
 
 
 SCORES = {

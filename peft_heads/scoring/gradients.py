@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .functional.sharding import is_dtensor, whole, whole_shape, whole_value
-from .heads.protocol import HeadMaskable, module_patterns
+from ..functional.sharding import is_dtensor, whole, whole_shape, whole_value
+from ..heads.protocol import HeadMaskable, module_patterns
 
 
 class StepGradients:

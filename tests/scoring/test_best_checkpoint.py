@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from trainers import STEPS_PER_EPOCH, make_trainer, off
 from transformers import TrainerCallback
 
-from peft_heads import HeadMaskedLoraConfig, RLRRConfig, TaylorHeadScorer, best_checkpoint
+from peft_heads import HeadMaskedLoraConfig, RLRRConfig, TaylorHeadScorer
+from peft_heads.scoring import best_checkpoint
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*none has been selected")  # the adapters that are not trained

@@ -10,9 +10,8 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
-from .functional.sharding import whole_shape, zero_rows
-from .gradients import StepGradients
-from .heads.protocol import (
+from ..functional.sharding import whole_shape, zero_rows
+from ..heads.protocol import (
     HeadMaskable,
     describe_masks,
     head_layers,
@@ -21,15 +20,9 @@ from .heads.protocol import (
     read_masks,
     write_masks,
 )
-from .heads.scores import CRITERIA, GRADIENT_CRITERIA, STATISTICS, all_head_statistics, head_scores
-from .heads.selection import (
-    HeadGroup,
-    degenerate_groups,
-    group_scores,
-    groups_kept_whole,
-    plan_groups,
-    select_heads,
-)
+from ..heads.scores import CRITERIA, GRADIENT_CRITERIA, STATISTICS, all_head_statistics, head_scores
+from ..heads.selection import HeadGroup, degenerate_groups, group_scores, groups_kept_whole, plan_groups, select_heads
+from .gradients import StepGradients
 
 
 # Which scorer listens to a layer's adapter: a second one would be a mistake nobody sees.

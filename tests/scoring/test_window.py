@@ -1,6 +1,6 @@
 import pytest
 
-from peft_heads.selection_window import plan_window
+from peft_heads.scoring.window import plan_window
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import nn
 
-from .adapter_folder.card import read_labels
-from .tuners.saved_settings import is_settings_key
+from ..adapter_folder.card import read_labels
+from ..tuners.saved_settings import is_settings_key
 
 
 def check_best_checkpoint(model: nn.Module, active: Sequence[str]) -> None:

@@ -15,13 +15,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from .adapter_folder.card import HEAT_MAP_FILE, SCORES_FILE, set_image_processor
+from ..adapter_folder.card import HEAT_MAP_FILE, SCORES_FILE, set_image_processor
+from ..heads.protocol import deactivated_heads, describe_masks, get_head_masks, module_patterns
+from ..heads.scores import GRADIENT_CRITERIA, TAYLOR_CRITERIA
 from .best_checkpoint import check_best_checkpoint, load_best_checkpoint
-from .heads.protocol import deactivated_heads, describe_masks, get_head_masks, module_patterns
-from .heads.scores import GRADIENT_CRITERIA, TAYLOR_CRITERIA
 from .plotting import figure_bytes, plot_head_scores
-from .scoring import HeadScorer, TwoScorersError
-from .selection_window import WINDOWS, plan_window, steps_per_epoch
+from .scorer import HeadScorer, TwoScorersError
+from .window import WINDOWS, plan_window, steps_per_epoch
 
 
 logger = logging.getLogger(__name__)
