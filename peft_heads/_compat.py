@@ -251,7 +251,7 @@ def extend_weight_mapping(name: str) -> None:
         def build_peft_weight_mapping(weight_conversions, adapter_name, peft_config=None):
             mapping = build(weight_conversions, adapter_name, peft_config=peft_config)
             if mapping and getattr(peft_config, "peft_type", None) == PeftType[name.upper()]:
-                from .tuners.mask_conversion import mask_converter
+                from .tuners.common.mask_conversion import mask_converter
 
                 mapping = [*mapping, mask_converter(adapter_name)]
             return mapping

@@ -74,7 +74,7 @@ def fetch_adapter(path_or_repo: str | os.PathLike, subfolder: str | None = None,
     from peft.utils import WEIGHTS_NAME
 
     from .adapter_folder.weights_file import NAMES, find_weights, read_infos
-    from .tuners.saved_settings import check_foreign, check_ranks
+    from .tuners.common.saved_settings import check_foreign, check_ranks
 
     folder = os.fspath(path_or_repo)
     if not os.path.isdir(folder):
@@ -131,8 +131,8 @@ def load_adapter(
     from peft import PeftConfig, PeftModel
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    from .tuners.saved_keys import is_adapter_key, module_of, saved_keys
-    from .tuners.setting_types import refusal
+    from .tuners.common.saved_keys import is_adapter_key, module_of, saved_keys
+    from .tuners.common.setting_types import refusal
 
     settings = read_settings(folder)
     if settings.get("peft_type") not in PEFT_TYPE_TO_CONFIG_MAPPING:

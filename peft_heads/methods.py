@@ -20,9 +20,9 @@ from .heads.scores import Criterion
 from .heads.traversal import named_targets
 from .scoring.callback import TaylorHeadScorer
 from .tuners import HeadMaskedLoraConfig, RLRRConfig
-from .tuners.calls import watch_calls
-from .tuners.saved_config import SavedConfig
-from .tuners.targets import check_called, module_patterns, warn_of_overlooked
+from .tuners.common.calls import watch_calls
+from .tuners.common.folder_config import SavedConfig
+from .tuners.common.targets import check_called, module_patterns, warn_of_overlooked
 
 
 @dataclass

@@ -28,7 +28,7 @@ from .weights_file import check_ordinary
 if TYPE_CHECKING:
     import torch
 
-    from ..tuners.saved_config import SavedConfig
+    from ..tuners.common.folder_config import SavedConfig
 
 # Not config.json: transformers takes a folder that has one for a full checkpoint and no longer for an adapter.
 LABELS_FILE = "labels.json"

@@ -28,7 +28,7 @@ from ..image_classifier import new_image_classifier
 from ..methods import apply_method, check_method_arguments, has_scored_heads
 from ..metrics.accuracy import compute_metrics
 from ..tuners import HeadMaskedLoraConfig, pack_adapter
-from ..tuners.saved_config import SavedConfig
+from ..tuners.common.folder_config import SavedConfig
 from .arguments import DataArguments, ModelArguments, local_inputs, parse_arguments
 from .hub import check_hub, push, reachable_hub
 from .interruption import how_to_go_on

@@ -24,13 +24,13 @@ from ..heads.detect import resolve_heads
 from ..heads.layout import HeadLayout, ProjectionLayout
 from ..heads.protocol import check_mask
 from ..image_classifier import fetch_adapter
-from ..tuners.head_mask import LORA_MASK, is_mask_key
+from ..tuners.common.head_mask import LORA_MASK, is_mask_key
+from ..tuners.common.saved_folder import check_before_writing
+from ..tuners.common.saved_keys import is_adapter_key, module_of
+from ..tuners.common.saved_settings import is_settings_key
+from ..tuners.common.setting_types import refusal
 from ..tuners.head_masked_lora.config import FULL_PRECISION
 from ..tuners.head_masked_lora.packed import PACKED
-from ..tuners.saved_folder import check_before_writing
-from ..tuners.saved_keys import is_adapter_key, module_of
-from ..tuners.saved_settings import is_settings_key
-from ..tuners.setting_types import refusal
 from .lora import check_type
 from .migrate import empty_base_model
 

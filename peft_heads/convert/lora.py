@@ -22,10 +22,10 @@ from ..adapter_folder.checkpoints import read_error
 from ..data.images import load_image_processor
 from ..image_classifier import fetch_adapter, load_adapter, quiet_loading
 from ..tuners import pack_adapter
-from ..tuners.head_mask import LORA_MASK
+from ..tuners.common.head_mask import LORA_MASK
+from ..tuners.common.saved_settings import is_settings_key
 from ..tuners.head_masked_lora.packed import PACKED
 from ..tuners.head_masked_lora.state_dict import write_quantized
-from ..tuners.saved_settings import is_settings_key
 from .migrate import ADAPTER_TYPES, LORA_TYPES
 
 

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..tuners import HeadMaskedLoraConfig, RLRRConfig
-from ..tuners.saved_config import SavedConfig
+from ..tuners.common.folder_config import SavedConfig
 
 
 def head_search_space(

@@ -1,7 +1,7 @@
 from .._compat import announce_loading, announce_loading_by_transformers
+from .common.saved_folder import check_before_writing
 from .head_masked_lora import HeadMaskedLinear, HeadMaskedLoraConfig, HeadMaskedLoraModel, pack_adapter
 from .rlrr import RLRRConfig, RLRRModel
-from .saved_folder import check_before_writing
 
 
 __all__ = [

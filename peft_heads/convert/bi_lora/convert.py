@@ -23,11 +23,11 @@ from ...functional.quantization import BITS
 from ...heads.detect import default_targets, resolve_heads
 from ...image_classifier import fetch_adapter
 from ...tuners import HeadMaskedLoraConfig, pack_adapter
+from ...tuners.common.classifiers import default_labels
+from ...tuners.common.saved_keys import BASE, module_of, renamed_keys
+from ...tuners.common.saved_settings import is_settings_key
 from ...tuners.head_masked_lora.config import FULL_PRECISION
 from ...tuners.head_masked_lora.packed import PACKED
-from ...tuners.saved_keys import BASE, module_of, renamed_keys
-from ...tuners.saved_settings import is_settings_key
-from ...tuners.task_heads import default_labels
 from ..lora import PROCESSOR_FILE, check_type, load_complete_adapter
 from ..migrate import LORA_TYPES
 from .files import (

@@ -10,7 +10,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from ...heads.traversal import own_modules
-from ..copies import heads_of_sum
+from ..common.copies import heads_of_sum
 from .config import FULL_PRECISION, HeadMaskedLoraConfig
 from .layer import HeadMaskedLinear, HeadMaskVariant
 

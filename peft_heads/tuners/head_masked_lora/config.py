@@ -14,8 +14,8 @@ from ...adapter_folder.card import HEAD_MASKED_LORA_CARD
 from ...functional.quantization import BITS
 from ...heads.layout import ProjectionLayout
 from ...heads.scores import Criterion
-from ..quantizer import WeightQuantizer
-from ..saved_config import SavedConfig, check_file, source_of
+from ..common.folder_config import SavedConfig, check_file, source_of
+from ..common.quantizer import WeightQuantizer
 
 
 MASK_SCOPES = ("adapter", "head")

@@ -9,9 +9,9 @@ from peft import PeftConfig
 from torch import nn
 
 from ..._compat import Loading, is_own
-from ..head_mask import masks_for_model
-from ..saved_folder import check_before_writing
-from ..saved_settings import split_settings
+from ..common.head_mask import masks_for_model
+from ..common.saved_folder import check_before_writing
+from ..common.saved_settings import split_settings
 from .layer import HeadMaskedLinear
 
 

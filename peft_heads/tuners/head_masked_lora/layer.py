@@ -15,8 +15,8 @@ from torch import nn
 
 from ...functional.sharding import on_gradient
 from ...heads.layout import ProjectionLayout
-from ..head_mask import HeadMask, HeadMaskedLayer
-from ..quantizer import WeightQuantizer
+from ..common.head_mask import HeadMask, HeadMaskedLayer
+from ..common.quantizer import WeightQuantizer
 from .config import FULL_PRECISION, HeadMaskedLoraConfig
 
 

@@ -18,14 +18,14 @@ from ..._compat import current_loading, expand_all_linear
 from ...functional.sharding import whole_entry
 from ...heads.detect import default_targets, task_head_names
 from ...heads.traversal import named_targets
-from ..copies import adding, check_weights, copy_adapter, copy_heads, is_copy
-from ..head_mask import complete_masks, deactivates, masks_for_file, masks_for_model
-from ..labelled import LabelledTuner
-from ..quantizer import WeightQuantizer, one_pass
-from ..saved_keys import is_adapter_key, rename_modules
-from ..saved_settings import check_settings, split_settings, write_settings
-from ..targets import warn_of_overlooked
-from ..task_heads import check_quantizable, quantize_task_heads, settle_task_heads
+from ..common.classifiers import check_quantizable, quantize_task_heads, settle_task_heads
+from ..common.copies import adding, check_weights, copy_adapter, copy_heads, is_copy
+from ..common.head_mask import complete_masks, deactivates, masks_for_file, masks_for_model
+from ..common.model import LabelledTuner
+from ..common.quantizer import WeightQuantizer, one_pass
+from ..common.saved_keys import is_adapter_key, rename_modules
+from ..common.saved_settings import check_settings, split_settings, write_settings
+from ..common.targets import warn_of_overlooked
 from .combination import check_copy, check_ranks, check_sum, clear_deactivated, complete_sum, summand_config
 from .config import FULL_PRECISION, HeadMaskedLoraConfig
 from .layer import HeadMaskedLinear

@@ -12,9 +12,9 @@ from torch import nn
 from ...functional.packing import PackedWeight, pack_module, unpack_module
 from ...heads.layout import ProjectionLayout
 from ...heads.traversal import own_modules
-from ..quantizer import WeightQuantizer, packed_weight
-from ..saved_keys import PACKED
-from ..task_heads import QuantizedLinear
+from ..common.classifiers import QuantizedLinear
+from ..common.quantizer import WeightQuantizer, packed_weight
+from ..common.saved_keys import PACKED
 from .config import FULL_PRECISION
 from .layer import HeadMaskedLinear
 

@@ -7,8 +7,8 @@ from torch import nn
 
 from ...functional.sharding import whole_entry
 from ...heads.traversal import own_modules
-from ..head_mask import check_saved_masks, masked_layers
-from ..task_heads import QuantizedLinear
+from ..common.classifiers import QuantizedLinear
+from ..common.head_mask import check_saved_masks, masked_layers
 from .config import HeadMaskedLoraConfig
 from .layer import HeadMaskedLinear
 

@@ -14,7 +14,7 @@ from ...heads.detect import (
     resolve_heads,
 )
 from ...heads.layout import ProjectionLayout
-from ..targets import check_called, check_head_groups, module_patterns
+from ..common.targets import check_called, check_head_groups, module_patterns
 from .config import HeadMaskedLoraConfig
 
 

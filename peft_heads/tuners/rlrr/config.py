@@ -12,7 +12,7 @@ from ...adapter_folder.card import RLRR_CARD
 from ...functional.rescaling import Rescaling
 from ...heads.layout import ProjectionLayout
 from ...heads.scores import Criterion
-from ..saved_config import SavedConfig
+from ..common.folder_config import SavedConfig
 
 
 INITS = ("kaiming", "normal", "zero", "constant", "uniform")

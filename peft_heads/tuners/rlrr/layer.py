@@ -11,7 +11,7 @@ from torch import nn
 
 from ...functional.rescaling import Change, ConvolutionOperation, LinearOperation, delta, rescaled_operation
 from ...functional.sharding import on_gradient
-from ..head_mask import HeadMask, HeadMaskedLayer
+from ..common.head_mask import HeadMask, HeadMaskedLayer
 from .base_layer import RLRRLayer
 from .config import RLRRConfig
 

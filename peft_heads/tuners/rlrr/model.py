@@ -19,12 +19,12 @@ from ...backbones.structure import backbone_parts
 from ...functional.sharding import whole_entry
 from ...heads.detect import exact_targets, task_head_names
 from ...heads.traversal import named_targets, own_modules
-from ..copies import adding, check_weights, copy_adapter, copy_heads, heads_of_sum, is_copy
-from ..head_mask import complete_masks, masks_for_file, masks_for_model
-from ..labelled import LabelledTuner
-from ..saved_keys import is_adapter_key, rename_modules
-from ..saved_settings import check_settings, split_settings, write_settings
-from ..targets import module_patterns, warn_of_overlooked
+from ..common.copies import adding, check_weights, copy_adapter, copy_heads, heads_of_sum, is_copy
+from ..common.head_mask import complete_masks, masks_for_file, masks_for_model
+from ..common.model import LabelledTuner
+from ..common.saved_keys import is_adapter_key, rename_modules
+from ..common.saved_settings import check_settings, split_settings, write_settings
+from ..common.targets import module_patterns, warn_of_overlooked
 from .base_layer import RLRRLayer
 from .combination import check_summands, modules_of, sum_into
 from .config import RLRRConfig

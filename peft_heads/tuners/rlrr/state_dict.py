@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ...heads.layout import ProjectionLayout
-from ..head_mask import check_saved_masks, masked_layers
+from ..common.head_mask import check_saved_masks, masked_layers
 from .config import RLRRConfig
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from ...backbones.structure import BackboneParts, batch_norms
 from ...heads.detect import interleaved_projections, resolve_heads
 from ...heads.layout import ProjectionLayout
-from ..targets import check_called, check_head_groups, module_patterns
+from ..common.targets import check_called, check_head_groups, module_patterns
 from .config import RLRRConfig
 
 

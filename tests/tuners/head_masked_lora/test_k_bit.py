@@ -15,8 +15,8 @@ from peft_heads import HeadMaskedLoraConfig, HeadScorer, set_head_masks
 from peft_heads.convert.lora import export_lora
 from peft_heads.functional.quantization import BITS, quantize_by_autograd
 from peft_heads.heads.protocol import head_layers
-from peft_heads.tuners import quantizer
-from peft_heads.tuners.task_heads import QuantizedLinear
+from peft_heads.tuners.common import quantizer
+from peft_heads.tuners.common.classifiers import QuantizedLinear
 
 
 def make(bits=1, backbone="vit", **options):

@@ -14,10 +14,10 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from ..functional.packing import PackedWeight
-from ..functional.quantization import Decision, code_book, decide, quantize_by_autograd, straight_through
-from ..functional.sharding import is_dtensor
-from ..heads.layout import ProjectionLayout
+from ...functional.packing import PackedWeight
+from ...functional.quantization import Decision, code_book, decide, quantize_by_autograd, straight_through
+from ...functional.sharding import is_dtensor
+from ...heads.layout import ProjectionLayout
 
 
 # Optimizer steps of the process so far, of whatever optimizer: many write through `.data` or a pointer, which moves no

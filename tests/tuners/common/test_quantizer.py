@@ -12,7 +12,7 @@ from peft.utils import hotswap
 
 from peft_heads import HeadMaskedLoraConfig, pack_adapter, set_head_masks
 from peft_heads.heads.protocol import head_layers
-from peft_heads.tuners import quantizer
+from peft_heads.tuners.common import quantizer
 
 
 K_BIT = {"adapter_bits": 2, "classifier_bits": 2}

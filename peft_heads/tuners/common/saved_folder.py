@@ -15,18 +15,18 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils.other import EMBEDDING_LAYER_NAMES, AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from .._compat import Loading
-from ..adapter_folder.card import LABELS_FILE, AdapterFiles, find_labels
-from ..adapter_folder.weights_file import NAMES, TensorInfo, find_weights, read_infos, read_weights
-from ..heads.traversal import named_targets
+from ..._compat import Loading
+from ...adapter_folder.card import LABELS_FILE, AdapterFiles, find_labels
+from ...adapter_folder.weights_file import NAMES, TensorInfo, find_weights, read_infos, read_weights
+from ...heads.traversal import named_targets
+from .classifiers import QuantizedLinear, get_labels
+from .folder_config import SavedConfig
 from .head_mask import IN_MODEL, LORA_MASK, is_mask_key, masked_layers
-from .saved_config import SavedConfig
 from .saved_keys import BASE, PACKED, follow_file, is_adapter_key, module_of, renamed_keys
 from .saved_settings import is_settings_key
 from .setting_types import refusal
 from .skeleton import skeleton_of
 from .targets import module_patterns
-from .task_heads import QuantizedLinear, get_labels
 
 
 # What PEFT saves while an adapter is trained, and has no place for where it predicts.

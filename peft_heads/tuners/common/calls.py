@@ -9,10 +9,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .._compat import run_while_tracing
-from ..backbones.bypass import child_uses
-from ..heads.detect import FUSED_PROJECTIONS, NUM_HEADS_ATTRIBUTES, PROJECTION_ROLES
-from ..heads.traversal import own_modules
+from ..._compat import run_while_tracing
+from ...backbones.bypass import child_uses
+from ...heads.detect import FUSED_PROJECTIONS, NUM_HEADS_ATTRIBUTES, PROJECTION_ROLES
+from ...heads.traversal import own_modules
 
 
 # Modules that hold others, which the module around them calls one by one.

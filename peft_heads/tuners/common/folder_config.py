@@ -9,7 +9,7 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
-from ..adapter_folder.card import (
+from ...adapter_folder.card import (
     AdapterFiles,
     CardText,
     check_folder_files,
@@ -17,8 +17,8 @@ from ..adapter_folder.card import (
     find_labels,
     read_settings,
 )
-from ..heads.scores import CRITERIA
-from ..heads.selection import GRANULARITIES, check_head_count
+from ...heads.scores import CRITERIA
+from ...heads.selection import GRANULARITIES, check_head_count
 from .setting_types import check_types, refusal
 
 

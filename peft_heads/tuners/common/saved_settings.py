@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
-from ..adapter_folder.weights_file import read_infos, read_weights
+from ...adapter_folder.weights_file import read_infos, read_weights
 
 
 SETTINGS_KEYS = ("lora_settings", "rlrr_settings")

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import ViTForImageClassification
 
 from peft_heads import HeadMaskedLoraConfig, RLRRConfig, get_head_masks, pack_adapter, set_head_masks
-from peft_heads.tuners.head_mask import HeadMask
+from peft_heads.tuners.common.head_mask import HeadMask
 
 
 METHODS = {

@@ -10,17 +10,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .._compat import current_loading
-from ..adapter_folder.card import AdapterFiles
-from ..heads.protocol import read_masks
-from ..heads.traversal import own_modules
+from ..._compat import current_loading
+from ...adapter_folder.card import AdapterFiles
+from ...heads.protocol import read_masks
+from ...heads.traversal import own_modules
 from .calls import watch_calls
-from .head_mask import masked_layers
-from .saved_config import SavedConfig
-from .saved_folder import check_folder, modules_in_file
-from .saved_keys import BASE, follow_file
-from .setting_types import refusal
-from .task_heads import (
+from .classifiers import (
     check_mixed_batch,
     default_labels,
     fit_task_heads,
@@ -31,6 +26,11 @@ from .task_heads import (
     shown_heads,
     trained_heads,
 )
+from .folder_config import SavedConfig
+from .head_mask import masked_layers
+from .saved_folder import check_folder, modules_in_file
+from .saved_keys import BASE, follow_file
+from .setting_types import refusal
 
 
 def merged_layers(model: nn.Module) -> list[BaseTunerLayer]:

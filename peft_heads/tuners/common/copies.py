@@ -14,10 +14,10 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from ..heads.traversal import own_modules
+from ...heads.traversal import own_modules
+from .classifiers import head_owners
 from .head_mask import HeadMaskedLayer
-from .labelled import LabelledTuner
-from .task_heads import head_owners
+from .model import LabelledTuner
 
 
 def check_weights(existing: Container[str], adapters: Sequence[str], weights: Sequence[float]) -> None:

@@ -6,13 +6,13 @@ import warnings
 
 from torch import nn
 
-from ..backbones.bypass import bypassed_modules
-from ..backbones.overlooked import overlooked_attention
-from ..heads.detect import FUSED_PROJECTIONS, matches_pattern
-from ..heads.layout import ProjectionLayout
-from ..heads.protocol import module_patterns
-from ..heads.selection import groups_kept_whole, plan_groups
-from .saved_config import SavedConfig
+from ...backbones.bypass import bypassed_modules
+from ...backbones.overlooked import overlooked_attention
+from ...heads.detect import FUSED_PROJECTIONS, matches_pattern
+from ...heads.layout import ProjectionLayout
+from ...heads.protocol import module_patterns
+from ...heads.selection import groups_kept_whole, plan_groups
+from .folder_config import SavedConfig
 
 
 def check_called(model: nn.Module, targets: list[str]) -> None:

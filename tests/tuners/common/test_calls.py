@@ -13,7 +13,7 @@ from torch import nn
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
 from peft_heads import HeadMaskedLoraConfig, RLRRConfig
-from peft_heads.tuners.calls import watch_calls
+from peft_heads.tuners.common.calls import watch_calls
 
 
 def linear(layer, x):

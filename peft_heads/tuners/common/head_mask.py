@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..heads.layout import ProjectionLayout
-from ..heads.protocol import check_mask, deactivated_heads
-from ..heads.traversal import own_modules
-from .saved_config import SavedConfig
+from ...heads.layout import ProjectionLayout
+from ...heads.protocol import check_mask, deactivated_heads
+from ...heads.traversal import own_modules
+from .folder_config import SavedConfig
 from .saved_keys import BASE
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from ..heads.traversal import own_modules
+from ...heads.traversal import own_modules
 from .quantizer import WeightQuantizer
 
 
