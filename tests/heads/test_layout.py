@@ -13,13 +13,13 @@ from peft_heads.heads.layout import HeadLayout, ProjectionLayout
     "module",
     [
         "heads.layout",
-        "heads.blocks",
-        "heads.maskable",
-        "heads.renames",
+        "backbones.structure",
+        "heads.protocol",
+        "backbones.renames",
         "heads.scores",
         "heads.selection",
-        "rescaling",
-        "tuners.saved_keys",
+        "functional.rescaling",
+        "tuners.common.saved_keys",
     ],
 )
 def test_doctests(module):

@@ -113,7 +113,7 @@ def masked_layers(model: nn.Module, adapter_name: str) -> list[tuple[str, HeadMa
 
 
 class HeadMaskedLayer:
-    """What an adapter layer with head masks has in common, for the protocol of heads/maskable.py.
+    """What an adapter layer with head masks has in common, for the protocol of heads/protocol.py.
 
     Attributes:
         head_layout: Heads of the wrapped projection, per adapter.

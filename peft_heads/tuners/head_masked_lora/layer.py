@@ -191,7 +191,7 @@ class HeadMaskedLinear(HeadMaskedLayer, Linear):
                 quantizer.forget()
         return super().train(mode)
 
-    # The protocol of heads/maskable.py
+    # The protocol of heads/protocol.py
 
     def head_parameters(self, adapter_name: str) -> list[nn.Parameter]:
         """`lora_B`'s weight (out, r) and, if it has one, bias (out,); `lora_A` is shared by all heads."""

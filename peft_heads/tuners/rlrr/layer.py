@@ -70,7 +70,7 @@ class RLRRLinear(HeadMaskedLayer, RLRRLayer):
         if config.init == "zero":
             nn.init.zeros_(factors[0])
 
-    # The protocol of heads/maskable.py
+    # The protocol of heads/protocol.py
 
     def head_parameters(self, adapter_name: str) -> list[nn.Parameter]:
         """`S_out` (out, r) and f (out,); `S_in` is shared by all heads."""
