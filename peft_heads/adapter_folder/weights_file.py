@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 
 # In PEFT's order.
 NAMES = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+# What the keys of a PeftModel's file begin with.
+_PEFT_MODEL = "base_model.model."
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -56,6 +58,18 @@ def find_weights(path_or_repo: str, subfolder: str | None = None, **download_kwa
         except (EntryNotFoundError, LocalEntryNotFoundError):
             continue
     return None
+
+
+def is_settings_key(key: str) -> bool:
+    """Whether a key of an adapter's file stands for settings of the adapter: it belongs to no module.
+
+    Example:
+        >>> is_settings_key("base_model.model.lora_settings"), is_settings_key("lora_settings.default")
+        (True, True)
+        >>> is_settings_key("base_model.model.vit.layers.0.attention.q_proj.lora_A.weight")
+        False
+    """
+    return key.removeprefix(_PEFT_MODEL).partition(".")[0].endswith("_settings")
 
 
 def check_ordinary(path: Path) -> None:

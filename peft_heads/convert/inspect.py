@@ -16,7 +16,7 @@ from torch import nn
 from .._compat import Loading
 from ..adapter_folder.card import read_labels, read_settings
 from ..adapter_folder.checkpoints import read_error
-from ..adapter_folder.weights_file import find_weights, read_infos, read_weights
+from ..adapter_folder.weights_file import find_weights, is_settings_key, read_infos, read_weights
 from ..backbones.renames import match_renamed
 from ..functional.packing import unpack_module
 from ..functional.quantization import quantize
@@ -27,7 +27,6 @@ from ..image_classifier import fetch_adapter
 from ..tuners.common.head_mask import LORA_MASK, is_mask_key
 from ..tuners.common.saved_folder import check_before_writing
 from ..tuners.common.saved_keys import is_adapter_key, module_of
-from ..tuners.common.saved_settings import is_settings_key
 from ..tuners.common.setting_types import refusal
 from ..tuners.head_masked_lora.config import FULL_PRECISION
 from ..tuners.head_masked_lora.packed import PACKED

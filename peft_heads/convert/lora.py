@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from ..adapter_folder.atomic import new_folder
 from ..adapter_folder.card import HEAT_MAP_FILE, SCORES_FILE, read_labels, read_settings, write_labels
 from ..adapter_folder.checkpoints import read_error
+from ..adapter_folder.weights_file import is_settings_key
 from ..data.images import load_image_processor
 from ..image_classifier import fetch_adapter, load_adapter, quiet_loading
 from ..tuners import pack_adapter
 from ..tuners.common.head_mask import LORA_MASK
-from ..tuners.common.saved_settings import is_settings_key
 from ..tuners.head_masked_lora.packed import PACKED
 from ..tuners.head_masked_lora.state_dict import write_quantized
 from .migrate import ADAPTER_TYPES, LORA_TYPES

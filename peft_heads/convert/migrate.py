@@ -19,10 +19,9 @@ from torch import nn
 
 from ..adapter_folder.atomic import write_atomically
 from ..adapter_folder.card import check_folder_files, read_settings
-from ..adapter_folder.weights_file import read_weights
+from ..adapter_folder.weights_file import is_settings_key, read_weights
 from ..image_classifier import base_model_class
 from ..tuners.common.saved_keys import RENAMED_OPTIONS, follow_renames, is_adapter_key, module_of, renamed_keys
-from ..tuners.common.saved_settings import is_settings_key
 
 
 LORA_TYPES = ("LORA", "HEAD_MASKED_LORA")

@@ -18,7 +18,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import nn
 
 from ..adapter_folder.card import read_labels
-from ..tuners.common.saved_settings import is_settings_key
+from ..adapter_folder.weights_file import is_settings_key
 
 
 def check_best_checkpoint(model: nn.Module, active: Sequence[str]) -> None:

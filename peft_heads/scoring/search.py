@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..tuners import HeadMaskedLoraConfig, RLRRConfig
-from ..tuners.common.folder_config import SavedConfig
+
+# What is tuned if the caller says nothing. Scoring imports no method: PEFT knows them by name.
+DEFAULT_METHOD = "HEAD_MASKED_LORA"
 
 
 def head_search_space(
@@ -56,7 +58,7 @@ def head_search_space(
 
 def head_model_init(
     make_model: Callable[[], nn.Module],
-    config: HeadMaskedLoraConfig | RLRRConfig | None = None,
+    config: PeftConfig | None = None,
     space: Callable[[Any], Mapping[str, Any]] = head_search_space,
 ) -> Callable[[Any], PeftModel]:
     """The `model_init` of a Trainer that searches: for each trial a new model with the adapter the trial asks for.
@@ -91,8 +93,8 @@ def head_model_init(
         >>> trainer.train()
         ```
     """
-    config = HeadMaskedLoraConfig() if config is None else config
-    if not isinstance(config, SavedConfig):
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[DEFAULT_METHOD]() if config is None else config
+    if not _selects_heads(config):
         raise TypeError(f"head_model_init needs a HeadMaskedLoraConfig or an RLRRConfig; got {type(config).__name__}")
 
     def model_init(trial: Any = None) -> PeftModel:
@@ -111,7 +113,12 @@ def head_model_init(
     return model_init
 
 
-def _settings(config: HeadMaskedLoraConfig | RLRRConfig, params: Mapping[str, Any]) -> dict[str, Any]:
+def _selects_heads(config: Any) -> bool:
+    """Whether the method can deactivate heads: its configuration has the fields that say which."""
+    return is_dataclass(config) and {"ne", "ratio", "criterion"} <= {field.name for field in fields(config)}
+
+
+def _settings(config: PeftConfig, params: Mapping[str, Any]) -> dict[str, Any]:
     """What a trial's parameters replace in the configuration."""
     settings = {field.name: params[field.name] for field in fields(config) if field.name in params}
     if "scale" in params and not hasattr(config, "lora_alpha"):

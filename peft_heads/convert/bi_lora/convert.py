@@ -17,7 +17,7 @@ from torch import nn
 
 from ...adapter_folder.atomic import new_folder, write_atomically, write_together
 from ...adapter_folder.card import read_settings, write_labels
-from ...adapter_folder.weights_file import find_weights, read_infos, read_weights
+from ...adapter_folder.weights_file import find_weights, is_settings_key, read_infos, read_weights
 from ...functional.packing import PackedWeight, pack_module, unpack_module
 from ...functional.quantization import BITS
 from ...heads.detect import default_targets, resolve_heads
@@ -25,7 +25,6 @@ from ...image_classifier import fetch_adapter
 from ...tuners import HeadMaskedLoraConfig, pack_adapter
 from ...tuners.common.classifiers import default_labels
 from ...tuners.common.saved_keys import BASE, module_of, renamed_keys
-from ...tuners.common.saved_settings import is_settings_key
 from ...tuners.head_masked_lora.config import FULL_PRECISION
 from ...tuners.head_masked_lora.packed import PACKED
 from ..lora import PROCESSOR_FILE, check_type, load_complete_adapter

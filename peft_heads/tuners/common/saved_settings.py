@@ -15,16 +15,10 @@ import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
-from ...adapter_folder.weights_file import read_infos, read_weights
+from ...adapter_folder.weights_file import is_settings_key, read_infos, read_weights
 
 
-SETTINGS_KEYS = ("lora_settings", "rlrr_settings")
 _BASE = "base_model.model."
-
-
-def is_settings_key(key: str) -> bool:
-    """Whether a key of an adapter's file, also with the adapter's name behind, stands for settings."""
-    return key.removeprefix(_BASE).startswith(SETTINGS_KEYS)
 
 
 def check_foreign(peft_type: str | None, path: Path) -> None:
