@@ -11,7 +11,6 @@ MOVED = {
     "benchmark.evidence_plots": "benchmark.offline.evidence_plots",
     "benchmark.evidence_tables": "benchmark.offline.evidence_tables",
     "benchmark.tables": "benchmark.report.tables",
-    "export": "convert.lora",
     "heads.resolve": "heads.detect",
     "inspection": "convert.inspect",
     "plotting": "scoring.plotting",
@@ -25,6 +24,24 @@ def test_the_old_path_is_the_new_module(old, monkeypatch):
     with pytest.warns(DeprecationWarning, match=f"peft_heads.{old} has moved to peft_heads.{MOVED[old]}") as caught:
         module = importlib.import_module(f"peft_heads.{old}")
     assert module is importlib.import_module(f"peft_heads.{MOVED[old]}")
+    assert caught[0].filename != importlib.import_module("peft_heads._moved").__file__
+
+
+DIVIDED = {
+    "export": {"convert.lora": "export_lora", "convert.merged": "export_merged", "convert.packed": "export_packed"},
+}
+
+
+@pytest.mark.parametrize("old", DIVIDED)
+def test_the_old_path_of_a_module_that_was_divided_has_everything(old, monkeypatch):
+    monkeypatch.delitem(sys.modules, f"peft_heads.{old}", raising=False)
+    homes = ", ".join(f"peft_heads.{new}" for new in DIVIDED[old])
+    with pytest.warns(DeprecationWarning, match=f"peft_heads.{old} has moved to {homes}") as caught:
+        module = importlib.import_module(f"peft_heads.{old}")
+    for new, name in DIVIDED[old].items():
+        assert getattr(module, name) is getattr(importlib.import_module(f"peft_heads.{new}"), name)
+        assert getattr(module, name).__module__ == f"peft_heads.{new}"  # at home there, not passed on
+    assert module.__name__ == f"peft_heads.{old}" and module.__file__.endswith(f"{old}.py")
     assert caught[0].filename != importlib.import_module("peft_heads._moved").__file__
 
 

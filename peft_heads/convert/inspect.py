@@ -30,8 +30,8 @@ from ..tuners.common.saved_keys import is_adapter_key, module_of
 from ..tuners.common.setting_types import refusal
 from ..tuners.head_masked_lora.config import FULL_PRECISION
 from ..tuners.head_masked_lora.packed import PACKED
-from .lora import check_type
 from .migrate import empty_base_model
+from .source import check_type
 
 
 OURS = ("HEAD_MASKED_LORA", "RLRR")

@@ -21,8 +21,9 @@ from ..heads.detect import resolve_heads
 from ..heads.layout import HeadLayout
 from ..heads.protocol import get_head_masks
 from ..image_classifier import fetch_adapter
-from .lora import check_type, load_whole_model, merge, save_checkpoint, sources
+from .merged import load_whole_model, merge, save_checkpoint
 from .migrate import LORA_TYPES
+from .source import check_type, sources
 
 
 if TYPE_CHECKING:

@@ -27,8 +27,8 @@ from ...tuners.common.classifiers import default_labels
 from ...tuners.common.saved_keys import BASE, module_of, renamed_keys
 from ...tuners.head_masked_lora.config import FULL_PRECISION
 from ...tuners.head_masked_lora.packed import PACKED
-from ..lora import PROCESSOR_FILE, check_type, load_complete_adapter
 from ..migrate import LORA_TYPES
+from ..source import PROCESSOR_FILE, check_type, load_complete_adapter
 from .files import (
     BACKBONE,
     BASE_MODEL,

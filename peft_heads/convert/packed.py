@@ -1,0 +1,44 @@
+"""A k-bit adapter with codes in place of its full-precision weights."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from ..adapter_folder.atomic import new_folder
+from ..adapter_folder.card import HEAT_MAP_FILE, SCORES_FILE, read_settings
+from ..image_classifier import fetch_adapter
+from ..tuners import pack_adapter
+from .source import PROCESSOR_FILE, load_complete_adapter, sources
+
+
+MODEL_CARD = "README.md"
+
+
+def export_packed(
+    adapter: str | os.PathLike,
+    target: str | os.PathLike,
+    base_model: str | os.PathLike | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a k-bit adapter with its codes instead of its full-precision weights: `adapter_bits` per weight.
+
+    It remains a head-masked adapter, with everything else that its folder holds. Arguments, result and errors as of
+    [`peft_heads.convert.lora.export_lora`].
+    """
+    with new_folder(target, overwrite, sources(adapter, base_model)) as folder:
+        source = fetch_adapter(adapter)
+        settings = read_settings(source)
+        if settings.get("peft_type") != "HEAD_MASKED_LORA":
+            raise ValueError(
+                f"{source} holds an adapter of type {settings.get('peft_type')}, which has no k-bit weights (expected "
+                "HEAD_MASKED_LORA)"
+            )
+        model, _ = load_complete_adapter(source, base_model)
+        pack_adapter(model, model.active_adapter)
+        for name in (MODEL_CARD, PROCESSOR_FILE, SCORES_FILE, HEAT_MAP_FILE):
+            if (source / name).exists():
+                shutil.copyfile(source / name, folder / name)
+        model.save_pretrained(str(folder))
+    return Path(target)
