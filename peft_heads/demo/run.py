@@ -10,11 +10,12 @@ import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
+from ..adapter_folder.card import HEAT_MAP_FILE
 from ..heads.detect import default_targets, task_head_names
 from ..heads.protocol import describe_masks
 from ..image_classifier import load_image_classifier
 from ..metrics.accuracy import compute_metrics
-from ..scoring.callback import HEAT_MAP_FILE, TaylorHeadScorer
+from ..scoring.callback import TaylorHeadScorer
 from ..tuners import HeadMaskedLoraConfig
 from .digits import load_digits_dataset
 from .model import load_demo_model, load_demo_processor

@@ -7,6 +7,7 @@ it loads nothing.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -79,6 +80,21 @@ def load_best_checkpoint(model: PeftModel, active: Sequence[str], checkpoint: st
         # with the weights the labels come into force
         model.peft_config[name].adapter_files.labels_in_file = read_labels(folder)
         model.load_adapter(str(folder), name)
+
+
+def warn_if_before_selection(best_step: int | None, selected_at: int | None) -> None:
+    """Warn if the best checkpoint was written before the heads were selected, and so has no deactivated heads.
+
+    Args:
+        best_step: The step of the best checkpoint; None if there is none.
+        selected_at: The step of the selection; None if there was none.
+    """
+    if selected_at is not None and best_step is not None and best_step < selected_at:
+        warnings.warn(
+            f"load_best_model_at_end has loaded the checkpoint of step {best_step}, which is older than the selection "
+            f"of heads at step {selected_at}: the model has no deactivated heads. Evaluate only after the "
+            "selection, or select earlier"
+        )
 
 
 def _left_to_us(active: Sequence[str]) -> list[str]:

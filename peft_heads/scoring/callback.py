@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import logging
-import math
 import warnings
 from typing import Any
 
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
-from peft.tuners.tuners_utils import BaseTunerLayer
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from ..adapter_folder.card import HEAT_MAP_FILE, SCORES_FILE, set_image_processor
-from ..heads.protocol import deactivated_heads, describe_masks, get_head_masks, module_patterns
-from ..heads.scores import GRADIENT_CRITERIA, TAYLOR_CRITERIA
-from .best_checkpoint import check_best_checkpoint, load_best_checkpoint
-from .plotting import figure_bytes, plot_head_scores
-from .scorer import HeadScorer, TwoScorersError
-from .window import WINDOWS, plan_window, steps_per_epoch
+from ..adapter_folder.card import set_image_processor
+from ..heads.protocol import deactivated_heads, describe_masks, get_head_masks
+from .active_adapters import active_adapters, adapter_to_score
+from .attachment import TwoScorersError
+from .best_checkpoint import check_best_checkpoint, load_best_checkpoint, warn_if_before_selection
+from .checks import check_deepspeed, check_first_step, check_late_selection
+from .report import report_files
+from .resuming import check_settings, saved_progress, saved_scores, selection_settings
+from .scorer import HeadScorer
+from .window import check_window_arguments, plan_window, steps_per_epoch
 
 
 logger = logging.getLogger(__name__)
@@ -79,19 +77,7 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
         window: str = "last_epoch",
         adapter_name: str | None = None,
     ) -> None:
-        if select_at is not None and warmup_epochs is not None:
-            raise ValueError(
-                f"give select_at or warmup_epochs, not both; got select_at={select_at}, warmup_epochs={warmup_epochs}"
-            )
-        # written so that nan is refused as well
-        if select_at is not None and not (0 < select_at < 1 or (select_at >= 1 and float(select_at).is_integer())):
-            raise ValueError(
-                f"select_at is a share of the steps, in (0, 1), or a whole number of steps; got {select_at}"
-            )
-        if warmup_epochs is not None and not 0 < warmup_epochs < math.inf:
-            raise ValueError(f"warmup_epochs must be positive; got {warmup_epochs}")
-        if window not in WINDOWS:
-            raise ValueError(f"window must be one of {', '.join(WINDOWS)}; got {window!r}")
+        check_window_arguments(select_at, warmup_epochs, window)
         self.select_at = 0.1 if select_at is None and warmup_epochs is None else select_at
         self.warmup_epochs = warmup_epochs
         self.window = window
@@ -122,39 +108,35 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
         begins_again = self._training and self.masks is not None
         self.masks, self._training = None, True
         self._scorer = self._new_scorer(model, state)
-        _check_deepspeed(args, self._scorer.config)
+        check_deepspeed(args, self._scorer.config)
         if args.load_best_model_at_end:
-            check_best_checkpoint(model, _active_adapters(model))
+            check_best_checkpoint(model, active_adapters(model))
         first, last = self._plan(args, state, kwargs.get("train_dataloader"))
 
-        saved = _saved_progress(state, self._scorer.adapter_name) if state.global_step else {}
-        self._check_settings(saved)
+        name, settings = self._scorer.adapter_name, selection_settings(self._scorer.config)
+        saved = saved_progress(state, TaylorHeadScorer.__name__, name) if state.global_step else {}
+        check_settings(saved, settings)
         self.progress = {"first_step": first, "select_step": last, "selected_at": saved.get("selected_at")}
-        self.progress |= {"adapter": self._scorer.adapter_name, "settings": self._settings()}
-        set_image_processor(model, kwargs.get("processing_class"), self._scorer.adapter_name)
+        self.progress |= {"adapter": name, "settings": settings}
+        set_image_processor(model, kwargs.get("processing_class"), name)
         # a checkpoint of a run without this callback lacks the entry that Trainer updates at the next checkpoint
         state.stateful_callbacks.setdefault(type(self).__name__, {})
 
-        masks = get_head_masks(model, self._scorer.adapter_name)
+        masks = get_head_masks(model, name)
         if deactivated_heads(masks) or self.progress["selected_at"] is not None:
-            if self.progress["selected_at"] is None and begins_again:
-                logger.info("training begins again, with the heads that were selected: %s", describe_masks(masks))
-                self.progress["selected_at"] = 0
-            elif self.progress["selected_at"] is None:
-                warnings.warn(
-                    f"adapter {self._scorer.adapter_name!r} has deactivated heads already and keeps them: "
-                    f"{describe_masks(masks)}. Nothing is scored"
-                )
-            self.masks = masks
+            self._keep_masks(masks, begins_again)
             self._scorer.config.adapter_files.read_head_scores(args.output_dir)
             self._scorer.close()
             return
 
         self._scorer.check()
-        self._restore_scores(saved)
+        scores = saved_scores(saved, first, last)
+        if scores is not None:
+            self._scorer.load_state_dict(scores)
         self._scorer.config.adapter_files.selection_pending = True
         if state.global_step >= last:
-            self._catch_up(args, state, control, kwargs.get("optimizer"))
+            check_late_selection(self._scorer, state.global_step, last)
+            self._select(args, state, control, kwargs.get("optimizer"))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if self.masks is None and self.progress["first_step"] <= state.global_step + 1:
@@ -182,20 +164,14 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
         self._scorer.close()
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             # Trainer has loaded what it takes for the adapter a moment ago
-            load_best_checkpoint(kwargs["model"], _active_adapters(kwargs["model"]), state.best_model_checkpoint)
+            load_best_checkpoint(kwargs["model"], active_adapters(kwargs["model"]), state.best_model_checkpoint)
         if self.masks is None and self._scorer.config.masks_heads:
             warnings.warn(
                 f"training ended at step {state.global_step}, before the selection at step "
                 f"{self.progress['select_step']}: no head is deactivated"
             )
-        selected_at = self.progress["selected_at"]
-        best = state.best_global_step
-        if args.load_best_model_at_end and selected_at is not None and best is not None and best < selected_at:
-            warnings.warn(
-                f"load_best_model_at_end has loaded the checkpoint of step {best}, which is older than the selection "
-                f"of heads at step {selected_at}: the model has no deactivated heads. Evaluate only after the "
-                "selection, or select earlier"
-            )
+        if args.load_best_model_at_end:
+            warn_if_before_selection(state.best_global_step, self.progress["selected_at"])
 
     def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         # At a checkpoint Trainer uploads output_dir with the checkpoint's weights, but without card and labels.
@@ -220,7 +196,7 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
         }
 
     def _new_scorer(self, model: Any, state: TrainerState) -> HeadScorer:
-        adapter_name = self._adapter_to_score(model)
+        adapter_name = adapter_to_score(model, self.adapter_name)
         try:
             scorer = HeadScorer(model, adapter_name, recording=False)
         except TwoScorersError as error:
@@ -230,22 +206,6 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
             scorer = HeadScorer(model, adapter_name, recording=False)
         scorer.run = state
         return scorer
-
-    def _adapter_to_score(self, model: Any) -> str:
-        active = _active_adapters(model)
-        name = self.adapter_name
-        if name is None:
-            return active[0] if active else "default"
-        existing = getattr(model, "peft_config", {})
-        if existing and name not in existing:
-            raise ValueError(f"the model has no adapter {name!r}; it has: {', '.join(existing)}")
-        if existing and name not in active:
-            raise ValueError(
-                f"adapter {name!r} is not active, so that no gradient would reach it (active: "
-                f"{', '.join(active) or 'none'}); call model.set_adapter({name!r}) before training, or pass another "
-                "adapter_name"
-            )
-        return name
 
     def _plan(self, args: TrainingArguments, state: TrainerState, dataloader: Any) -> tuple[int, int]:
         """First and last optimizer step of the scoring window; heads are selected after the last."""
@@ -257,7 +217,7 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
             steps_per_epoch=steps_per_epoch(args, dataloader),
         )
         if window.last == 1 and not state.global_step:
-            self._check_first_step(window.asked)
+            check_first_step(self._scorer, window.asked)
         if window.last == state.max_steps and self._scorer.config.masks_heads:
             warnings.warn(
                 f"{window.asked} selects heads at step {window.last}, the last of training: no step is trained with "
@@ -265,63 +225,17 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
             )
         return window.first, window.last
 
-    def _check_first_step(self, asked: str) -> None:
-        """Raise ValueError if heads are to be selected by what can only be zero."""
-        scorer, config = self._scorer, self._scorer.config
-        masked = any(not layer.get_head_mask(scorer.adapter_name).all() for layer in scorer.layers.values())
-        if masked or not config.masks_heads or config.criterion not in TAYLOR_CRITERIA:
-            return  # nothing will be selected, or not by products with the adapter's parameters
-        zero = scorer.without_update()
-        if zero:
-            raise ValueError(
-                f"{asked} selects heads by the {config.criterion!r} scores of step 1 alone, which are products with the "
-                f"adapter's parameters, and these are zero before step 1 (lora_B of a new adapter) in "
-                f"{module_patterns(zero, scorer.layouts)}: every score would be zero. Select later (select_at=2 or "
-                "more, several epochs of warm-up), or by another criterion (grad_norm)"
+    def _keep_masks(self, masks: dict[str, torch.Tensor], begins_again: bool) -> None:
+        """Keep the masks that the adapter has, and say why nothing is scored."""
+        if self.progress["selected_at"] is None and begins_again:
+            logger.info("training begins again, with the heads that were selected: %s", describe_masks(masks))
+            self.progress["selected_at"] = 0
+        elif self.progress["selected_at"] is None:
+            warnings.warn(
+                f"adapter {self._scorer.adapter_name!r} has deactivated heads already and keeps them: "
+                f"{describe_masks(masks)}. Nothing is scored"
             )
-
-    def _settings(self) -> dict[str, Any]:
-        names = ("ne", "ratio", "granularity", "joint", "criterion", "mask_seed", "mask_scope")
-        return {name: getattr(self._scorer.config, name) for name in names}
-
-    def _check_settings(self, saved: dict[str, Any]) -> None:
-        """Masks that were selected by other settings would be described wrongly, or mean something else."""
-        if saved.get("selected_at") is None:
-            return  # until the selection the settings may change: the scores of all criteria are gathered
-        now = self._settings()
-        changed = [
-            f"{name}={now[name]!r} (was {old!r})" for name, old in saved["settings"].items() if now[name] != old
-        ]
-        if changed:
-            raise ValueError(
-                f"the checkpoint's heads were selected at step {saved['selected_at']} by other settings: this run has "
-                f"{', '.join(changed)}; resume with the same, or from a checkpoint before the selection"
-            )
-
-    def _restore_scores(self, saved: dict[str, Any]) -> None:
-        scores = saved.get("scores")
-        if not scores or not (scores["num_steps"] or scores["num_skipped"]):
-            return
-        before = (saved["first_step"], saved["select_step"])
-        now = (self.progress["first_step"], self.progress["select_step"])
-        if before != now:
-            raise ValueError(
-                f"the checkpoint has scored heads for the window of steps {before[0]} to {before[1]}, but this run's "
-                f"window is {now[0]} to {now[1]}; resume with the same select_at, warmup_epochs, window and length "
-                f"of training, or pass select_at={before[1]}"
-            )
-        self._scorer.load_state_dict(scores)
-
-    def _catch_up(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any) -> None:
-        """Resumed after the selection step with nothing selected: select now, if there is something to select by."""
-        config = self._scorer.config
-        if config.masks_heads and config.criterion in GRADIENT_CRITERIA and not self._scorer.num_steps:
-            raise ValueError(
-                f"training resumes at step {state.global_step}, after the selection of heads at step "
-                f"{self.progress['select_step']}, and the checkpoint holds neither masks nor scores; pass a "
-                f"select_at of more than {state.global_step}"
-            )
-        self._select(args, state, control, optimizer)
+        self.masks = masks
 
     def _select(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any) -> None:
         scorer = self._scorer
@@ -332,91 +246,17 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
 
         heads = describe_masks(self.masks)
         logger.info("step %d: deactivated heads by %s: %s", state.global_step, scorer.config.criterion, heads)
-        entry = {"deactivated_heads": heads, "degenerate": degenerate}
-        if self._trainer is not None:
-            should_log = control.should_log
-            self._trainer.log(entry)
-            control.should_log = should_log  # which logging resets: the loss of this step is still to come
-        else:
-            # a callback has no handle on the trainer, and reporters stand before it
-            state.log_history.append({**entry, "epoch": state.epoch, "step": state.global_step})
+        self._log({"deactivated_heads": heads, "degenerate": degenerate}, state, control)
         if state.is_world_process_zero:
-            self._write(args.output_dir, state, scores, degenerate)
+            files = report_files(scorer, self.progress, state, scores, self.masks, degenerate)
+            scorer.config.adapter_files.head_scores = files
+            scorer.config.adapter_files.write_head_scores(args.output_dir)
 
-    def _write(self, output_dir: str, state: TrainerState, scores: dict[str, dict], degenerate: bool) -> None:
-        config = self._scorer.config
-        report = {
-            "peft_heads_version": importlib.metadata.version("peft-heads"),
-            "adapter": self._scorer.adapter_name,
-            "step": state.global_step,
-            "epoch": state.epoch,
-            "window": {
-                "first_step": self.progress["first_step"],
-                "last_step": self.progress["select_step"],
-                "steps_counted": self._scorer.num_steps,
-                "steps_skipped": self._scorer.num_skipped,
-            },
-            **self._settings(),
-            # whether in some group all heads had the same score, so that their order alone has decided
-            "degenerate": degenerate,
-            "deactivated_heads": deactivated_heads(self.masks),
-            "masks": {name: mask.tolist() for name, mask in self.masks.items()},
-            "scores": {c: {name: s.tolist() for name, s in by_name.items()} for c, by_name in scores.items()},
-        }
-        shown = config.criterion if config.criterion in scores else next(iter(scores))
-        figure = plot_head_scores(
-            scores[shown],
-            self.masks,
-            joint=config.joint,
-            title=f"Head responsiveness ({shown}), step {state.global_step}",
-        )
-        config.adapter_files.head_scores = {
-            SCORES_FILE: json.dumps(report, indent=1).encode(),
-            HEAT_MAP_FILE: figure_bytes(figure),
-        }
-        config.adapter_files.write_head_scores(output_dir)
-
-
-def _check_deepspeed(args: TrainingArguments, config: Any) -> None:
-    """Raise ValueError for what does not work with DeepSpeed."""
-    state = AcceleratorState()
-    if state.distributed_type != DistributedType.DEEPSPEED:
-        return
-    if getattr(config, "use_dora", False) and state.deepspeed_plugin.zero_stage == 3:
-        # saving needs the norms of frozen rows, and one process alone saves
-        raise ValueError("DoRA with ZeRO 3: the adapter could not be saved; use ZeRO 1 or 2, or use_dora=False")
-    # DeepSpeed keeps its loss scale to itself, and has changed it by the time a callback could ask
-    if args.fp16 or state.mixed_precision == "fp16":
-        raise ValueError(
-            "fp16=True with DeepSpeed: the heads' scores would be those of a scaled loss; train with bf16=True, or with "
-            "fp16=True without DeepSpeed"
-        )
-
-
-def _active_adapters(model: Any) -> list[str]:
-    """Names of the active adapters, whoever has put them into the model: PEFT, or transformers' `add_adapter`."""
-    active = getattr(model, "active_adapters", None)
-    if isinstance(active, list):
-        return active
-    layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
-    return list(layer.active_adapters) if layer is not None else []
-
-
-def _saved_progress(state: TrainerState, adapter_name: str) -> dict[str, Any]:
-    """Our entry in a checkpoint. Trainer restores callbacks only on request, but always loads their state.
-
-    Raises:
-        ValueError: The checkpoint's entries are those of other adapters.
-    """
-    saved = state.stateful_callbacks.get(TaylorHeadScorer.__name__) or []
-    saved = saved if isinstance(saved, list) else [saved]  # one entry per scorer, or more: Trainer appends
-    found = [progress for entry in saved if (progress := entry.get("attributes", {}).get("progress", {}))]
-    # before the adapter's name was recorded, there was one scorer
-    own = [progress for progress in found if progress.get("adapter", adapter_name) == adapter_name]
-    if found and not own:
-        others = ", ".join(dict.fromkeys(repr(progress["adapter"]) for progress in found))
-        raise ValueError(
-            f"the checkpoint has scored the heads of adapter {others}, but this run scores {adapter_name!r}; activate "
-            "the checkpoint's adapter (set_adapter, TaylorHeadScorer's adapter_name), or begin a new run"
-        )
-    return own[-1] if own else {}
+    def _log(self, entry: dict[str, Any], state: TrainerState, control: TrainerControl) -> None:
+        """Through `trainer.log` where attached. A callback has no handle on the trainer, and reporters stand before it."""
+        if self._trainer is None:
+            state.log_history.append({**entry, "epoch": state.epoch, "step": state.global_step})
+            return
+        should_log = control.should_log
+        self._trainer.log(entry)
+        control.should_log = should_log  # which logging resets: the loss of this step is still to come

@@ -27,6 +27,21 @@ class SelectionWindow:
     asked: str
 
 
+def check_window_arguments(select_at: float | None, warmup_epochs: float | None, window: str) -> None:
+    """Raise ValueError for arguments of `TaylorHeadScorer` that no training could fit."""
+    if select_at is not None and warmup_epochs is not None:
+        raise ValueError(
+            f"give select_at or warmup_epochs, not both; got select_at={select_at}, warmup_epochs={warmup_epochs}"
+        )
+    # written so that nan is refused as well
+    if select_at is not None and not (0 < select_at < 1 or (select_at >= 1 and float(select_at).is_integer())):
+        raise ValueError(f"select_at is a share of the steps, in (0, 1), or a whole number of steps; got {select_at}")
+    if warmup_epochs is not None and not 0 < warmup_epochs < math.inf:
+        raise ValueError(f"warmup_epochs must be positive; got {warmup_epochs}")
+    if window not in WINDOWS:
+        raise ValueError(f"window must be one of {', '.join(WINDOWS)}; got {window!r}")
+
+
 def plan_window(
     *,
     select_at: float | None,
