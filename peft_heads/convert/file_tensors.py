@@ -1,0 +1,113 @@
+"""The tensors of an adapter's file as their heads see them: where the heads are, the masks, and the values of codes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..backbones.renames import match_renamed
+from ..functional.packing import unpack_module
+from ..functional.quantization import quantize
+from ..heads.detect import resolve_heads
+from ..heads.layout import ProjectionLayout
+from ..heads.protocol import check_mask
+from ..tuners.common.head_mask import LORA_MASK, is_mask_key
+from ..tuners.common.saved_keys import is_adapter_key, module_of
+from ..tuners.head_masked_lora.packed import PACKED
+
+
+def layouts_in_file(
+    model: nn.Module, settings: dict[str, Any], tensors: dict[str, torch.Tensor]
+) -> dict[str, ProjectionLayout]:
+    """`{module as the file names it: its heads}`."""
+    masked_parts = "qv" if settings.get("peft_type") == "RLRR" else settings.get("fused_parts") or "qkv"
+    found = resolve_heads(model, settings.get("num_heads"), masked_parts)
+    modules = dict.fromkeys(module_of(key) for key in tensors if is_adapter_key(key))
+    renamed = match_renamed(modules, [name for name, _ in model.named_modules()])
+    return {name: found[renamed.get(name, name)] for name in modules if renamed.get(name, name) in found}
+
+
+def masks_in_file(
+    tensors: dict[str, torch.Tensor], layouts: dict[str, ProjectionLayout], weights: Path
+) -> dict[str, torch.Tensor]:
+    masks = {}
+    for key, mask in tensors.items():
+        if is_mask_key(key):
+            name = module_of(key)
+            layout = layouts.get(name)
+            try:
+                check_mask(name, mask, mask.numel() if layout is None else layout.num_heads)
+            except ValueError as error:
+                raise ValueError(f"{weights}: {error}") from error
+            if layout is None:
+                masks[name] = mask
+            else:
+                masks.update(zip(layout.named_parts(name), layout.split(mask), strict=True))
+    return masks
+
+
+def unpacked_tensors(
+    tensors: dict[str, torch.Tensor],
+    layouts: dict[str, ProjectionLayout],
+    weights: Path,
+    settings: dict[str, Any],
+) -> dict[str, torch.Tensor]:
+    """The tensors of an unpacked file, with the values that the codes of a packed one stand for."""
+    unpacked = {}
+    for key, tensor in tensors.items():
+        layout = layouts.get(module_of(key))
+
+        def find_rows(shape, mask, layout=layout):
+            if mask is None:
+                return None
+            if layout is not None and (len(mask), shape[0]) == (layout.num_heads, layout.out_features):
+                return layout.active_rows(mask)
+            if layout is not None or shape[0] % len(mask):
+                raise ValueError(f"it has {len(mask)} heads in {shape[0]} rows; the base model has {layout}")
+            return mask.repeat_interleave(shape[0] // len(mask))
+
+        is_lora = key.endswith(PACKED)
+        if not is_lora and tensor.dtype != torch.uint8:
+            unpacked[key] = tensor
+            continue
+        try:
+            matrices, mask = unpack_module(tensor, 2 if is_lora else 1, find_rows)
+        except ValueError as error:
+            # of a fused projection only the model knows the parts
+            hint = "" if layout else " (which rows belong to heads is guessed: --base_model could not be read)"
+            raise ValueError(f"{weights}: {key} cannot be unpacked: {error}{hint}") from error
+        setting = "adapter_bits" if is_lora else "classifier_bits"
+        if matrices[0].bits != settings.get(setting):
+            raise ValueError(
+                f"{weights}: {key} is packed with {matrices[0].bits} bits, but the settings say "
+                f"{setting}={settings.get(setting)}; one of the two was edited"
+            )
+        prefix = key.removesuffix(PACKED)
+        names = [f"{prefix}lora_A.weight", f"{prefix}lora_B.weight"] if is_lora else [key]
+        unpacked |= {name: matrix.values() for name, matrix in zip(names, matrices, strict=True)}
+        if mask is not None:
+            unpacked[prefix + LORA_MASK] = mask
+    return unpacked
+
+
+def quantized_tensors(
+    tensors: dict[str, torch.Tensor], layouts: dict[str, ProjectionLayout], bits: int
+) -> dict[str, torch.Tensor]:
+    """The factors as a k-bit adapter acts by them; what stands in rows of deactivated heads stays to be seen."""
+    quantized = dict(tensors)
+    for key, tensor in tensors.items():
+        mask = tensors.get(key.replace("lora_B.weight", LORA_MASK))
+        layout = layouts.get(module_of(key))
+        if key.endswith("lora_A.weight") or (key.endswith("lora_B.weight") and mask is None):
+            quantized[key] = quantize(tensor, bits)
+        elif key.endswith("lora_B.weight") and layout is not None:
+            rows = layout.active_rows(mask)
+            quantized[key] = torch.where(rows.unsqueeze(-1), quantize(tensor, bits, rows), tensor)
+    return quantized
+
+
+def is_packed(tensors: dict[str, torch.Tensor]) -> bool:
+    return any(key.endswith(PACKED) for key in tensors)
