@@ -5,21 +5,29 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 
-def moved(old: str, new: str, *others: str) -> None:
+def moved(old: str, new: str, *others: str, renamed: Mapping[str, str] | None = None) -> None:
     """Let the module at the new path answer to the old one, and warn whoever imports it.
 
     Args:
         old: Name of the module that calls this.
         new: Name of the module that has its contents.
-        others: Names of the modules that have the rest of its contents, where they were divided.
+        others: Names of the modules that have the rest of them. The old module then stays and looks them up.
+        renamed: Old and new names of the contents that have another name now.
     """
-    warnings.warn(f"{old} has moved to {', '.join((new, *others))}", DeprecationWarning, stacklevel=3)
-    modules = [importlib.import_module(name) for name in (new, *others)]
+    warnings.warn(f"{old} has moved to {' and '.join((new, *others))}", DeprecationWarning, stacklevel=3)
     if not others:
-        sys.modules[old] = modules[0]
+        sys.modules[old] = importlib.import_module(new)
         return
-    for module in reversed(modules):  # the first one's names win
-        public = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-        vars(sys.modules[old]).update(public)
+
+    def look_up(name: str) -> Any:
+        for home in (new, *others):
+            module = importlib.import_module(home)
+            if hasattr(module, (renamed or {}).get(name, name)):
+                return getattr(module, (renamed or {}).get(name, name))
+        raise AttributeError(f"module {old!r} has no attribute {name!r}")
+
+    vars(sys.modules[old])["__getattr__"] = look_up

@@ -35,7 +35,7 @@ DIVIDED = {
 @pytest.mark.parametrize("old", DIVIDED)
 def test_the_old_path_of_a_module_that_was_divided_has_everything(old, monkeypatch):
     monkeypatch.delitem(sys.modules, f"peft_heads.{old}", raising=False)
-    homes = ", ".join(f"peft_heads.{new}" for new in DIVIDED[old])
+    homes = " and ".join(f"peft_heads.{new}" for new in DIVIDED[old])
     with pytest.warns(DeprecationWarning, match=f"peft_heads.{old} has moved to {homes}") as caught:
         module = importlib.import_module(f"peft_heads.{old}")
     for new, name in DIVIDED[old].items():
