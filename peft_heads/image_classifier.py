@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._compat import is_own, mismatched_keys, support_peft_in_image_pipelines
+from .adapter_folder.base_model import base_model_class
 from .adapter_folder.card import check_folder_files, read_labels, read_settings
 
 
@@ -70,33 +71,11 @@ def fetch_adapter(path_or_repo: str | os.PathLike, subfolder: str | None = None,
 
     Args and errors as of [`load_image_classifier`].
     """
-    from huggingface_hub import snapshot_download
-    from peft.utils import WEIGHTS_NAME
-
+    from .adapter_folder.download import local_folder
     from .adapter_folder.weights_file import NAMES, find_weights, read_infos
     from .tuners.common.saved_settings import check_foreign, check_ranks
 
-    folder = os.fspath(path_or_repo)
-    if not os.path.isdir(folder):
-        # the small files of an adapter, once; afterwards everything is local
-        names = ("*.json", "*.safetensors", WEIGHTS_NAME, "README.md")
-        patterns = [f"{subfolder}/{name}" for name in names] if subfolder else names
-        others = None if subfolder else "*/*"  # checkpoints that Trainer has pushed as well
-        try:
-            folder = snapshot_download(folder, allow_patterns=list(patterns), ignore_patterns=others, **kwargs)
-        except (OSError, ValueError) as error:
-            revision = f" at revision {kwargs['revision']!r}" if kwargs.get("revision") else ""
-            raise FileNotFoundError(
-                f"no adapter {path_or_repo!r}{revision}: neither a local folder nor a repository that can be read "
-                f"({type(error).__name__}: {error})"
-            ) from error
-    folder = os.path.join(folder, subfolder) if subfolder else folder
-
-    if not os.path.exists(os.path.join(folder, "adapter_config.json")):
-        raise ValueError(
-            f"Can't find 'adapter_config.json' in {path_or_repo}{f'/{subfolder}' if subfolder else ''}: it holds no "
-            "adapter"
-        )
+    folder = local_folder(path_or_repo, subfolder, **kwargs)
     check_folder_files(folder)
     settings = read_settings(folder)  # errors that name the file, before anything is loaded
     weights = find_weights(folder)
@@ -238,38 +217,6 @@ def new_image_classifier(
             "--ignore_mismatched_sizes draws them anew"
         )
     return model
-
-
-def base_model_class(settings: dict[str, Any], folder: str | os.PathLike) -> Any:
-    """The class of transformers that an adapter was made for, by its settings; where they do not say, an Auto class.
-
-    A ViT-MAE checkpoint, say, has no image classifier of its own and is read as a ViT's.
-
-    Args:
-        settings: The adapter's configuration.
-        folder: Where it lies, for the message.
-
-    Raises:
-        ValueError: The settings name something of transformers that is neither a model nor an Auto class.
-    """
-    import transformers
-    from transformers.models.auto.auto_factory import _BaseAutoModelClass
-
-    mapping = settings.get("auto_mapping") or {}
-    name = mapping.get("base_model_class") if isinstance(mapping, dict) else mapping
-    if name is None:
-        return transformers.AutoModelForImageClassification
-    try:
-        # names that transformers does not have are those of code of the user's own
-        found = getattr(transformers, name, None) or transformers.AutoModelForImageClassification
-        if issubclass(found, (transformers.PreTrainedModel, _BaseAutoModelClass)):
-            return found
-    except (TypeError, ImportError, RuntimeError):  # no name, no class, or one that cannot be imported
-        pass
-    raise ValueError(
-        f"{folder}: auto_mapping of the adapter's settings names {str(name)[:80]!r} as the class of the base model (expected a "
-        "model class, or an Auto class, of transformers); it was edited"
-    )
 
 
 @contextmanager

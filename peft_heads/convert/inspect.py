@@ -12,6 +12,7 @@ from peft import PeftConfig
 from torch import nn
 
 from .._compat import Loading
+from ..adapter_folder.base_model import empty_base_model
 from ..adapter_folder.card import read_labels, read_settings
 from ..adapter_folder.checkpoints import read_error
 from ..adapter_folder.weights_file import find_weights, is_settings_key, read_infos, read_weights
@@ -23,7 +24,6 @@ from ..tuners.common.setting_types import refusal
 from ..tuners.head_masked_lora.config import FULL_PRECISION
 from ..tuners.head_masked_lora.packed import PACKED
 from .file_tensors import is_packed, layouts_in_file, masks_in_file, quantized_tensors, unpacked_tensors
-from .migrate import empty_base_model
 from .source import check_type
 from .update_norms import check_deactivated_rows, check_deactivated_updates, norms_by_head
 

@@ -9,18 +9,15 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
-import torch
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save
-from torch import nn
 
 from ..adapter_folder.atomic import write_atomically
+from ..adapter_folder.base_model import empty_base_model
 from ..adapter_folder.card import check_folder_files, read_settings
 from ..adapter_folder.weights_file import is_settings_key, read_weights
-from ..image_classifier import base_model_class
 from ..tuners.common.saved_keys import RENAMED_OPTIONS, follow_renames, is_adapter_key, module_of, renamed_keys
 
 
@@ -89,27 +86,3 @@ def migrate_adapter(folder: str | os.PathLike, base_model: str | os.PathLike | N
         write_atomically(weights_file, weights)
         aside.unlink()
     return names
-
-
-def empty_base_model(folder: Path, settings: dict[str, Any], base_model: str | os.PathLike | None) -> nn.Module:
-    """The base model without weights: its names are all that is wanted."""
-    import transformers
-
-    base = base_model or settings.get("base_model_name_or_path")
-    if not base:
-        raise ValueError(f"{folder} does not say which base model the adapter belongs to; name it (--base_model)")
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            base, revision=settings.get("revision") or "main", trust_remote_code=False
-        )
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:  # JSON that is no mapping
-        raise ValueError(f"{folder}: the base model's configuration cannot be read from {base!r}: {error}") from error
-    model_class = base_model_class(settings, folder)
-    try:
-        with torch.device("meta"):
-            return getattr(model_class, "from_config", model_class)(config)  # an Auto class, a class
-    except Exception as error:  # transformers checks few of the sizes in a configuration
-        raise ValueError(
-            f"{folder}: there is no {model_class.__name__} by the configuration of {base!r}: "
-            f"{type(error).__name__}: {' '.join(str(error).split())}"
-        ) from error
