@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save
+from torch import nn
 
 from ..adapter_folder.atomic import write_atomically
 from ..adapter_folder.base_model import empty_base_model
@@ -63,7 +65,21 @@ def migrate_adapter(folder: str | os.PathLike, base_model: str | os.PathLike | N
         method = "RLRR" if peft_type == "RLRR" else "LoRA"
         raise ValueError(f"{folder} has no {method} weights in {SAFETENSORS_WEIGHTS_NAME}; other formats are not read")
     model = empty_base_model(folder, settings, base_model)
+    new_keys = _new_keys(folder, keys, model)
+    config = PeftConfig.from_pretrained(os.fspath(folder))
+    names = follow_renames(config, adapted, trained, model)
+    if names:
+        weights = save({new_keys.get(key, key): tensor for key, tensor in tensors.items()}, metadata=metadata)
+        new_settings = json.dumps(_new_settings(settings, config), indent=2, sort_keys=True, default=sorted)
+        os.replace(weights_file, aside)
+        write_atomically(folder / CONFIG_NAME, new_settings)
+        write_atomically(weights_file, weights)
+        aside.unlink()
+    return names
 
+
+def _new_keys(folder: Path, keys: list[str], model: nn.Module) -> dict[str, str]:
+    """`{key: key}` by the names of the base model; raises ValueError if it has no module for one of them."""
     present = [name for name, _ in model.named_modules()]
     new_keys = renamed_keys(keys, present)
     unknown = next((key for key in new_keys.values() if module_of(key) not in present), None)
@@ -72,17 +88,12 @@ def migrate_adapter(folder: str | os.PathLike, base_model: str | os.PathLike | N
             f"{folder}: {unknown} belongs to no module of {type(model).__name__}, under any name that is known; "
             "nothing was changed"
         )
-    config = PeftConfig.from_pretrained(os.fspath(folder))
-    names = follow_renames(config, adapted, trained, model)
-    if names:
-        options = {name: getattr(config, name) for name in RENAMED_OPTIONS if name in settings}
-        if config.target_modules is not None and not isinstance(config.target_modules, str):
-            options["target_modules"] = sorted(config.target_modules)
-        weights = save({new_keys.get(key, key): tensor for key, tensor in tensors.items()}, metadata=metadata)
-        os.replace(weights_file, aside)
-        write_atomically(
-            folder / CONFIG_NAME, json.dumps({**settings, **options}, indent=2, sort_keys=True, default=sorted)
-        )
-        write_atomically(weights_file, weights)
-        aside.unlink()
-    return names
+    return new_keys
+
+
+def _new_settings(settings: dict[str, Any], config: PeftConfig) -> dict[str, Any]:
+    """The settings of the file, with the names that `config` has for modules."""
+    options = {name: getattr(config, name) for name in RENAMED_OPTIONS if name in settings}
+    if config.target_modules is not None and not isinstance(config.target_modules, str):
+        options["target_modules"] = sorted(config.target_modules)
+    return {**settings, **options}
