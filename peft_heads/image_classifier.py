@@ -1,4 +1,4 @@
-"""Loading image classifiers: a checkpoint to be trained, or a saved adapter on its base model."""
+"""Loads image classifiers: a checkpoint to train, or a saved adapter on its base model."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def load_image_classifier(
 ) -> tuple[PeftModel, BaseImageProcessor]:
     """Load an adapter together with its base model, labels and image processor.
 
-    Works for any PEFT adapter of an image classifier; labels and processor are taken from the adapter's folder where
-    it has them (ours does) and from the base model otherwise.
+    This works for any PEFT adapter of an image classifier. Labels and processor are taken from the adapter's folder
+    where it has them, as ours has, and from the base model otherwise.
 
     A pipeline clips files of more than 8 bits per channel (16-bit PNG or TIFF, floats) to white. Decode them first, as
-    in training, and give the pipeline the result: `peft_heads.data.images.decode_image(path)`, with
-    `image_range=image_processor.image_range` where the adapter was trained with one (a warning says so).
+    in training, and pass the pipeline the result: `peft_heads.data.images.decode_image(path)`, with
+    `image_range=image_processor.image_range` where the adapter was trained with one, of which a warning reminds.
 
     Args:
         path_or_repo: Folder or Hub repository of the adapter.
-        trust_remote_code: Whether code that the base model's repository brings may run; the adapter's never does.
+        trust_remote_code: Whether code in the base model's repository may run; code in the adapter's never does.
         kwargs: `revision`, `token`, `cache_dir`, `subfolder` of the adapter's repository.
 
     Returns:
@@ -41,7 +41,7 @@ def load_image_classifier(
 
     Raises:
         FileNotFoundError: There is neither a folder nor a repository of that name and revision, or it cannot be read.
-        ValueError: It holds no adapter, one that does not name its base model, or an `image_range` that is none.
+        ValueError: It holds no adapter, or one that does not name its base model, or an invalid `image_range`.
     """
     from .data.images import image_range_of, load_image_processor
 
@@ -67,9 +67,9 @@ def load_image_classifier(
 
 
 def fetch_adapter(path_or_repo: str | os.PathLike, subfolder: str | None = None, **kwargs: Any) -> Path:
-    """The local folder of an adapter, downloaded if it is a repository's; its small files are known to be readable.
+    """The local folder of an adapter, downloaded if a repository holds it, after checking that its files can be read.
 
-    Args and errors as of [`load_image_classifier`].
+    Arguments and errors are those of [`load_image_classifier`].
     """
     from .adapter_folder.download import local_folder
     from .adapter_folder.weights_file import NAMES, find_weights, read_infos
@@ -77,7 +77,7 @@ def fetch_adapter(path_or_repo: str | os.PathLike, subfolder: str | None = None,
 
     folder = local_folder(path_or_repo, subfolder, **kwargs)
     check_folder_files(folder)
-    settings = read_settings(folder)  # errors that name the file, before anything is loaded
+    settings = read_settings(folder)  # before anything is loaded: its errors name the file
     weights = find_weights(folder)
     if weights is None:
         raise FileNotFoundError(f"{folder} has no weights of an adapter: neither {' nor '.join(NAMES)} is there")
@@ -98,7 +98,7 @@ def load_adapter(
     Args:
         folder: The adapter's folder.
         base_model: Folder or repository of the base model; what the adapter names if None.
-        base_kwargs: Passed to the base model's `from_pretrained`.
+        base_kwargs: Arguments of the base model's `from_pretrained`.
 
     Returns:
         The model, and the names of the weights that neither the base model's checkpoint nor the adapter holds.
@@ -144,7 +144,7 @@ def load_adapter(
     except OSError:
         raise
     except Exception as error:
-        if is_own(adapter_config):  # checked before, so that this is no fault of the folder's
+        if is_own(adapter_config):  # its folder was checked before, and is not at fault
             raise
         raise refusal(folder, error) from error
     return model, [name for name in untrained if not name.startswith(tuple(trained))]
@@ -159,18 +159,18 @@ def new_image_classifier(
     ignore_mismatched_sizes: bool = False,
     **hub_arguments: Any,
 ) -> PreTrainedModel:
-    """A checkpoint to be trained for these classes, in float32.
+    """A checkpoint to train for these classes, in float32.
 
-    A classification head of another size is drawn anew; nothing else is.
+    A classifier of another size is re-initialised; nothing else is.
 
     Args:
         path: Folder or Hub repository of the checkpoint.
         names: The class names.
         config_name: Folder or repository of the model's configuration, if not the checkpoint's own.
-        config_changes: Fields of the configuration that are set before the model is made.
-        ignore_mismatched_sizes: Whether weights of another shape are drawn anew as well.
-        hub_arguments: Passed to `from_pretrained` (`revision`, `token`, `cache_dir`, …); `trust_remote_code` is
-            False unless it is among them.
+        config_changes: Values for fields of the configuration, set before the model is built.
+        ignore_mismatched_sizes: Whether other weights of a wrong shape are re-initialised as well.
+        hub_arguments: Arguments of `from_pretrained` (`revision`, `token`, `cache_dir`, …). Without
+            `trust_remote_code` among them it is False.
 
     Raises:
         ValueError: There is no such checkpoint, it cannot be read, or it does not fit its configuration.
@@ -214,7 +214,7 @@ def new_image_classifier(
     if mismatched and not ignore_mismatched_sizes:
         raise ValueError(
             f"weights of {path} have other shapes than the config says: {', '.join(mismatched)}; "
-            "--ignore_mismatched_sizes draws them anew"
+            "--ignore_mismatched_sizes re-initialises them"
         )
     return model
 

@@ -11,13 +11,13 @@ from torch import nn
 
 
 def base_model_class(settings: dict[str, Any], folder: str | os.PathLike) -> Any:
-    """The class of transformers that an adapter was made for, by its settings; where they do not say, an Auto class.
+    """The class of transformers that an adapter was trained on, by its settings; an Auto class where they name none.
 
-    A ViT-MAE checkpoint, say, has no image classifier of its own and is read as a ViT's.
+    For instance, a ViT-MAE checkpoint has no image classifier of its own and is read as a ViT's.
 
     Args:
         settings: The adapter's configuration.
-        folder: Where it lies, for the message.
+        folder: The adapter's folder, for the message.
 
     Raises:
         ValueError: The settings name something of transformers that is neither a model nor an Auto class.
@@ -30,7 +30,7 @@ def base_model_class(settings: dict[str, Any], folder: str | os.PathLike) -> Any
     if name is None:
         return transformers.AutoModelForImageClassification
     try:
-        # names that transformers does not have are those of code of the user's own
+        # a name that transformers does not have is that of a class of the user's own
         found = getattr(transformers, name, None) or transformers.AutoModelForImageClassification
         if issubclass(found, (transformers.PreTrainedModel, _BaseAutoModelClass)):
             return found

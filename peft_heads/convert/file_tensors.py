@@ -1,4 +1,4 @@
-"""The tensors of an adapter's file as their heads see them: where the heads are, the masks, and the values of codes."""
+"""The tensors of an adapter's file: where their heads are, their masks, and the values that packed codes stand for."""
 
 from __future__ import annotations
 
@@ -22,7 +22,13 @@ from ..tuners.head_masked_lora.packed import PACKED
 def layouts_in_file(
     model: nn.Module, settings: dict[str, Any], tensors: dict[str, torch.Tensor]
 ) -> dict[str, ProjectionLayout]:
-    """`{module as the file names it: its heads}`."""
+    """`{module, by its name in the file: its heads}`.
+
+    Args:
+        model: The base model, possibly with other names for the modules.
+        settings: The adapter's configuration.
+        tensors: The tensors of the file.
+    """
     masked_parts = "qv" if settings.get("peft_type") == "RLRR" else settings.get("fused_parts") or "qkv"
     found = resolve_heads(model, settings.get("num_heads"), masked_parts)
     modules = dict.fromkeys(module_of(key) for key in tensors if is_adapter_key(key))
@@ -33,6 +39,11 @@ def layouts_in_file(
 def masks_in_file(
     tensors: dict[str, torch.Tensor], layouts: dict[str, ProjectionLayout], weights: Path
 ) -> dict[str, torch.Tensor]:
+    """`{projection: bool (num_heads,)}`; a fused projection has one entry per part if its heads are known.
+
+    Raises:
+        ValueError: A mask has a wrong shape or dtype.
+    """
     masks = {}
     for key, mask in tensors.items():
         if is_mask_key(key):
@@ -55,7 +66,17 @@ def unpacked_tensors(
     weights: Path,
     settings: dict[str, Any],
 ) -> dict[str, torch.Tensor]:
-    """The tensors of an unpacked file, with the values that the codes of a packed one stand for."""
+    """The tensors of a file, with values in place of packed codes.
+
+    Args:
+        tensors: The tensors of the file.
+        layouts: `{module, by its name in the file: its heads}`; where it is unknown, the rows of heads are guessed.
+        weights: The file, for the messages.
+        settings: The adapter's configuration.
+
+    Raises:
+        ValueError: Codes cannot be unpacked, or have other bits than the settings say.
+    """
     unpacked = {}
     for key, tensor in tensors.items():
         layout = layouts.get(module_of(key))
@@ -96,7 +117,10 @@ def unpacked_tensors(
 def quantized_tensors(
     tensors: dict[str, torch.Tensor], layouts: dict[str, ProjectionLayout], bits: int
 ) -> dict[str, torch.Tensor]:
-    """The factors as a k-bit adapter acts by them; what stands in rows of deactivated heads stays to be seen."""
+    """The tensors with quantised factors, by which a k-bit adapter acts.
+
+    Rows of deactivated heads keep their values, so that values other than zero are noticed.
+    """
     quantized = dict(tensors)
     for key, tensor in tensors.items():
         mask = tensors.get(key.replace("lora_B.weight", LORA_MASK))

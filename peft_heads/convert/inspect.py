@@ -1,4 +1,4 @@
-"""What a saved adapter is, from its files alone: method, heads, parameters, bytes. Nothing is written."""
+"""A report on a saved adapter, from its files alone: method, heads, parameters, bytes. Nothing is written."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ PARTS = ("adapter", "classification head", "masks and header")
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """What [`inspect_adapter`] finds.
+    """The result of [`inspect_adapter`].
 
     Attributes:
-        folder: Where the adapter lies.
+        folder: The adapter's folder.
         settings: Its `adapter_config.json`.
         masks: `{projection: bool (num_heads,)}`, True = active; empty for a stock LoRA adapter. Parts of a fused
             projection have entries of their own (`…qkv.q`) if the number of heads is known.
         norms: `{projection: float64 (num_heads,)}`, the Frobenius norm of each head's part of the update
             `scaling · B · A` (DoRA's magnitude left out), of k-bit adapters with the quantised factors; empty if the
             number of heads is not known.
-        no_norms: Why it is not known; empty if it is.
+        no_norms: The reason why the norms are not known; empty if they are.
         parameters: Trained numbers in the file, by part: `"adapter"`, `"classification head"`.
-        bytes: Of the weights' file, by `PARTS`.
+        bytes: Bytes of the weights' file, by `PARTS`.
         other_files: Bytes of the other files of the folder, by name.
     """
 
@@ -65,8 +65,8 @@ def inspect_adapter(adapter: str | os.PathLike, base_model: str | os.PathLike | 
 
     Args:
         adapter: Folder or repository of the adapter.
-        base_model: Folder or repository of the base model, of which only the configuration is read, for the number of
-            heads; what the adapter names if None. Where that cannot be read, the report says so.
+        base_model: Folder or repository of the base model; what the adapter names if None. Only its configuration is
+            read, for the number of heads. Where the one that the adapter names cannot be read, the report says so.
 
     Raises:
         FileNotFoundError: There is no such adapter.
@@ -88,7 +88,7 @@ def inspect_adapter(adapter: str | os.PathLike, base_model: str | os.PathLike | 
         return report
     except OSError:
         raise
-    except Exception as error:  # of settings that nobody has checked, those of stock LoRA
+    except Exception as error:  # settings of stock LoRA, which nobody has checked
         raise refusal(folder, error) from error
 
 
@@ -180,7 +180,7 @@ def _check_contents(folder: Path, config: PeftConfig, weights: Path, model: nn.M
 def _base_model(
     folder: Path, settings: dict[str, Any], base_model: str | os.PathLike | None
 ) -> tuple[nn.Module | None, str]:
-    """The base model without numbers, and why there is none."""
+    """The base model without numbers, or None and the reason why there is none."""
     try:
         return empty_base_model(folder, settings, base_model), ""
     except ValueError as error:

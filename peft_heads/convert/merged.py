@@ -25,8 +25,9 @@ def export_merged(
 ) -> Path:
     """Merge an adapter (ours or stock LoRA) into its base model and write an ordinary checkpoint of transformers.
 
-    In float32. With labels and image processor, for `AutoModelForImageClassification` and `AutoImageProcessor` alone. Arguments,
-    result and errors as of [`peft_heads.convert.lora.export_lora`].
+    The checkpoint is in float32 and has labels and image processor: `AutoModelForImageClassification` and
+    `AutoImageProcessor` suffice to load it. Arguments, result and errors are those of
+    [`peft_heads.convert.lora.export_lora`].
     """
     with new_folder(target, overwrite, sources(adapter, base_model)) as folder:
         source = fetch_adapter(adapter)
@@ -36,7 +37,7 @@ def export_merged(
 
 
 def load_whole_model(source: Path, base_model: str | os.PathLike | None) -> PeftModel:
-    """The model with its adapter; refused if parts of it would be random, because no file has them."""
+    """The model with its adapter; raises ValueError if parts of it would be random, because no file holds them."""
     model, untrained = load_complete_adapter(source, base_model)
     if untrained:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""Rewriting a saved adapter for the module names of the transformers that is installed.
+"""Rewrites a saved adapter for the module names of the transformers that is installed.
 
-Our own adapters need it only for readers without this package: they are loaded under any name. A stock LoRA adapter
-fails to load once transformers has renamed what it adapts.
+A stock LoRA adapter fails to load once transformers has renamed the modules that it adapts. Our own adapters are loaded
+under any name; they need it only for readers without this package.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ ADAPTER_TYPES = (*LORA_TYPES, "RLRR")
 def migrate_adapter(folder: str | os.PathLike, base_model: str | os.PathLike | None = None) -> dict[str, str]:
     """Rename the adapted modules in a folder's weights and configuration to what the base model calls them now.
 
-    Both files are written beside the old ones and then renamed. Meanwhile the old weights stand aside, so that nobody
-    reads them with the new configuration; should the power go then, running it again does the rest. Otherwise running
-    it again does nothing.
+    Both files are written beside the old ones and then renamed. Meanwhile the old weights have another name, so that
+    nobody reads them with the new configuration. If this is interrupted, running it again completes it; otherwise
+    running it again changes nothing.
 
     Args:
         folder: The adapter's folder: stock LoRA, or one of ours.
-        base_model: Folder or repository of the base model, of which only the configuration is read; what the adapter
-            names if None.
+        base_model: Folder or repository of the base model; what the adapter names if None. Only its configuration is
+            read.
 
     Returns:
         `{old name: new name}`; empty if the names are right already.
 
     Raises:
-        ValueError: The adapter is not understood: nothing is changed then.
+        ValueError: The adapter cannot be rewritten; nothing is changed then.
         FileNotFoundError: There is no adapter in the folder.
     """
     folder = Path(folder)

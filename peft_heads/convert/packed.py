@@ -24,8 +24,8 @@ def export_packed(
 ) -> Path:
     """Write a k-bit adapter with its codes instead of its full-precision weights: `adapter_bits` per weight.
 
-    It remains a head-masked adapter, with everything else that its folder holds. Arguments, result and errors as of
-    [`peft_heads.convert.lora.export_lora`].
+    It remains a head-masked adapter, with everything else that its folder holds. Arguments, result and errors are those
+    of [`peft_heads.convert.lora.export_lora`].
     """
     with new_folder(target, overwrite, sources(adapter, base_model)) as folder:
         source = fetch_adapter(adapter)

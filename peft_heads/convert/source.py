@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 PROCESSOR_FILE = "preprocessor_config.json"
-# What makes a warning of a loaded adapter must not be exported: weights that were drawn anew, or left out.
+# Warnings about weights that were re-initialised or left out: an adapter that was loaded so must not be exported.
 _INCOMPLETE = ("Found missing adapter keys", "the adapter file has weights for modules that the model has under no")
 
 
 def check_type(source: Path, settings: dict[str, Any], expected: tuple[str, ...] = ADAPTER_TYPES) -> None:
-    """Raise ValueError for an adapter of a method that is not among those expected: ours, and LoRA."""
+    """Raise ValueError for an adapter whose method is not among the expected ones, by default ours and LoRA."""
     if settings.get("peft_type") not in expected:
         raise ValueError(
             f"{source} holds an adapter of type {settings.get('peft_type')}; expected {' or '.join(expected)}"
@@ -35,7 +35,7 @@ def check_type(source: Path, settings: dict[str, Any], expected: tuple[str, ...]
 
 
 def sources(adapter: str | os.PathLike, base_model: str | os.PathLike | None) -> tuple:
-    """What an export reads, which its target must not replace."""
+    """The folders and repositories that an export reads, and that its target must not replace."""
     base = base_model
     if base is None and os.path.isfile(os.path.join(adapter, "adapter_config.json")):
         base = read_settings(adapter).get("base_model_name_or_path")
@@ -43,13 +43,13 @@ def sources(adapter: str | os.PathLike, base_model: str | os.PathLike | None) ->
 
 
 def load_complete_adapter(source: Path, base_model: str | os.PathLike | None) -> tuple[PeftModel, list[str]]:
-    """As `load_adapter`, but what is worth a warning there is an error, and every error is one line with the folder."""
+    """As `load_adapter`, but incomplete weights are an error, and every error is one line that names the folder."""
     base = base_model or read_settings(source).get("base_model_name_or_path")
     try:
         with warnings.catch_warnings():
             for message in _INCOMPLETE:
                 warnings.filterwarnings("error", message=message)
-            # the adapter was trained beside float32 weights; in a checkpoint of 16 bits its head would be rounded
+            # the adapter was trained beside float32 weights; in a checkpoint of 16 bits its classifier would be rounded
             return load_adapter(source, base_model, dtype=torch.float32)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, Warning) as error:
         faults = [f"{file} ({fault})" for file in _weights_and_settings(base) if (fault := read_error(file))]
@@ -58,7 +58,10 @@ def load_complete_adapter(source: Path, base_model: str | os.PathLike | None) ->
 
 
 def save_processor(folder: Path, source: Path, base_model: str | os.PathLike | None) -> None:
-    """Write the adapter's image processor, else the base model's; none where there is none (a damaged one raises)."""
+    """Write the adapter's image processor, else the base model's.
+
+    Nothing is written where neither has one; a damaged one is an error.
+    """
     if (source / PROCESSOR_FILE).exists():
         load_image_processor(source).save_pretrained(folder)
     elif base_model is not None and (not os.path.isdir(base_model) or Path(base_model, PROCESSOR_FILE).exists()):

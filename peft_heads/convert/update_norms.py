@@ -21,7 +21,7 @@ def update_norms(lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float, lay
     Args:
         lora_A: (r, in_features).
         lora_B: (out_features, r).
-        scaling: What the update is multiplied by.
+        scaling: Factor of the update.
         layout: The heads.
 
     Returns:
@@ -40,6 +40,13 @@ def update_norms(lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float, lay
 def norms_by_head(
     tensors: dict[str, torch.Tensor], layouts: dict[str, ProjectionLayout], settings: dict[str, Any]
 ) -> dict[str, torch.Tensor]:
+    """`{projection: float64 (num_heads,)}`, the `update_norms` of every LoRA module whose heads are known.
+
+    Args:
+        tensors: The tensors of the file, unpacked.
+        layouts: `{module, by its name in the file: its heads}`.
+        settings: The adapter's configuration, for the scaling.
+    """
     norms = {}
     for key, lora_A in tensors.items():
         name = module_of(key)
@@ -82,9 +89,9 @@ def check_deactivated_rows(
 
     Args:
         weights: The file, for the message.
-        tensors: What it holds.
+        tensors: Its tensors.
         masks: `{projection: bool (num_heads,)}`.
-        layouts: `{module as the file names it: its heads}`.
+        layouts: `{module, by its name in the file: its heads}`.
     """
     for key, tensor in tensors.items():
         name, _, part = key.rpartition(".")

@@ -1,4 +1,7 @@
-"""At most one scorer listens to an adapter: a second one, left behind by a run that broke off, would go unnoticed."""
+"""Reserves an adapter for one scorer.
+
+Two would select twice, and one that was left behind by an interrupted run would go unnoticed.
+"""
 
 from __future__ import annotations
 
@@ -12,36 +15,29 @@ from torch import nn
 if TYPE_CHECKING:
     from .recorder import HeadRecorder
 
-# `{layer: {adapter name: its scorer}}`. Layers and scorers are known weakly: a scorer that is dropped is gone.
+# `{layer: {adapter name: its scorer}}`, by weak references: a scorer that nobody holds any more stands in nobody's way.
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, dict[str, weakref.ref[HeadRecorder]]] = weakref.WeakKeyDictionary()
-
-
-class TwoScorersError(ValueError):
-    """Another scorer listens to the adapter.
-
-    Attributes:
-        other: That scorer.
-    """
-
-    def __init__(self, other: HeadRecorder) -> None:
-        super().__init__(
-            f"another scorer is attached to adapter {other.adapter_name!r}; use one, or call close() on the other "
-            "(a HeadScorer, or the TaylorHeadScorer of a run that broke off) first"
-        )
-        self.other = other
 
 
 def attach(scorer: HeadRecorder, layers: Iterable[nn.Module]) -> None:
     """Reserve an adapter's layers for a scorer.
 
+    The scorer of a Trainer's run takes them from one that an earlier run has left behind.
+
     Raises:
-        TwoScorersError: Another scorer has one of them; none is reserved then.
+        ValueError: Another scorer has one of them; none is reserved then.
     """
     layers = list(layers)
     for layer in layers:
         other = _attached_to(layer, scorer.adapter_name)
-        if other is not None:
-            raise TwoScorersError(other)
+        if other is None:
+            continue
+        if scorer.run is None or other.run is None or other.run is scorer.run:
+            raise ValueError(
+                f"another scorer is attached to adapter {other.adapter_name!r}; use one, or call close() on the other "
+                "(a HeadScorer, or the TaylorHeadScorer of a run that broke off) first"
+            )
+        other.close()
     for layer in layers:
         _ATTACHED.setdefault(layer, {})[scorer.adapter_name] = weakref.ref(scorer)
 

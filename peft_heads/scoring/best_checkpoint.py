@@ -1,8 +1,8 @@
 """`load_best_model_at_end` for adapters that Trainer does not load itself.
 
-Trainer loads the file in the checkpoint's own folder, that of an adapter named "default", into the first active
-adapter, whatever its name; every other adapter lies in a folder of its own inside the checkpoint. Without such a file
-it loads nothing.
+A checkpoint's own folder holds the file of the adapter named "default"; every other adapter has a folder of its own
+inside. Trainer loads the file in the checkpoint's own folder into the first active adapter, whatever its name, and
+loads nothing where there is no such file.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def check_best_checkpoint(model: nn.Module, active: Sequence[str]) -> None:
 
 
 def load_best_checkpoint(model: PeftModel, active: Sequence[str], checkpoint: str) -> None:
-    """Load the active adapters that Trainer has not loaded: weights, masks, trained heads and labels.
+    """Load the active adapters that Trainer has not loaded: weights, masks, classifiers and labels.
 
     Args:
         model: Trainer's model, after Trainer has loaded the best checkpoint in its own way.
@@ -77,7 +77,7 @@ def load_best_checkpoint(model: PeftModel, active: Sequence[str], checkpoint: st
                 f"another checkpoint with model.load_adapter(FOLDER, {name!r})"
             )
     for name, folder in folders.items():
-        # with the weights the labels come into force
+        # the labels take effect with the weights
         model.peft_config[name].adapter_files.labels_in_file = read_labels(folder)
         model.load_adapter(str(folder), name)
 
@@ -103,9 +103,9 @@ def _left_to_us(active: Sequence[str]) -> list[str]:
 
 
 def _difference(model: PeftModel, saved: str, loaded: str) -> str | None:
-    """What keeps the file of one adapter from being loaded into another; None if nothing does.
+    """The reason why the file of one adapter cannot be loaded into another; None if there is none.
 
-    The number of classes may differ: our tuners fit it to the file.
+    The number of classes may differ: our tuners adjust the classifier to the file.
     """
     there, here = _shapes(model, saved), _shapes(model, loaded)
     for one, other, name in ((there, here, saved), (here, there, loaded)):
@@ -119,7 +119,7 @@ def _difference(model: PeftModel, saved: str, loaded: str) -> str | None:
 
 
 def _shapes(model: PeftModel, adapter_name: str) -> dict[str, tuple[int, ...]]:
-    """`{key in the adapter's file: shape}`, without the outputs of heads that are trained in full."""
+    """`{key in the adapter's file: shape}`, without the number of outputs of modules that are trained in full."""
     ends = tuple(f".{name}." for name in model.peft_config[adapter_name].modules_to_save or ())
     with torch.no_grad():
         state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)

@@ -1,4 +1,4 @@
-"""The Trainer callback: training events in, calls of a [`HeadScorer`] out; no mathematics here."""
+"""The Trainer callback: it turns training events into calls of a [`HeadScorer`], and computes nothing itself."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from transformers.trainer_callback import ExportableState
 from ..adapter_folder.card import set_image_processor
 from ..heads.protocol import deactivated_heads, describe_masks, get_head_masks
 from .active_adapters import active_adapters, adapter_to_score
-from .attachment import TwoScorersError
 from .best_checkpoint import check_best_checkpoint, load_best_checkpoint, warn_if_before_selection
 from .checks import check_deepspeed, check_first_step, check_late_selection
 from .report import report_files
@@ -28,30 +27,29 @@ logger = logging.getLogger(__name__)
 class TaylorHeadScorer(TrainerCallback, ExportableState):
     """Scores the heads of a head-masked adapter during the warm-up and deactivates the least responsive.
 
-    Says *when*; *what* is deactivated is said by [`HeadMaskedLoraConfig`]. At the selection the masks are set, the
-    deactivated heads are recorded in `state.log_history` and logged at INFO, and the main process writes
-    `head_scores.json` (all criteria's scores and the masks) and `head_scores.png` (a heat map) into `output_dir`.
+    This callback decides *when*; the adapter's configuration decides *what* is deactivated. At the selection the masks
+    are set, the deactivated heads are recorded in `state.log_history` and logged at INFO, and the main process writes
+    `head_scores.json` (the scores by all criteria, and the masks) and `head_scores.png` (a heat map) into `output_dir`.
     From then on both are saved and pushed with the adapter, whose card shows the heat map.
     Checkpoints hold masks and scores: a resumed run selects the same heads.
 
-    Where all heads of a group have the same score (zero gradients, say), the first ones are deactivated: a warning names
-    the group, and `degenerate` is true in the log and in `head_scores.json`. Another names the projections that no
-    gradient has reached in the scored steps.
+    Where all heads of a group have the same score, for instance because all gradients are zero, the first heads are
+    deactivated: a warning names the group, and `degenerate` is true in the log and in `head_scores.json`. Another
+    warning names the projections that no gradient has reached in the scored steps.
 
-    This is the heads' warm-up; the learning rate's is `TrainingArguments`'.
+    The warm-up meant here is that of the heads; the learning rate's is set in `TrainingArguments`.
 
-    With `load_best_model_at_end` the active adapters become those of the best checkpoint, whatever their names. That is
-    this callback's doing. Without it the fault is Trainer's, and any PEFT method's: an active adapter that is not named
-    "default" gets the weights of "default" at the end, or keeps those of the last step. A model with an adapter by
-    transformers' own `add_adapter`, without a PeftModel around it, can be trained and scored, but Trainer can neither
-    load its best checkpoint (refused here) nor resume it.
+    With `load_best_model_at_end` this callback loads the active adapters of the best checkpoint, whatever their names.
+    Trainer alone, with any PEFT method, gives an active adapter that is not named "default" the weights of "default",
+    or leaves it those of the last step. A model with an adapter by transformers' own `add_adapter`, without a PeftModel
+    around it, can be trained and scored, but Trainer can neither load its best checkpoint (refused here) nor resume it.
 
     Args:
-        select_at: Below 1 a share of the optimizer steps, from 1 on a step, as `TrainingArguments.warmup_steps` reads
-            numbers. Defaults to 0.1: the papers' 10 of 100 epochs.
-        warmup_epochs: Instead of `select_at`: the selection comes after so many epochs.
-        window: The optimizer steps whose scores are averaged, up to the selection: the last epoch before it, all of
-            the warm-up, or the last step alone. A window longer than the warm-up is cut to it.
+        select_at: Time of the selection: below 1 a share of the optimizer steps, from 1 on a step, as in
+            `TrainingArguments.warmup_steps`. Defaults to 0.1: the papers' 10 of 100 epochs.
+        warmup_epochs: Number of epochs before the selection, instead of `select_at`.
+        window: The optimizer steps whose scores are averaged: the last epoch before the selection, all of the warm-up,
+            or the last step alone. A window longer than the warm-up is cut to it.
         adapter_name: The adapter to score, which must be active; by default the first active one.
 
     Attributes:
@@ -96,7 +94,7 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
         return self
 
     def close(self) -> None:
-        """Let another scorer have the adapter; needed only after a run that broke off."""
+        """Let another scorer have the adapter; needed only after a run that was interrupted."""
         if self._scorer is not None:
             self._scorer.close()
 
@@ -104,10 +102,10 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         model = kwargs["model"]
-        self.close()  # auto_find_batch_size begins again; or an earlier run broke off
+        self.close()  # auto_find_batch_size begins again; or an earlier run was interrupted
         begins_again = self._training and self.masks is not None
         self.masks, self._training = None, True
-        self._scorer = self._new_scorer(model, state)
+        self._scorer = HeadScorer(model, adapter_to_score(model, self.adapter_name), recording=False, run=state)
         check_deepspeed(args, self._scorer.config)
         if args.load_best_model_at_end:
             check_best_checkpoint(model, active_adapters(model))
@@ -163,7 +161,7 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
         self._scorer.config.adapter_files.selection_pending = False
         self._scorer.close()
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            # Trainer has loaded what it takes for the adapter a moment ago
+            # after Trainer, which has just loaded the file that it takes for the adapter's
             load_best_checkpoint(kwargs["model"], active_adapters(kwargs["model"]), state.best_model_checkpoint)
         if self.masks is None and self._scorer.config.masks_heads:
             warnings.warn(
@@ -194,18 +192,6 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
             },
             "attributes": {"progress": {**self.progress, "scores": scores} if self.progress else {}},
         }
-
-    def _new_scorer(self, model: Any, state: TrainerState) -> HeadScorer:
-        adapter_name = adapter_to_score(model, self.adapter_name)
-        try:
-            scorer = HeadScorer(model, adapter_name, recording=False)
-        except TwoScorersError as error:
-            if error.other.run is None or error.other.run is state:
-                raise
-            error.other.close()  # left behind by a run that broke off
-            scorer = HeadScorer(model, adapter_name, recording=False)
-        scorer.run = state
-        return scorer
 
     def _plan(self, args: TrainingArguments, state: TrainerState, dataloader: Any) -> tuple[int, int]:
         """First and last optimizer step of the scoring window; heads are selected after the last."""
@@ -253,7 +239,7 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
             scorer.config.adapter_files.write_head_scores(args.output_dir)
 
     def _log(self, entry: dict[str, Any], state: TrainerState, control: TrainerControl) -> None:
-        """Through `trainer.log` where attached. A callback has no handle on the trainer, and reporters stand before it."""
+        """Log through `trainer.log` where attached: otherwise a callback has no trainer, and the reporters ran before it."""
         if self._trainer is None:
             state.log_history.append({**entry, "epoch": state.epoch, "step": state.global_step})
             return

@@ -1,4 +1,4 @@
-"""What keeps heads from being scored, found before training begins rather than after the warm-up."""
+"""Finds what keeps heads from being scored, before training begins rather than after the warm-up."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def check_deepspeed(args: TrainingArguments, config: Any) -> None:
     if state.distributed_type != DistributedType.DEEPSPEED:
         return
     if getattr(config, "use_dora", False) and state.deepspeed_plugin.zero_stage == 3:
-        # saving needs the norms of frozen rows, and one process alone saves
+        # saving needs the norms of frozen rows, and only one process saves
         raise ValueError("DoRA with ZeRO 3: the adapter could not be saved; use ZeRO 1 or 2, or use_dora=False")
     # DeepSpeed keeps its loss scale to itself, and has changed it by the time a callback could ask
     if args.fp16 or state.mixed_precision == "fp16":
@@ -58,7 +58,7 @@ def check_first_step(scorer: HeadScorer, asked: str) -> None:
 
     Args:
         scorer: The adapter's scorer.
-        asked: What the user asked for, as the message is to quote it.
+        asked: The user's request, as the message quotes it.
     """
     config = scorer.config
     masked = any(not layer.get_head_mask(scorer.adapter_name).all() for layer in scorer.layers.values())

@@ -18,7 +18,8 @@ from .gradients import StepGradients
 class HeadRecorder:
     """Listens to the gradients of an adapter's heads, and sums the heads' statistics over optimizer steps.
 
-    The base of [`HeadScorer`], which makes scores and masks of them. Arguments and errors are those of `HeadScorer`.
+    The base of [`HeadScorer`], which turns the statistics into scores and masks. Arguments and errors are those of
+    `HeadScorer`.
 
     Attributes:
         layers: `{module name: layer}` of the adapter's head-maskable layers.
@@ -26,16 +27,18 @@ class HeadRecorder:
         config: The adapter's configuration.
         num_steps: Number of optimizer steps that count.
         num_skipped: Number of optimizer steps that do not, because a gradient was not finite.
-        run: The run (a TrainerState) on whose behalf a callback scores; None in a plain loop.
+        run: The run of a Trainer (its TrainerState) on whose behalf a callback scores; None in a plain loop.
     """
 
-    def __init__(self, model: nn.Module, adapter_name: str = "default", *, recording: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, adapter_name: str = "default", *, recording: bool = True, run: Any = None
+    ) -> None:
         model = extract_model_from_parallel(model, keep_torch_compile=False)
         self.adapter_name = adapter_name
         self.layers: dict[str, HeadMaskable] = head_layers(model, adapter_name)
         self.layouts = named_layouts(self.layers, adapter_name)
         self.config = model.peft_config[adapter_name]
-        self.run: Any = None
+        self.run = run
         self.num_steps = 0
         self.num_skipped = 0
         # float64 (3, heads of all projections side by side): a step is added in one call, however many projections
@@ -84,7 +87,7 @@ class HeadRecorder:
         """Count one optimizer step: call it after its last backward pass and before `optimizer.step()`.
 
         Args:
-            loss_scale: The factor the loss was multiplied by (`GradScaler.get_scale()`).
+            loss_scale: Factor by which the loss was multiplied (`GradScaler.get_scale()`).
 
         Returns:
             Whether the step counts. A step is skipped, on every process alike, if a gradient of the heads or of
@@ -105,7 +108,7 @@ class HeadRecorder:
         return finite
 
     def without_gradient(self) -> list[str]:
-        """Projections that no gradient other than zero has reached in the steps so far."""
+        """Projections that no gradient has reached in the steps so far, or gradients of zero alone."""
         norms = {name: sums[STATISTICS.index("grad_norm")] for name, sums in self._sums_by_name().items()}
         return [name for name, norm in norms.items() if not norm.any()]
 
@@ -146,5 +149,5 @@ class HeadRecorder:
         return dict(zip(self.layouts, self._sums.cpu().split(num_heads, dim=1), strict=True))
 
     def _by_projection(self, of_modules: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """`{module name: (out_features, n)}` to `{projection: (num_rows, n)}`."""
+        """`{projection: (num_rows, n)}` from `{module name: (out_features, n)}`: a fused projection is divided."""
         return {name: layout.rows(of_modules[self._module_of[name]]) for name, layout in self.layouts.items()}

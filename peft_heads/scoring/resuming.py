@@ -1,4 +1,4 @@
-"""What a checkpoint says of the scoring, and whether a resumed run may continue from it.
+"""The scoring's entry in a checkpoint, and whether a resumed run may continue from it.
 
 The entry of a checkpoint is `TaylorHeadScorer.progress` with the statistics so far: `first_step` and `select_step`
 (the window), `selected_at` (None before the selection), `adapter`, `settings` and `scores`.
@@ -11,7 +11,7 @@ from typing import Any
 from transformers import TrainerState
 
 
-# Settings without which masks would be described wrongly, or mean something else.
+# Masks that were selected by other settings would be described wrongly, or mean something else.
 SETTINGS = ("ne", "ratio", "granularity", "joint", "criterion", "mask_seed", "mask_scope")
 
 

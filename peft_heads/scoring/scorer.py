@@ -1,4 +1,4 @@
-"""From the statistics of heads to their scores, and to masks."""
+"""From the statistics of heads to scores, and from scores to masks."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ from .selection_warnings import equal_scores_warning, no_gradient_warning
 class HeadScorer(HeadRecorder):
     """Scores the heads of an adapter in a plain PyTorch or Accelerate loop, and deactivates the least responsive.
 
-    One pass gathers the statistics of *all* criteria for every projection and head; the adapter's configuration (or
-    the arguments of `select`) decides only at selection, so one warm-up serves every variant.
+    One pass collects the statistics of *all* criteria for every projection and head. The adapter's configuration (or
+    the arguments of `select`) matters only at the selection, so one warm-up serves every variant.
 
     Gradients are taken by hooks on the adapter's parameters, micro-batch by micro-batch: before gradient clipping and,
     on several processes, before the reduction, which `update` does itself (except under FSDP2, where PyTorch has done
     it). The scores are therefore those of the global batch however it was split. Every backward pass between two
-    updates counts as part of the step. Where parameters are sharded, create the scorer after that was done.
+    updates counts as part of the step. Where parameters are sharded, create the scorer after the sharding.
 
-    With k-bit adapters the weights that are scored are the quantised ones, and the gradients theirs.
+    With k-bit adapters the quantised weights are scored, with their own gradients.
 
     Under DoRA the score is still p·g of `lora_B`, but no longer the derivative with respect to a gate on the delta.
 
     Args:
         model: A model with a head-masked adapter, possibly wrapped for distributed training.
         adapter_name: The adapter to score. It must be active and trainable.
-        recording: Whether to listen from now on; otherwise after `start()`.
+        recording: Whether to listen at once; otherwise from `start()` on.
+        run: The run of a Trainer (its TrainerState), whose scorer replaces one that an earlier run has left behind.
 
     Raises:
         ValueError: The model has no such head-masked adapter, or another scorer is attached to it.
@@ -81,7 +82,7 @@ class HeadScorer(HeadRecorder):
         )
 
     def all_scores(self) -> dict[str, dict[str, torch.Tensor]]:
-        """`{criterion: scores}` for every criterion that can be computed from what was gathered."""
+        """`{criterion: scores}` for every criterion that can be computed from the statistics so far."""
         return {c: self.scores(c) for c in CRITERIA if self.num_steps or c not in GRADIENT_CRITERIA}
 
     def select(
@@ -94,8 +95,8 @@ class HeadScorer(HeadRecorder):
     ) -> dict[str, torch.Tensor]:
         """The masks that the scores ask for; nothing is changed. Arguments left out are the adapter's own.
 
-        Warns of groups whose heads all have the same score, as zero gradients give: there the order of the heads alone
-        decides. Warns of projections that no gradient has reached in the steps so far.
+        Warns of groups whose heads all have the same score, for instance after zero gradients: there the order of the
+        heads alone decides. Warns of projections that no gradient has reached in the steps so far.
 
         Returns:
             `{projection: bool (num_heads,)}`, True = active.
@@ -141,7 +142,7 @@ class HeadScorer(HeadRecorder):
         )
 
     def is_degenerate(self) -> bool:
-        """Whether the adapter's own criterion leaves it to the order of heads which are deactivated, in some group.
+        """Whether the heads of some group all have the same score by the adapter's own criterion, so that order decides.
 
         Raises:
             ValueError: As `scores` does.
@@ -153,7 +154,7 @@ class HeadScorer(HeadRecorder):
     def without_update(self) -> list[str]:
         """Projections of groups that give up heads while all their head-wise parameters are zero.
 
-        The product with any gradient is zero there, and with it the scores by a criterion of `TAYLOR_CRITERIA`.
+        The product with any gradient is zero there. So are the scores by a criterion of `TAYLOR_CRITERIA`.
         """
         norms = self.scores("weight_norm")
         equal = [group.modules for group in degenerate_groups(norms, self.groups())]
@@ -163,12 +164,12 @@ class HeadScorer(HeadRecorder):
     def apply(self, optimizer: Any = None, masks: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """Select, set the masks, and stop listening.
 
-        The deactivated rows of the adapter are set to zero, and their entries in the optimizer's state are cleared:
-        momentum would move them again (which the mask hides, but not from somebody who reads the raw weights).
+        The deactivated rows of the adapter are set to zero, and their entries in the optimizer's state are cleared.
+        Otherwise momentum would move the rows again. The mask hides that, but not from a reader of the raw weights.
 
         Args:
             optimizer: The optimizer of the adapter's parameters, possibly prepared by Accelerate.
-            masks: What to apply instead of `select()`, e.g. `scorer.select(ne=3)`.
+            masks: Masks to apply instead of those of `select()`, e.g. `scorer.select(ne=3)`.
 
         Returns:
             The masks that are now in force. An adapter that has masks already keeps them, with a warning.

@@ -1,4 +1,4 @@
-"""Which optimizer steps are scored, and after which one the heads are selected."""
+"""The optimizer steps that are scored, and the one after which heads are selected."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ WINDOWS = ("last_epoch", "all", "last_step")
 
 @dataclass(frozen=True)
 class SelectionWindow:
-    """When heads are scored and selected.
+    """The steps at which heads are scored and selected.
 
     Attributes:
         first: The first optimizer step that is scored, counted from 1.
         last: The last one; the heads are selected after it.
-        asked: What the user asked for, for messages.
+        asked: The user's request, as messages quote it.
     """
 
     first: int
@@ -53,11 +53,11 @@ def plan_window(
     """The window that `TaylorHeadScorer`'s arguments ask for.
 
     Args:
-        select_at: As of `TaylorHeadScorer`; one of this and `warmup_epochs` is None.
-        warmup_epochs: As of `TaylorHeadScorer`.
+        select_at: Argument of `TaylorHeadScorer`; one of this and `warmup_epochs` is None.
+        warmup_epochs: Argument of `TaylorHeadScorer`.
         window: One of `WINDOWS`.
-        max_steps: Optimizer steps of the training.
-        steps_per_epoch: Optimizer steps of an epoch; None if unknown.
+        max_steps: Number of optimizer steps of the training.
+        steps_per_epoch: Number of optimizer steps of an epoch; None if unknown.
 
     Raises:
         ValueError: The selection comes after the end of training, or needs the length of an epoch and that is unknown.
@@ -84,7 +84,7 @@ def plan_window(
 
 
 def steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:
-    """Optimizer steps of an epoch as Trainer counts them; None for a dataset of unknown length."""
+    """Number of optimizer steps of an epoch, as Trainer counts them; None for a dataset of unknown length."""
     try:
         batches = len(dataloader)
     except TypeError:

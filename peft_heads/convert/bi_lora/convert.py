@@ -28,11 +28,11 @@ from ..migrate import LORA_TYPES
 from ..source import PROCESSOR_FILE, check_type, load_complete_adapter
 from .base_model import empty_vit, problem_of_base_model
 from .files import dataset_in_name, encode, read, settings_beside
-from .settings import BACKBONE, BASE_MODEL, HEAD_BITS, OTHER_FORMS, Settings, encode_settings, shortest_scale
+from .settings import BACKBONE, BASE_MODEL, CLASSIFIER_BITS, OTHER_FORMS, Settings, encode_settings, shortest_scale
 from .state_dict import state_dict_of, weights_of
 
 
-# The authors' images: 224 × 224, bicubic, from 0 to 1 and not normalised as the base model's own are.
+# The authors' images: 224 × 224, bicubic, from 0 to 1. Unlike the base model's own, they are not normalised.
 PROCESSOR = {
     "image_processor_type": "ViTImageProcessor",
     "do_resize": True,
@@ -52,8 +52,8 @@ def import_bi_lora(
 ) -> Path:
     """Write an adapter folder for a `.bin` of Bi-LoRA's authors and the `.yaml` beside it.
 
-    The adapter has the codes, means and deviations of the file. Classes have numbers for names, and the image
-    processor is the authors': their images are not normalised.
+    The adapter has the codes, means and deviations of the file. Its classes are named by their numbers. Its image
+    processor is the authors', who do not normalise images.
 
     Args:
         file: The `.bin`.
@@ -67,8 +67,8 @@ def import_bi_lora(
 
     Raises:
         FileNotFoundError: One of the two files is missing.
-        ValueError: One of them is not of the form of [`bi_lora_files`], or target or base model are not as they should
-            be; nothing is written then.
+        ValueError: One of them is not of the form of [`peft_heads.convert.bi_lora.files`], or the target exists, or
+            the base model is not a ViT-B/16; nothing is written then.
     """
     base = os.fspath(base_model or BASE_MODEL)
     with new_folder(target, overwrite, (file, settings_beside(Path(file)), base)) as folder:
@@ -85,7 +85,7 @@ def import_bi_lora(
             target_modules=default_targets(empty_vit()),
             modules_to_save=["classifier"],
             adapter_bits=settings.bit,
-            classifier_bits=HEAD_BITS[settings.method],
+            classifier_bits=CLASSIFIER_BITS[settings.method],
             bottleneck_dropout=0.1,
             packed=True,
             base_model_name_or_path=base,
@@ -108,7 +108,8 @@ def export_bi_lora(
 ) -> Path:
     """Write a k-bit adapter of a ViT-B/16 as a `.bin` of Bi-LoRA's authors, and the `.yaml` beside it.
 
-    What has been imported comes out byte for byte, under the same file name: the dataset is what stands before `-bit`.
+    An adapter that was imported is written as it was, byte for byte, if the file has the same name: the dataset is the
+    part before `-bit`.
 
     Args:
         adapter: Folder or repository of the adapter. Unless it is packed, its base model is loaded as well.
@@ -121,8 +122,8 @@ def export_bi_lora(
 
     Raises:
         FileNotFoundError: There is no such adapter.
-        ValueError: The form has no place for what the adapter is, or adapter or target are not as they should be;
-            nothing is written then.
+        ValueError: The form has no place for something that the adapter has, or the adapter is damaged, or the target
+            exists; nothing is written then.
     """
     file = Path(target)
     settings_file = settings_beside(file)
@@ -162,12 +163,12 @@ def _packed_state_dict(source: Path, base_model: str | os.PathLike | None) -> di
 
 
 def _settings(config: dict[str, Any], dataset: str, num_class: int) -> Settings:
-    rank, alpha, head_bits = config["r"], config["lora_alpha"], config.get("classifier_bits", FULL_PRECISION)
+    rank, alpha, classifier_bits = config["r"], config["lora_alpha"], config.get("classifier_bits", FULL_PRECISION)
     return Settings(
         dataset=dataset,
         num_class=num_class,
         backbone=BACKBONE,
-        method=next(method for method, bits in HEAD_BITS.items() if bits == head_bits),
+        method=next(method for method, bits in CLASSIFIER_BITS.items() if bits == classifier_bits),
         dim=rank,
         bit=config["adapter_bits"],
         scale=alpha / math.sqrt(rank) if config.get("use_rslora") else shortest_scale(alpha, rank),
@@ -178,10 +179,10 @@ def _problem_of_settings(config: dict[str, Any]) -> str | None:
     """Why the form has no place for an adapter with these settings."""
     if config.get("adapter_bits", FULL_PRECISION) not in BITS:
         return f"it has no k-bit weights; train with adapter_bits of {', '.join(map(str, BITS))}"
-    if config.get("classifier_bits", FULL_PRECISION) not in HEAD_BITS.values():
+    if config.get("classifier_bits", FULL_PRECISION) not in CLASSIFIER_BITS.values():
         return (
             f"its classifier has {config['classifier_bits']} bits, but the form has heads of "
-            f"{' or '.join(map(str, sorted(HEAD_BITS.values())))}{OTHER_FORMS}"
+            f"{' or '.join(map(str, sorted(CLASSIFIER_BITS.values())))}{OTHER_FORMS}"
         )
     if config.get("mask_scope") == "head" and (config.get("ne") or config.get("ratio")):
         return f"mask_scope='head' silences frozen weights, for which the form has no place{OTHER_FORMS}"

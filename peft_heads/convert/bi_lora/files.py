@@ -1,11 +1,11 @@
-"""The files of Bi-LoRA's authors: k-bit LoRA on q and v of a ViT-B/16, and its classification head.
+"""The files of Bi-LoRA's authors: k-bit LoRA on q and v of a ViT-B/16, and its classifier.
 
 `NAME-bitB-dimR.bin` holds, little-endian and without a header, for blocks 0 to 11 in turn
 
     lora_q down (R, 768), lora_q up (768, R), lora_v down (R, 768), lora_v up (768, R)
 
 each as its codes, row by row, `8/B` per byte, least significant bits first, then `μ` and `σ` (float32). After them the
-head: of method "lora" its weight (C, 768) and bias (C,) in float32, of method "lora-bihead" one more such matrix
+classifier: of method "lora" its weight (C, 768) and bias (C,) in float32, of method "lora-bihead" one more such matrix
 (C, 768), of 1 bit whatever B is, and no bias. `NAME-bitB-dimR.yaml` beside it says what R, B and C are, and the scale
 `s` of the update `s · up · down`.
 """
@@ -27,7 +27,7 @@ from ...functional.quantization import pack, unpack
 from .settings import MATRICES, MOMENTS, NUM_BLOCKS, WIDTH, Settings, existing, read_settings
 
 
-# What is read is held in memory: a file of zeros that takes no place on the disk can be of any size.
+# What is read is held in memory: a sparse file, which takes no space on the disk, can have any size.
 MAX_CLASSES = 2**16
 
 
@@ -35,18 +35,18 @@ class Weights(NamedTuple):
     """What the `.bin` holds.
 
     Attributes:
-        factors: Of q of block 0, v of block 0, q of block 1, …: down (R, 768) and up (768, R).
-        head: (C, 768), float32 or packed.
-        bias: float32 (C,); None where the head is packed.
+        factors: Down (R, 768) and up (768, R), of q of block 0, v of block 0, q of block 1, …
+        classifier: Its weight, (C, 768), float32 or packed.
+        bias: float32 (C,); None where the classifier is packed.
     """
 
     factors: list[tuple[PackedWeight, PackedWeight]]
-    head: PackedWeight | torch.Tensor
+    classifier: PackedWeight | torch.Tensor
     bias: torch.Tensor | None
 
     @property
     def num_class(self) -> int:
-        return len(self.head.codes if self.bias is None else self.head)
+        return len(self.classifier.codes if self.bias is None else self.classifier)
 
 
 def read(file: str | os.PathLike) -> tuple[Settings, Weights]:
@@ -54,7 +54,8 @@ def read(file: str | os.PathLike) -> tuple[Settings, Weights]:
 
     Raises:
         FileNotFoundError: One of the two is missing.
-        ValueError: One of the two is not of this form, or the name says something else. Sizes are looked at before anything is read.
+        ValueError: One of the two is not of this form, or the name contradicts them. Sizes are checked before anything
+            is read.
     """
     file = Path(file)
     settings_file = settings_beside(file)
@@ -96,7 +97,7 @@ def decode(data: bytes, settings: Settings) -> Weights:
         ]
         factors += [(matrices[0], matrices[1]), (matrices[2], matrices[3])]
     shape = (settings.num_class, WIDTH)
-    if settings.has_quantized_head:
+    if settings.has_quantized_classifier:
         return Weights(factors, _decode_matrix(stream, shape, 1, "the head"), None)
     numbers = torch.from_numpy(np.frombuffer(stream.read(), "<f4").astype(np.float32))
     if not numbers.isfinite().all():
@@ -108,16 +109,16 @@ def encode(weights: Weights) -> bytes:
     """The bytes of a `.bin`: what `decode` reads."""
     matrices = [matrix for pair in weights.factors for matrix in pair]
     if weights.bias is None:
-        return b"".join(map(_encode_matrix, [*matrices, weights.head]))
-    numbers = torch.cat([weights.head.flatten(), weights.bias])
+        return b"".join(map(_encode_matrix, [*matrices, weights.classifier]))
+    numbers = torch.cat([weights.classifier.flatten(), weights.bias])
     return b"".join(map(_encode_matrix, matrices)) + numbers.numpy().astype("<f4").tobytes()
 
 
 def settings_beside(file: Path) -> Path:
-    """The `.yaml` of a `.bin`.
+    """The `.yaml` that belongs to a `.bin`.
 
     Raises:
-        ValueError: The file is no `.bin` by its name.
+        ValueError: The file's name does not end in `.bin`.
     """
     if file.suffix != ".bin":
         raise ValueError(f"{file}: Bi-LoRA's files are called NAME-bitB-dimR.bin, with NAME-bitB-dimR.yaml beside")
@@ -125,14 +126,15 @@ def settings_beside(file: Path) -> Path:
 
 
 def dataset_in_name(file: Path, bit: int, dim: int) -> str:
-    """The dataset that a `.bin` is called after.
+    """The dataset that a `.bin` is named after.
 
     Args:
         file: The `.bin`.
-        bit, dim: Of the adapter that it holds, or is to hold.
+        bit: Bits of the adapter that it holds, or is to hold.
+        dim: Rank of that adapter.
 
     Raises:
-        ValueError: The name speaks of other bits, or another rank: the authors' programs find the file by them.
+        ValueError: The name has other bits or another rank, by which the authors' programs find the file.
 
     Example:
         >>> dataset_in_name(Path("kitti-bit1-dim32.bin"), bit=1, dim=32)

@@ -16,7 +16,7 @@ from ...functional.quantization import BITS
 WIDTH, NUM_BLOCKS, PATCH_SIZE = 768, 12, 16
 # The one backbone of the published files, and the Hub's name for it.
 BACKBONE, BASE_MODEL = "vit_base_patch16_224_in21k", "google/vit-base-patch16-224-in21k"
-HEAD_BITS = {"lora": 32, "lora-bihead": 1}
+CLASSIFIER_BITS = {"lora": 32, "lora-bihead": 1}
 MAX_SETTINGS_BYTES = 2048
 MATRICES = ("lora_q down", "lora_q up", "lora_v down", "lora_v up")
 # Mean and deviation behind each matrix.
@@ -27,19 +27,19 @@ OTHER_FORMS = "; or use --to packed, --to lora or --to merged"
 
 @dataclass(frozen=True)
 class Settings:
-    """What the `.yaml` says.
+    """The values of the `.yaml`.
 
     Attributes:
-        dataset: What the adapter was trained for.
+        dataset: Data set that the adapter was trained for.
         num_class: C, the number of classes.
         backbone: timm's name of the base model.
-        method: "lora", or "lora-bihead" with a head of 1 bit.
+        method: "lora", or "lora-bihead" with a classifier of 1 bit.
         dim: R, the rank.
         bit: B, bits per entry of the factors.
         scale: s.
 
     Raises:
-        ValueError: A setting is not of its kind, or belongs to another method or backbone.
+        ValueError: A setting has a wrong type, or belongs to another method or backbone.
     """
 
     dataset: str
@@ -55,7 +55,7 @@ class Settings:
         is_number = isinstance(self.scale, (int, float)) and not isinstance(self.scale, bool)
         for name, is_right, expected in (
             ("backbone", self.backbone == BACKBONE, BACKBONE),
-            ("method", isinstance(self.method, str) and self.method in HEAD_BITS, " or ".join(HEAD_BITS)),
+            ("method", isinstance(self.method, str) and self.method in CLASSIFIER_BITS, " or ".join(CLASSIFIER_BITS)),
             ("bit", type(self.bit) is int and self.bit in BITS, f"one of {', '.join(map(str, BITS))}"),
             ("dim", type(self.dim) is int and 0 < self.dim < 2**31, "a positive integer"),
             ("num_class", type(self.num_class) is int and 0 < self.num_class < 2**31, "a positive integer"),
@@ -64,7 +64,7 @@ class Settings:
         ):
             if not is_right:
                 value = getattr(self, name)
-                # a collection can be endless in print, by YAML's references
+                # by YAML's references, printing a collection may never end
                 shown = repr(value)[:80] if isinstance(value, (str, float, int)) else f"a {type(value).__name__}"
                 raise ValueError(f"{name} must be {expected}; got {shown}")
 
@@ -72,22 +72,28 @@ class Settings:
     def num_bytes(self) -> int:
         """The size of the `.bin`."""
         matrix = self.dim * WIDTH * self.bit // 8 + MOMENTS.size
-        moments = MOMENTS.size if self.has_quantized_head else 0
-        bias = 0 if self.has_quantized_head else 4 * self.num_class
-        head = self.num_class * WIDTH * HEAD_BITS[self.method] // 8 + moments + bias
-        return NUM_BLOCKS * len(MATRICES) * matrix + head
+        moments = MOMENTS.size if self.has_quantized_classifier else 0
+        bias = 0 if self.has_quantized_classifier else 4 * self.num_class
+        classifier = self.num_class * WIDTH * CLASSIFIER_BITS[self.method] // 8 + moments + bias
+        return NUM_BLOCKS * len(MATRICES) * matrix + classifier
 
     @property
-    def has_quantized_head(self) -> bool:
-        return HEAD_BITS[self.method] == 1
+    def has_quantized_classifier(self) -> bool:
+        return CLASSIFIER_BITS[self.method] == 1
 
 
 def read_settings(path: Path) -> Settings:
+    """Read a `.yaml`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is damaged, or its values are not those of a Bi-LoRA adapter.
+    """
     if existing(path).stat().st_size > MAX_SETTINGS_BYTES:
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes: no settings of an adapter")
     try:
         values = yaml.load(path.read_text("utf-8"), Loader=_UniqueKeys)
-    # dates that are none raise ValueError, a thousand brackets RecursionError
+    # an impossible date raises ValueError, a thousand brackets RecursionError
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged, or no YAML: {' '.join(str(error).split())}") from error
     names = [field.name for field in fields(Settings)]
@@ -101,12 +107,14 @@ def read_settings(path: Path) -> Settings:
 
 
 def encode_settings(settings: Settings) -> str:
-    """The text of a `.yaml`, as the authors' is: sorted, a line each."""
+    """The text of a `.yaml`, in the authors' form: one setting a line, sorted."""
     return yaml.safe_dump(asdict(settings))
 
 
 def shortest_scale(lora_alpha: float, dim: int) -> float:
-    """The number of fewest digits that, times the rank, is `lora_alpha`: the quotient may miss it by rounding.
+    """The number of fewest digits that is `lora_alpha` when multiplied by the rank.
+
+    The quotient of the two may differ from it by a rounding error.
 
     Example:
         >>> 0.1 * 3 / 3, shortest_scale(0.1 * 3, 3)
@@ -118,6 +126,7 @@ def shortest_scale(lora_alpha: float, dim: int) -> float:
 
 
 def existing(path: Path) -> Path:
+    """The path; raises FileNotFoundError if no file is there, and ValueError if it is no ordinary one."""
     check_ordinary(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}; a Bi-LoRA adapter is a .bin and a .yaml of the same name")
@@ -125,7 +134,7 @@ def existing(path: Path) -> Path:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Of two values for a key YAML's loader would take the last without a word."""
+    """Refuses a key that is there twice; YAML's own loader silently takes the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
