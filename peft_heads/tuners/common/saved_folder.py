@@ -78,7 +78,7 @@ def check_folder(
             raise FileNotFoundError(f"{folder} has no weights of an adapter: neither {' nor '.join(NAMES)} is there")
         return  # PEFT says what is wrong with a repository
     try:
-        infos, labels = read_infos(path), config.adapter_files.labels_in_file
+        infos, labels = read_infos(path), config.carried.contents.labels_in_file
         trial, config = try_adapter(tuner, model, config)
         keys = keys_in_model(infos, trial, loading.key_mapping)
         infos = {keys[key]: info for key, info in infos.items()}
@@ -90,7 +90,9 @@ def check_folder(
             frozen={name.replace(".base_layer.", ".") for name, _ in _frozen(trial)},
             targets=config.target_modules,
             # of stock LoRA PEFT drops what belongs to no module, and we warn
-            foreign={module_of(key) for key in infos} - set(dict(named_targets(trial))) if config.is_stock else (),
+            foreign={module_of(key) for key in infos} - set(dict(named_targets(trial)))
+            if config.carried.is_stock
+            else (),
             packable=[name for name, layer in trial.named_modules() if hasattr(layer, "lora_quantizer")],
             packed_heads=[f"{name}.weight" for name in heads],
             # those of the layers that the adapter has: whether they deactivate anything is seen later
@@ -119,11 +121,11 @@ def check_before_writing(
     base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = copy.copy(config)
     try:
-        if config.source is not None:
+        if config.carried.source is not None:
             config.modules_to_save = modules_in_file(config)
-        config.source = source
+        contents = FolderContents(labels_in_file=find_labels(**source))
+        config.carried = replace(config.carried, source=source, contents=contents)
         follow_file(config, base_model)
-        config.adapter_files = FolderContents(labels_in_file=find_labels(**source))
         check_folder(PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type], base_model, config, source, loading)
     except OSError:
         raise
@@ -145,7 +147,10 @@ def try_adapter(tuner: type, model: nn.Module, config: AdapterFolderConfig) -> t
     config = copy.copy(config)
     for field in fields(config):
         setattr(config, field.name, copy.deepcopy(getattr(config, field.name)))
-    config.source, config.inference_mode, config.init_lora_weights = None, False, False
+    labels = config.carried.contents.labels_in_file
+    contents, chosen = FolderContents(labels_in_file=labels), dict(config.carried.chosen)
+    config.carried = replace(config.carried, source=None, chosen=chosen, contents=contents)
+    config.inference_mode, config.init_lora_weights = False, False
     skeleton = skeleton_of(model)
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")  # the real adapter is going to warn

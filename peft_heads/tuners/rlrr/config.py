@@ -10,7 +10,6 @@ from peft import PeftConfig
 from ..._compat import add_peft_type
 from ...adapter_folder.card import CardText
 from ...functional.rescaling import Rescaling
-from ...heads.layout import ProjectionLayout
 from ..common.folder_config import AdapterFolderConfig
 from ..common.head_selection import ON_CARD, HeadSelectionConfig
 from ..common.setting_types import check_choice
@@ -114,10 +113,6 @@ class RLRRConfig(HeadSelectionConfig, AdapterFolderConfig, PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = add_peft_type("RLRR")
-        # Not fields, hence not saved: the heads of the model's q and v, and which module is the patch embedding; filled
-        # when the model is known.
-        self.head_layouts: dict[str, ProjectionLayout] = {}
-        self.patch_embedding_name: str | None = None
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
