@@ -9,13 +9,22 @@ from .heads import get_head_masks, set_head_masks
 from .image_classifier import load_image_classifier
 from .scoring.callback import TaylorHeadScorer
 from .scoring.scorer import HeadScorer
-from .tuners import HeadMaskedLoraConfig, HeadMaskedLoraModel, RLRRConfig, RLRRModel, pack_adapter
+from .tuners import (
+    HeadMaskedLoraConfig,
+    HeadMaskedLoraModel,
+    Method,
+    RLRRConfig,
+    RLRRModel,
+    pack_adapter,
+    register_method,
+)
 
 
 __all__ = [
     "HeadMaskedLoraConfig",
     "HeadMaskedLoraModel",
     "HeadScorer",
+    "Method",
     "RLRRConfig",
     "RLRRModel",
     "TaylorHeadScorer",
@@ -23,6 +32,7 @@ __all__ = [
     "last_complete_checkpoint",
     "load_image_classifier",
     "pack_adapter",
+    "register_method",
     "set_head_masks",
     "set_image_processor",
 ]

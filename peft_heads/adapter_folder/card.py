@@ -80,46 +80,6 @@ class CardText:
     tags: tuple[str, ...]
 
 
-HEAD_MASKED_LORA_CARD = CardText(
-    title="Head-masked LoRA",
-    method="LoRA on {base}, switched off for the attention heads that the task does not need (HEAT, Heart-LoRA).",
-    unmasked="plain LoRA",
-    settings=(
-        *_SELECTION_SETTINGS,
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "bottleneck_dropout",
-        "adapter_bits",
-        "classifier_bits",
-    ),
-    tags=("head-masked-lora", "lora"),
-)
-RLRR_CARD = CardText(
-    title="RLRR",
-    method="Residual low-rank rescaling of the weights of {base}.",
-    unmasked="plain RLRR",
-    settings=(
-        "r",
-        "left",
-        "right",
-        "residual",
-        "rescale_weight",
-        "norms",
-        "patch_embedding",
-        "init",
-        "ne",
-        "ratio",
-        "granularity",
-        "joint",
-        "criterion",
-    ),
-    tags=("rlrr",),
-)
-# Of all our methods: what a card that becomes another adapter's loses. "lora" is PEFT's tag as well.
-TAGS = ("head-masked-lora", "rlrr", "peft_heads")
-
-
 @dataclass
 class AdapterFiles:
     """Plain data, so that the configuration that carries it stays copyable and picklable.
@@ -328,10 +288,15 @@ def find_labels(path_or_repo: str, subfolder: str | None = None, **download_kwar
     return None if numbered else labels
 
 
-def update_card(peft_model: Any, folder: str | os.PathLike) -> None:
+def update_card(peft_model: Any, folder: str | os.PathLike, own_tags: tuple[str, ...]) -> None:
     """Let the card in `folder` describe the model's active adapter: with our section if it is one of ours, else without.
 
     The latter where an adapter of another type is saved over one of ours.
+
+    Args:
+        peft_model: The model.
+        folder: The adapter's folder.
+        own_tags: Tags of our methods, which the card of another adapter loses.
     """
     path = Path(folder) / "README.md"
     config = peft_model.active_peft_config
@@ -340,7 +305,7 @@ def update_card(peft_model: Any, folder: str | os.PathLike) -> None:
         if path.exists() and SECTION_BEGIN.encode() in path.read_bytes():
             card = ModelCard.load(path)
             card.text = _SECTION.sub("", card.text).lstrip()
-            card.data.tags = [tag for tag in card.data.tags or [] if tag not in TAGS]
+            card.data.tags = [tag for tag in card.data.tags or [] if tag not in own_tags]
             write_atomically(path, str(card))
     elif files.model_class:  # the weights have been collected at least once
         write_card(path, config, files)

@@ -10,12 +10,12 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import PeftType
 
 from ..._compat import add_peft_type
-from ...adapter_folder.card import HEAD_MASKED_LORA_CARD
 from ...functional.quantization import BITS
 from ...heads.layout import ProjectionLayout
 from ...heads.scores import Criterion
 from ..common.folder_config import SavedConfig, check_file, source_of
 from ..common.quantizer import WeightQuantizer
+from .card import CARD
 
 
 MASK_SCOPES = ("adapter", "head")
@@ -139,17 +139,17 @@ class HeadMaskedLoraConfig(SavedConfig, LoraConfig):
         default="qv", metadata={"help": "The parts of a fused qkv projection to adapt, by their initials."}
     )
     adapter_bits: Literal[1, 2, 4, 8, 32] = field(
-        default=FULL_PRECISION, metadata={"help": "Bits per entry of lora_A and lora_B; 32 does not quantise."}
+        default=FULL_PRECISION, metadata={"help": "Bits per adapter weight: 1, 2, 4, 8, or 32, not quantised."}
     )
     classifier_bits: Literal[1, 2, 4, 8, 32] = field(
-        default=FULL_PRECISION, metadata={"help": "Bits per entry of the classification head's weight."}
+        default=FULL_PRECISION, metadata={"help": "The same for the classification head's weight."}
     )
     bottleneck_dropout: float = field(
-        default=0.0, metadata={"help": "Dropout between lora_A and lora_B; lora_dropout is the one before lora_A."}
+        default=0.0, metadata={"help": "Dropout between lora_A and lora_B, the papers'."}
     )
     packed: bool = field(default=False, metadata={"help": "Set by pack_adapter: codes are saved, a byte for eight."})
 
-    card = HEAD_MASKED_LORA_CARD
+    card = CARD
 
     def __post_init__(self):
         super().__post_init__()

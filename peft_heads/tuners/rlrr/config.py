@@ -8,11 +8,11 @@ from typing import Literal
 from peft import PeftConfig
 
 from ..._compat import add_peft_type
-from ...adapter_folder.card import RLRR_CARD
 from ...functional.rescaling import Rescaling
 from ...heads.layout import ProjectionLayout
 from ...heads.scores import Criterion
 from ..common.folder_config import SavedConfig
+from .card import CARD
 
 
 INITS = ("kaiming", "normal", "zero", "constant", "uniform")
@@ -113,7 +113,7 @@ class RLRRConfig(SavedConfig, PeftConfig):
         default=None, metadata={"help": "Number of heads, or one per module name pattern, where detection fails."}
     )
 
-    card = RLRR_CARD
+    card = CARD
     # What a deactivated head loses: its part of the adapter, never the frozen weight.
     mask_scope = "adapter"
 
