@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from .backbones.structure import backbone_parts
 from .heads.detect import default_targets, exact_targets, task_head_names
-from .heads.scores import Criterion
+from .heads.scores import CRITERIA
 from .heads.traversal import named_targets
 from .scoring.callback import TaylorHeadScorer
 from .tuners import HeadMaskedLoraConfig, RLRRConfig
@@ -41,8 +41,9 @@ class MethodArguments:
         default=None, metadata={"help": "The same heads in every layer (default global), or each layer its own."}
     )
     joint: bool | None = field(default=None, metadata={"help": "One mask for q and v together (default true)."})
-    criterion: Criterion | None = field(
-        default=None, metadata={"help": "Score of a head; the lowest are deactivated (default absolute)."}
+    criterion: str | None = field(
+        default=None,
+        metadata={"help": "Score of a head; the lowest are deactivated (default absolute).", "choices": CRITERIA},
     )
     mask_scope: Literal["adapter", "head"] | None = field(
         default=None, metadata={"help": "Mask the adapter's part of a head (default) or the whole head."}

@@ -67,6 +67,7 @@ def build_parser(command: str, description: str, lists: bool) -> argparse.Argume
     for field in dataclasses.fields(MethodArguments):
         if field.name != "method":
             kind, choices = _kind(hints[field.name])
+            choices = field.metadata.get("choices", choices)
             method.add_argument(
                 f"--{field.name}",
                 type=kind,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from typing import Any
 
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
+from ..._compat import is_reading_config
 from ...adapter_folder.card import (
     AdapterFiles,
     CardText,
@@ -20,6 +22,13 @@ from ...adapter_folder.card import (
 from ...heads.scores import CRITERIA
 from ...heads.selection import GRANULARITIES, check_head_count
 from .setting_types import check_types, refusal
+
+
+class UnknownCriterion(str):
+    """The criterion of a saved configuration that nobody has registered here.
+
+    The masks of the adapter are decided, so it loads, and its configuration may be copied; only a selection needs more.
+    """
 
 
 class SavedConfig:
@@ -64,12 +73,24 @@ class SavedConfig:
         check_patterns(vars(self))
         check_head_count(self.ne, self.ratio)
         self.check_choice("granularity", GRANULARITIES)
-        self.check_choice("criterion", CRITERIA)
+        self._check_criterion()
         numbers = self.num_heads.values() if isinstance(self.num_heads, dict) else [self.num_heads]
         if self.num_heads is not None and not all(type(n) is int and n > 0 for n in numbers):
             raise ValueError(
                 f"num_heads must be a positive integer, or one per module pattern; got {self.num_heads!r}"
             )
+
+    def _check_criterion(self) -> None:
+        """Raise ValueError for an unknown criterion; that of a saved configuration is a warning."""
+        if is_reading_config() and type(self.criterion) is str and self.criterion not in CRITERIA:
+            warnings.warn(
+                f"the saved configuration has the criterion {self.criterion!r}, which is not registered here. The adapter "
+                "loads, with the masks that were saved; before heads are selected by that criterion, import the plugin "
+                "that registers it (on the command line: --plugin MODULE)"
+            )
+            self.criterion = UnknownCriterion(self.criterion)
+        if not isinstance(self.criterion, UnknownCriterion):
+            self.check_choice("criterion", tuple(CRITERIA))
 
     def check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
         """Raise ValueError unless a field has one of the allowed values."""

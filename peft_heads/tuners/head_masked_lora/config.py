@@ -13,7 +13,7 @@ from ..._compat import add_peft_type
 from ...adapter_folder.card import HEAD_MASKED_LORA_CARD
 from ...functional.quantization import BITS
 from ...heads.layout import ProjectionLayout
-from ...heads.scores import Criterion
+from ...heads.scores import CRITERIA
 from ..common.folder_config import SavedConfig, check_file, source_of
 from ..common.quantizer import WeightQuantizer
 
@@ -125,8 +125,8 @@ class HeadMaskedLoraConfig(SavedConfig, LoraConfig):
         default="global", metadata={"help": "Deactivate the same heads in all layers, or choose in each layer."}
     )
     joint: bool = field(default=True, metadata={"help": "Whether q and v of a layer share one mask."})
-    criterion: Criterion = field(
-        default="absolute", metadata={"help": "How the responsiveness of a head is measured."}
+    criterion: str = field(
+        default="absolute", metadata={"help": "How the responsiveness of a head is measured.", "choices": CRITERIA}
     )
     mask_scope: Literal["adapter", "head"] = field(
         default="adapter", metadata={"help": "Zero the head's part of the update, or the head's whole output."}

@@ -11,7 +11,7 @@ from ..._compat import add_peft_type
 from ...adapter_folder.card import RLRR_CARD
 from ...functional.rescaling import Rescaling
 from ...heads.layout import ProjectionLayout
-from ...heads.scores import Criterion
+from ...heads.scores import CRITERIA
 from ..common.folder_config import SavedConfig
 
 
@@ -105,8 +105,8 @@ class RLRRConfig(SavedConfig, PeftConfig):
         default="global", metadata={"help": "Deactivate the same heads in all layers, or choose in each layer."}
     )
     joint: bool = field(default=True, metadata={"help": "Whether q and v of a layer share one mask."})
-    criterion: Criterion = field(
-        default="absolute", metadata={"help": "How the responsiveness of a head is measured."}
+    criterion: str = field(
+        default="absolute", metadata={"help": "How the responsiveness of a head is measured.", "choices": CRITERIA}
     )
     mask_seed: int = field(default=0, metadata={"help": "Seed of the criterion 'random'."})
     num_heads: int | dict[str, int] | None = field(
