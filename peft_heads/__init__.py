@@ -3,8 +3,8 @@
 Importing the package registers its tuners with PEFT.
 """
 
-from .adapter_folder.card import set_image_processor
 from .adapter_folder.checkpoints import last_complete_checkpoint
+from .adapter_folder.contents import set_image_processor
 from .heads import get_head_masks, register_criterion, set_head_masks
 from .image_classifier import load_image_classifier
 from .plugins import import_plugin, load_plugins_at_import, loaded_plugins

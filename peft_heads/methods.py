@@ -21,7 +21,8 @@ from .heads.traversal import named_targets
 from .scoring.callback import TaylorHeadScorer
 from .tuners import HeadMaskedLoraConfig, RLRRConfig
 from .tuners.common.calls import watch_calls
-from .tuners.common.folder_config import SavedConfig
+from .tuners.common.folder_config import AdapterFolderConfig
+from .tuners.common.head_selection import HeadSelectionConfig
 from .tuners.common.targets import check_called, module_patterns, warn_of_overlooked
 
 
@@ -159,10 +160,10 @@ def apply_method(model: nn.Module, args: MethodArguments) -> tuple[nn.Module, li
     config = _adapter_config(model, args)
     if config.is_prompt_learning:
         raise ValueError(f"{config.peft_type.value} adds text tokens: it does not work on image classifiers")
-    if not isinstance(config, SavedConfig):
+    if not isinstance(config, AdapterFolderConfig):
         _check_targets(model, config)
     # one of PEFT's methods may stumble over anything
-    expected = (ValueError, TypeError) if isinstance(config, SavedConfig) else Exception
+    expected = (ValueError, TypeError) if isinstance(config, AdapterFolderConfig) else Exception
     try:
         model = get_peft_model(model, config)
     except expected as error:
@@ -209,7 +210,7 @@ def effective_settings(args: MethodArguments) -> dict[str, Any]:
     settings = {name: getattr(config, name, None) for name in APPLIES[args.method]}
     if "lora_alpha" in settings:
         settings["scale"] = config.lora_alpha / config.r
-    if isinstance(config, SavedConfig):
+    if isinstance(config, HeadSelectionConfig):
         window = {} if args.head_window is None else {"window": args.head_window}
         scorer = TaylorHeadScorer(select_at=args.head_select_at, warmup_epochs=args.head_warmup_epochs, **window)
         settings |= {"head_select_at": scorer.select_at, "head_warmup_epochs": scorer.warmup_epochs}
@@ -273,7 +274,7 @@ def _default_modules(model: nn.Module, config_class: type, settings: dict) -> di
 
     LN tuning gets the norms.
     """
-    if issubclass(config_class, SavedConfig):
+    if issubclass(config_class, AdapterFolderConfig):
         return {}  # ours find them by themselves
     fields = {f.name for f in dataclasses.fields(config_class)}
     defaults = {"modules_to_save": task_head_names(model)}
