@@ -10,13 +10,22 @@ from .image_classifier import load_image_classifier
 from .plugins import import_plugin, load_plugins_at_import, loaded_plugins
 from .scoring.callback import TaylorHeadScorer
 from .scoring.scorer import HeadScorer
-from .tuners import HeadMaskedLoraConfig, HeadMaskedLoraModel, RLRRConfig, RLRRModel, pack_adapter
+from .tuners import (
+    HeadMaskedLoraConfig,
+    HeadMaskedLoraModel,
+    Method,
+    RLRRConfig,
+    RLRRModel,
+    pack_adapter,
+    register_method,
+)
 
 
 __all__ = [
     "HeadMaskedLoraConfig",
     "HeadMaskedLoraModel",
     "HeadScorer",
+    "Method",
     "RLRRConfig",
     "RLRRModel",
     "TaylorHeadScorer",
@@ -27,6 +36,7 @@ __all__ = [
     "loaded_plugins",
     "pack_adapter",
     "register_criterion",
+    "register_method",
     "set_head_masks",
     "set_image_processor",
 ]

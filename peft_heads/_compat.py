@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import BaseImageProcessor
 
+# PEFT's own types, before a method of ours adds one.
+PEFT_TYPES = frozenset(PeftType.__members__)
+
 _OWN_CONFIGS: list[type[PeftConfig]] = []
 _READING_CONFIG: ContextVar[bool] = ContextVar("reading_config", default=False)
 
@@ -46,10 +49,6 @@ TUNER_HOOKS = (
     "_replace_module",
     "_unload_and_optionally_merge",
 )
-
-# Keys of our adapters that transformers would report as faults, by kind. A missing mask means that all heads are active;
-# noted settings have no place in a model, and the tuner has read them.
-NO_FAULTS = {"missing_keys": r"_head_mask\..*\.off$", "unexpected_keys": r"(^|\.)(lora|rlrr)_settings\b"}
 
 
 def is_own(config: Any) -> bool:
@@ -367,7 +366,7 @@ def announce_loading(check: Callable[[nn.Module, PeftConfig, dict[str, Any], Loa
 def announce_loading_by_transformers() -> None:
     """The same for `model.load_adapter` of transformers, which hands tuners a configuration alone.
 
-    What its report takes for faults and is none (`NO_FAULTS`) is not reported.
+    What its report takes for faults and is none (`no_faults`) is not reported.
 
     Delete together with `announce_loading`.
     """
@@ -396,12 +395,23 @@ def announce_loading_by_transformers() -> None:
     def log_state_dict_report(*args: Any, **kwargs: Any):
         info = inspect.signature(report).bind(*args, **kwargs).arguments["loading_info"]
         if current_loading() is not None:
-            for kind, pattern in NO_FAULTS.items():
+            for kind, pattern in no_faults().items():
                 keys = getattr(info, kind)
                 setattr(info, kind, type(keys)(key for key in keys if not re.search(pattern, key)))
         return report(*args, **kwargs)
 
     integration.log_state_dict_report = log_state_dict_report
+
+
+def no_faults() -> dict[str, str]:
+    """Patterns of keys of our adapters that transformers would report as faults, by kind.
+
+    A missing mask means that all heads are active. Noted settings, whose key is the tuner's prefix and "settings", have
+    no place in a model, and the tuner has read them.
+    """
+    own = {PEFT_TYPE_TO_PREFIX_MAPPING[x] for x, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if cls in _OWN_CONFIGS}
+    prefixes = "|".join(sorted(map(re.escape, own)))
+    return {"missing_keys": r"_head_mask\..*\.off$", "unexpected_keys": rf"(^|\.)({prefixes})settings\b"}
 
 
 def _is_of_others(given: dict[str, Any]) -> bool:
