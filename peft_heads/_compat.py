@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 PEFT_TYPES = frozenset(PeftType.__members__)
 
 _OWN_CONFIGS: list[type[PeftConfig]] = []
+_READING_CONFIG: ContextVar[bool] = ContextVar("reading_config", default=False)
 
 # The methods, private to PEFT, that our tuners extend. One that PEFT stops calling would be missed without a word: no
 # layer would be masked, no mask be saved. Delete what becomes public.
@@ -150,7 +151,11 @@ def delegate_config_loading() -> None:
         found = _config_class(pretrained_model_name_or_path, subfolder) if cls is PeftConfig else None
         if found is not None:
             return found.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        config = load(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        token = _READING_CONFIG.set(True)
+        try:
+            config = load(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        finally:
+            _READING_CONFIG.reset(token)
         own = type(config).from_pretrained.__func__
         if cls is PeftConfig and is_own(config) and own is not from_pretrained:
             return type(config).from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
@@ -158,6 +163,14 @@ def delegate_config_loading() -> None:
 
     from_pretrained.extended_by_peft_heads = True
     PeftConfig.from_pretrained = classmethod(from_pretrained)
+
+
+def is_reading_config() -> bool:
+    """Whether the configuration that is being created is read from a file, rather than new.
+
+    Delete when PEFT tells a configuration where it comes from.
+    """
+    return _READING_CONFIG.get()
 
 
 def _config_class(folder: str | os.PathLike, subfolder: str | None) -> type[PeftConfig] | None:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._compat import is_own, mismatched_keys, support_peft_in_image_pipelines
-from .adapter_folder.card import check_folder_files, read_labels, read_settings
+from .adapter_folder.files import check_folder_files
+from .adapter_folder.labels import read_labels
+from .adapter_folder.settings import read_settings
 
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from .scoring.callback import TaylorHeadScorer
 from .tuners.common.calls import watch_calls
-from .tuners.common.folder_config import SavedConfig
+from .tuners.common.folder_config import AdapterFolderConfig
 from .tuners.common.options import HEAD_SETTINGS, SCORER_SETTINGS, Option
 from .tuners.common.registry import Method, get_method, method_of, registered_methods
 from .tuners.stock import check_for_images, check_targets, default_modules
@@ -120,10 +120,10 @@ def apply_method(model: nn.Module, given: MethodSettings) -> tuple[nn.Module, li
     config = _adapter_config(model, method, _given(given))
     if config.is_prompt_learning:
         raise ValueError(f"{config.peft_type.value} adds text tokens: it does not work on image classifiers")
-    if not isinstance(config, SavedConfig):
+    if not isinstance(config, AdapterFolderConfig):
         check_targets(model, config)
     # one of PEFT's methods may stumble over anything
-    expected = (ValueError, TypeError) if isinstance(config, SavedConfig) else Exception
+    expected = (ValueError, TypeError) if isinstance(config, AdapterFolderConfig) else Exception
     try:
         model = get_peft_model(model, config)
     except expected as error:
@@ -140,7 +140,7 @@ def _adapter_config(model: nn.Module, method: Method, settings: dict[str, Any]) 
         fields["lora_alpha"] = int(fields["lora_alpha"])
     try:
         # ours find their modules by themselves
-        modules = {} if issubclass(config_class, SavedConfig) else default_modules(model, config_class, fields)
+        modules = {} if issubclass(config_class, AdapterFolderConfig) else default_modules(model, config_class, fields)
         return config_class(**{**modules, **fields})
     except (ValueError, TypeError) as error:
         raise ValueError(str(error)) from error

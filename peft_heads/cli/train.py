@@ -13,7 +13,6 @@ from accelerate import PartialState
 from datasets import Image
 from transformers import Trainer, TrainingArguments
 
-from ..adapter_folder.card import set_image_processor, write_labels
 from ..adapter_folder.checkpoints import (
     checkpoint_fault,
     checkpoint_folders,
@@ -22,12 +21,14 @@ from ..adapter_folder.checkpoints import (
     read_error,
     run_of_folder,
 )
+from ..adapter_folder.contents import set_image_processor
+from ..adapter_folder.labels import write_labels
 from ..data.images import ImageTransform, collate, label_names, load_image_dataset, load_image_processor
 from ..heads.protocol import describe_masks, get_head_masks
 from ..image_classifier import new_image_classifier
 from ..methods import apply_method, check_method, has_scored_heads, pack_trained
 from ..metrics.accuracy import compute_metrics
-from ..tuners.common.folder_config import SavedConfig
+from ..tuners.common.folder_config import AdapterFolderConfig
 from .arguments import DataArguments, ModelArguments, local_inputs, parse_arguments
 from .hub import check_hub, push, reachable_hub
 from .interruption import how_to_go_on
@@ -205,7 +206,7 @@ def save(trainer: Trainer) -> None:
                 path.unlink(missing_ok=True)  # half-written; the checkpoints are whole
         raise
     configs = getattr(trainer.model, "peft_config", {}).values()
-    is_stock = any(configs) and not any(isinstance(config, SavedConfig) for config in configs)
+    is_stock = any(configs) and not any(isinstance(config, AdapterFolderConfig) for config in configs)
     if trainer.args.should_save and is_stock:
         # Ours say their labels by themselves; without them the head of a stock adapter could not be rebuilt.
         write_labels(folder, trainer.model.get_base_model().config.id2label)

@@ -14,8 +14,9 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from .._compat import Loading
-from ..adapter_folder.card import read_labels, read_settings
 from ..adapter_folder.checkpoints import read_error
+from ..adapter_folder.labels import read_labels
+from ..adapter_folder.settings import read_settings
 from ..adapter_folder.weights_file import find_weights, read_infos, read_weights
 from ..backbones.renames import match_renamed
 from ..functional.packing import unpack_module

@@ -17,8 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..adapter_folder.atomic import new_folder
-from ..adapter_folder.card import HEAT_MAP_FILE, SCORES_FILE, read_labels, read_settings, write_labels
 from ..adapter_folder.checkpoints import read_error
+from ..adapter_folder.labels import read_labels, write_labels
+from ..adapter_folder.score_files import HEAT_MAP_FILE, SCORES_FILE
+from ..adapter_folder.settings import read_settings
 from ..data.images import load_image_processor
 from ..image_classifier import fetch_adapter, load_adapter, quiet_loading
 from ..tuners.common.head_mask import LORA_MASK

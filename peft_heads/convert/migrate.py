@@ -18,7 +18,8 @@ from safetensors.torch import save
 from torch import nn
 
 from ..adapter_folder.atomic import write_atomically
-from ..adapter_folder.card import check_folder_files, read_settings
+from ..adapter_folder.files import check_folder_files
+from ..adapter_folder.settings import read_settings
 from ..adapter_folder.weights_file import read_weights
 from ..image_classifier import base_model_class
 from ..tuners.common.registry import adapter_types

@@ -17,7 +17,7 @@ import transformers
 from peft import LoraConfig
 
 from ..adapter_folder.atomic import new_folder
-from ..adapter_folder.card import read_settings
+from ..adapter_folder.settings import read_settings
 from ..heads.detect import resolve_heads
 from ..heads.layout import HeadLayout
 from ..heads.protocol import get_head_masks

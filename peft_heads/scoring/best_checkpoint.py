@@ -17,7 +17,8 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import nn
 
-from ..adapter_folder.card import read_labels
+from ..adapter_folder.contents import folder_contents
+from ..adapter_folder.labels import read_labels
 from ..tuners.common.saved_settings import is_settings_key
 
 
@@ -77,7 +78,7 @@ def load_best_checkpoint(model: PeftModel, active: Sequence[str], checkpoint: st
             )
     for name, folder in folders.items():
         # with the weights the labels come into force
-        model.peft_config[name].adapter_files.labels_in_file = read_labels(folder)
+        folder_contents(model, name).labels_in_file = read_labels(folder)
         model.load_adapter(str(folder), name)
 
 

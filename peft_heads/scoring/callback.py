@@ -15,9 +15,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from ..adapter_folder.card import HEAT_MAP_FILE, SCORES_FILE, set_image_processor
+from ..adapter_folder.contents import FolderContents, folder_contents, set_image_processor
+from ..adapter_folder.saving import write_contents
+from ..adapter_folder.score_files import HEAT_MAP_FILE, SCORES_FILE, read_head_scores, write_head_scores
 from ..heads.protocol import deactivated_heads, describe_masks, get_head_masks, module_patterns
-from ..heads.scores import GRADIENT_CRITERIA, TAYLOR_CRITERIA
+from ..heads.scores import find_criterion
 from .best_checkpoint import check_best_checkpoint, load_best_checkpoint
 from .plotting import figure_bytes, plot_head_scores
 from .scorer import HeadScorer, TwoScorersError
@@ -100,6 +102,7 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
         self.progress: dict[str, Any] = {}
         self._training = False  # between the beginning and the end of a run
         self._scorer: HeadScorer | None = None
+        self._contents: FolderContents | None = None  # of the folders that the adapter is going to be saved in
         self._trainer = None
 
     def attach(self, trainer) -> TaylorHeadScorer:
@@ -122,6 +125,7 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
         begins_again = self._training and self.masks is not None
         self.masks, self._training = None, True
         self._scorer = self._new_scorer(model, state)
+        self._contents = folder_contents(model, self._scorer.adapter_name)
         _check_deepspeed(args, self._scorer.config)
         if args.load_best_model_at_end:
             check_best_checkpoint(model, _active_adapters(model))
@@ -146,13 +150,15 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
                     f"{describe_masks(masks)}. Nothing is scored"
                 )
             self.masks = masks
-            self._scorer.config.adapter_files.read_head_scores(args.output_dir)
+            self._contents.head_scores = self._contents.head_scores or read_head_scores(args.output_dir)
             self._scorer.close()
             return
 
         self._scorer.check()
+        if self._scorer.config.masks_heads:
+            find_criterion(self._scorer.config.criterion)  # before the warm-up is trained for nothing
         self._restore_scores(saved)
-        self._scorer.config.adapter_files.selection_pending = True
+        self._contents.selection_pending = True
         if state.global_step >= last:
             self._catch_up(args, state, control, kwargs.get("optimizer"))
 
@@ -178,7 +184,7 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self._training = False
-        self._scorer.config.adapter_files.selection_pending = False
+        self._contents.selection_pending = False
         self._scorer.close()
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             # Trainer has loaded what it takes for the adapter a moment ago
@@ -203,7 +209,7 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
         if self._scorer is not None and state.is_world_process_zero:
             if hasattr(kwargs["model"], "create_or_update_model_card"):  # a PeftModel
                 kwargs["model"].create_or_update_model_card(args.output_dir)
-            self._scorer.config.adapter_files.write(args.output_dir, self._scorer.config, warn=False)
+            write_contents(args.output_dir, self._scorer.config, self._contents, warn=False)
 
     # ExportableState: what checkpoints hold
 
@@ -269,7 +275,7 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
         """Raise ValueError if heads are to be selected by what can only be zero."""
         scorer, config = self._scorer, self._scorer.config
         masked = any(not layer.get_head_mask(scorer.adapter_name).all() for layer in scorer.layers.values())
-        if masked or not config.masks_heads or config.criterion not in TAYLOR_CRITERIA:
+        if masked or not config.masks_heads or not find_criterion(config.criterion).is_taylor:
             return  # nothing will be selected, or not by products with the adapter's parameters
         zero = scorer.without_update()
         if zero:
@@ -281,8 +287,7 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
             )
 
     def _settings(self) -> dict[str, Any]:
-        names = ("ne", "ratio", "granularity", "joint", "criterion", "mask_seed", "mask_scope")
-        return {name: getattr(self._scorer.config, name) for name in names}
+        return self._scorer.config.selection_settings
 
     def _check_settings(self, saved: dict[str, Any]) -> None:
         """Masks that were selected by other settings would be described wrongly, or mean something else."""
@@ -315,7 +320,7 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
     def _catch_up(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any) -> None:
         """Resumed after the selection step with nothing selected: select now, if there is something to select by."""
         config = self._scorer.config
-        if config.masks_heads and config.criterion in GRADIENT_CRITERIA and not self._scorer.num_steps:
+        if config.masks_heads and find_criterion(config.criterion).needs_gradients and not self._scorer.num_steps:
             raise ValueError(
                 f"training resumes at step {state.global_step}, after the selection of heads at step "
                 f"{self.progress['select_step']}, and the checkpoint holds neither masks nor scores; pass a "
@@ -328,7 +333,7 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
         scores, degenerate = scorer.all_scores(), scorer.is_degenerate()
         self.masks = scorer.apply(optimizer)
         self.progress["selected_at"] = state.global_step
-        self._scorer.config.adapter_files.selection_pending = False
+        self._contents.selection_pending = False
 
         heads = describe_masks(self.masks)
         logger.info("step %d: deactivated heads by %s: %s", state.global_step, scorer.config.criterion, heads)
@@ -370,11 +375,11 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
             joint=config.joint,
             title=f"Head responsiveness ({shown}), step {state.global_step}",
         )
-        config.adapter_files.head_scores = {
+        self._contents.head_scores = {
             SCORES_FILE: json.dumps(report, indent=1).encode(),
             HEAT_MAP_FILE: figure_bytes(figure),
         }
-        config.adapter_files.write_head_scores(output_dir)
+        write_head_scores(output_dir, self._contents.head_scores)
 
 
 def _check_deepspeed(args: TrainingArguments, config: Any) -> None:

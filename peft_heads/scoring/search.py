@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..tuners import HeadMaskedLoraConfig, RLRRConfig
-from ..tuners.common.folder_config import SavedConfig
+from ..tuners.common.head_selection import HeadSelectionConfig
 
 
 def head_search_space(
@@ -92,7 +92,7 @@ def head_model_init(
         ```
     """
     config = HeadMaskedLoraConfig() if config is None else config
-    if not isinstance(config, SavedConfig):
+    if not isinstance(config, HeadSelectionConfig):
         raise TypeError(f"head_model_init needs a HeadMaskedLoraConfig or an RLRRConfig; got {type(config).__name__}")
 
     def model_init(trial: Any = None) -> PeftModel:

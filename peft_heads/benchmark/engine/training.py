@@ -18,7 +18,7 @@ from peft import get_peft_model_state_dict
 from torch import nn
 from transformers import AutoConfig, PrinterCallback, Trainer, TrainingArguments, set_seed
 
-from ...adapter_folder.card import SCORES_FILE
+from ...adapter_folder.score_files import SCORES_FILE
 from ...data import image_folders
 from ...data.augmentation import Augmentation
 from ...data.cache import open_images

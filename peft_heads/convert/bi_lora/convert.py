@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ...adapter_folder.atomic import new_folder, write_atomically, write_together
-from ...adapter_folder.card import read_settings, write_labels
+from ...adapter_folder.labels import write_labels
+from ...adapter_folder.settings import read_settings
 from ...adapter_folder.weights_file import find_weights, read_infos, read_weights
 from ...functional.packing import PackedWeight, pack_module, unpack_module
 from ...functional.quantization import BITS

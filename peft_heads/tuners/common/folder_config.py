@@ -1,4 +1,4 @@
-"""What the configurations of our methods have in common: which heads are deactivated, and the files beside them."""
+"""What the configurations of our methods have in common, heads or not: the files beside them."""
 
 from __future__ import annotations
 
@@ -9,23 +9,17 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
-from ...adapter_folder.card import (
-    AdapterFiles,
-    CardText,
-    check_folder_files,
-    check_patterns,
-    find_labels,
-    read_settings,
-)
-from ...heads.scores import CRITERIA
-from ...heads.selection import GRANULARITIES, check_head_count
+from ...adapter_folder.card import CardText
+from ...adapter_folder.contents import FolderContents
+from ...adapter_folder.files import check_folder_files
+from ...adapter_folder.labels import find_labels
+from ...adapter_folder.saving import write_contents
+from ...adapter_folder.settings import check_patterns, read_settings
 from .setting_types import check_types, refusal
 
 
-class SavedConfig:
+class AdapterFolderConfig:
     """Mixed into a PEFT configuration, before it: model card, labels and image processor come and go with it.
-
-    The configuration has the fields `ne`, `ratio`, `granularity`, `criterion` and `num_heads`.
 
     The attributes are no fields, hence not saved.
 
@@ -38,43 +32,22 @@ class SavedConfig:
     """
 
     card: CardText
-    adapter_files: AdapterFiles
+    adapter_files: FolderContents
     chosen: dict[str, Any]
     source: dict[str, Any] | None
     is_stock: bool = False
 
-    def begin_files(self) -> None:
-        """Of a new configuration: nothing is known yet."""
-        self.adapter_files = AdapterFiles()
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.adapter_files = FolderContents()
         self.source = None
-        self.chosen: dict[str, Any] = {}
+        self.chosen = {}
+        check_patterns(vars(self))
 
     def choose(self, option: str, value: Any) -> None:
         """Answer an option that was not given from the model's parts; for another model it is chosen anew."""
         setattr(self, option, value)
         self.chosen[option] = copy.copy(value)
-
-    @property
-    def masks_heads(self) -> bool:
-        """Whether heads are going to be deactivated: False for `ne=0` and `ratio=0`."""
-        return bool(self.ne or self.ratio)
-
-    def check_heads(self) -> None:
-        """Raise ValueError unless what says which heads are deactivated is in its range."""
-        check_patterns(vars(self))
-        check_head_count(self.ne, self.ratio)
-        self.check_choice("granularity", GRANULARITIES)
-        self.check_choice("criterion", CRITERIA)
-        numbers = self.num_heads.values() if isinstance(self.num_heads, dict) else [self.num_heads]
-        if self.num_heads is not None and not all(type(n) is int and n > 0 for n in numbers):
-            raise ValueError(
-                f"num_heads must be a positive integer, or one per module pattern; got {self.num_heads!r}"
-            )
-
-    def check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
-        """Raise ValueError unless a field has one of the allowed values."""
-        if getattr(self, name) not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """Save the configuration and, beside it, the model card, the labels and the image processor.
@@ -83,7 +56,7 @@ class SavedConfig:
         outside PEFT can write files of its own.
         """
         super().save_pretrained(save_directory, **kwargs)
-        self.adapter_files.write(save_directory, self)
+        write_contents(save_directory, self, self.adapter_files)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
@@ -95,7 +68,7 @@ class SavedConfig:
             raise
         except Exception as error:  # PEFT checks no types: whatever a wrong one leads to
             raise refusal(os.path.join(pretrained_model_name_or_path, subfolder or ""), error) from error
-        if isinstance(config, SavedConfig):
+        if isinstance(config, AdapterFolderConfig):
             config.source = source_of(cls, pretrained_model_name_or_path, subfolder, kwargs)
             config.adapter_files.labels_in_file = find_labels(**config.source)
         return config

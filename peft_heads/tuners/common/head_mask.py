@@ -11,7 +11,7 @@ from torch import nn
 from ...heads.layout import ProjectionLayout
 from ...heads.protocol import check_mask, deactivated_heads
 from ...heads.traversal import own_modules
-from .folder_config import SavedConfig
+from .head_selection import HeadSelectionConfig
 from .saved_keys import BASE
 
 
@@ -159,7 +159,7 @@ class HeadMaskedLayer:
 
 
 def complete_masks(
-    model: nn.Module, config: SavedConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    model: nn.Module, config: HeadSelectionConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """The weights of a file with a mask for every layer that carries one: a missing mask means that all are active.
 
@@ -196,7 +196,7 @@ def complete_masks(
 
 def check_saved_masks(
     model: nn.Module,
-    config: SavedConfig,
+    config: HeadSelectionConfig,
     adapter_name: str,
     state_dict: dict[str, torch.Tensor],
     *,

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..._compat import current_loading
-from ...adapter_folder.card import AdapterFiles
+from ...adapter_folder.contents import FolderContents
 from ...heads.protocol import read_masks
 from ...heads.traversal import own_modules
 from .calls import watch_calls
@@ -26,7 +26,7 @@ from .classifiers import (
     shown_heads,
     trained_heads,
 )
-from .folder_config import SavedConfig
+from .folder_config import AdapterFolderConfig
 from .head_mask import masked_layers
 from .saved_folder import check_folder, modules_in_file
 from .saved_keys import BASE, follow_file
@@ -59,7 +59,7 @@ class LabelledTuner:
     adapter_labels: dict[str, dict[int, str] | None]
     _labels_of: str | None  # the adapter whose labels the model's configuration shows
 
-    def begin_adapter(self, peft_config: SavedConfig) -> None:
+    def begin_adapter(self, peft_config: AdapterFolderConfig) -> None:
         """To be called when a new adapter's configuration is prepared."""
         if not hasattr(self, "base_labels"):
             self.base_labels = get_labels(self.model)
@@ -67,12 +67,12 @@ class LabelledTuner:
             self._labels_of = None
         if sum(config is peft_config for config in self.peft_config.values()) == 1:
             # what another model has left in a configuration that serves a second time is not this one's
-            peft_config.adapter_files = AdapterFiles(labels_in_file=peft_config.adapter_files.labels_in_file)
+            peft_config.adapter_files = FolderContents(labels_in_file=peft_config.adapter_files.labels_in_file)
             for option, value in peft_config.chosen.items():
                 if getattr(peft_config, option) == value:
                     setattr(peft_config, option, None)
 
-    def follow_folder(self, peft_config: SavedConfig) -> None:
+    def follow_folder(self, peft_config: AdapterFolderConfig) -> None:
         """Let a configuration that was read from a folder fit the model, before anything is changed.
 
         Raises:
@@ -94,7 +94,7 @@ class LabelledTuner:
         peft_config.source = None  # read; the folder may be gone when the configuration serves again
 
     @classmethod
-    def own_tensors(cls, model: nn.Module, config: SavedConfig, adapter_name: str) -> dict[str, torch.Tensor]:
+    def own_tensors(cls, model: nn.Module, config: AdapterFolderConfig, adapter_name: str) -> dict[str, torch.Tensor]:
         """What PEFT saves of an adapter, by the keys of its file, without what is trained in full."""
         state_dict = super()._get_adapter_state_dict(model, config, adapter_name, model.state_dict(), [])
         return {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in state_dict.items()}
@@ -218,7 +218,7 @@ class LabelledTuner:
             yield
 
     @staticmethod
-    def describe_for_files(model: nn.Module, config: SavedConfig, adapter_name: str) -> None:
+    def describe_for_files(model: nn.Module, config: AdapterFolderConfig, adapter_name: str) -> None:
         """Note in the configuration what is written beside an adapter's weights.
 
         Args:
@@ -238,7 +238,7 @@ class LabelledTuner:
 
     @staticmethod
     def take_heads_and_labels(
-        model: nn.Module, config: SavedConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+        model: nn.Module, config: AdapterFolderConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> None:
         """Give the adapter's trained heads the sizes, and the model the labels, of a file that is being loaded.
 

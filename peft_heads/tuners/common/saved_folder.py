@@ -16,11 +16,12 @@ from peft.utils.other import EMBEDDING_LAYER_NAMES, AuxiliaryTrainingWrapper, Mo
 from torch import nn
 
 from ..._compat import Loading
-from ...adapter_folder.card import LABELS_FILE, AdapterFiles, find_labels
+from ...adapter_folder.contents import FolderContents
+from ...adapter_folder.labels import LABELS_FILE, find_labels
 from ...adapter_folder.weights_file import NAMES, TensorInfo, find_weights, read_infos, read_weights
 from ...heads.traversal import named_targets
 from .classifiers import QuantizedLinear, get_labels
-from .folder_config import SavedConfig
+from .folder_config import AdapterFolderConfig
 from .head_mask import IN_MODEL, LORA_MASK, is_mask_key, masked_layers
 from .saved_keys import BASE, PACKED, follow_file, is_adapter_key, module_of, renamed_keys
 from .saved_settings import is_settings_key
@@ -52,7 +53,9 @@ class Place:
     is_optional: bool = False
 
 
-def check_folder(tuner: type, model: nn.Module, config: SavedConfig, source: dict[str, Any], loading: Loading) -> None:
+def check_folder(
+    tuner: type, model: nn.Module, config: AdapterFolderConfig, source: dict[str, Any], loading: Loading
+) -> None:
     """Raise ValueError unless the files in an adapter's folder fit each other and the model.
 
     The adapter is tried on the model's modules without their numbers, so that nothing is changed and little read.
@@ -109,7 +112,9 @@ def check_folder(tuner: type, model: nn.Module, config: SavedConfig, source: dic
         raise refusal(path, error) from error
 
 
-def check_before_writing(model: nn.Module, config: SavedConfig, source: dict[str, Any], loading: Loading) -> None:
+def check_before_writing(
+    model: nn.Module, config: AdapterFolderConfig, source: dict[str, Any], loading: Loading
+) -> None:
     """As `check_folder`, for an adapter that the model has, or that it gets with a configuration of the user's own."""
     base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = copy.copy(config)
@@ -118,7 +123,7 @@ def check_before_writing(model: nn.Module, config: SavedConfig, source: dict[str
             config.modules_to_save = modules_in_file(config)
         config.source = source
         follow_file(config, base_model)
-        config.adapter_files = AdapterFiles(labels_in_file=find_labels(**source))
+        config.adapter_files = FolderContents(labels_in_file=find_labels(**source))
         check_folder(PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type], base_model, config, source, loading)
     except OSError:
         raise
@@ -126,7 +131,7 @@ def check_before_writing(model: nn.Module, config: SavedConfig, source: dict[str
         raise refusal(source["path_or_repo"], error) from error
 
 
-def modules_in_file(config: SavedConfig) -> set[str] | list[str] | str:
+def modules_in_file(config: AdapterFolderConfig) -> set[str] | list[str] | str:
     """What a saved adapter trains in full: nothing where its configuration does not say.
 
     None was found in the model that it was saved from. In another model, or by a later version, one may be found, of
@@ -135,7 +140,7 @@ def modules_in_file(config: SavedConfig) -> set[str] | list[str] | str:
     return [] if config.modules_to_save is None else config.modules_to_save
 
 
-def try_adapter(tuner: type, model: nn.Module, config: SavedConfig) -> tuple[nn.Module, SavedConfig]:
+def try_adapter(tuner: type, model: nn.Module, config: AdapterFolderConfig) -> tuple[nn.Module, AdapterFolderConfig]:
     """A skeleton of the base model with the adapter in it, called `TRIAL`, and the adapter's configuration there."""
     config = copy.copy(config)
     for field in fields(config):

@@ -67,6 +67,12 @@ def fits(value: Any, hint: Any, is_number: bool = False) -> bool:
     return True
 
 
+def check_choice(config: Any, name: str, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError unless a field of a configuration has one of the allowed values."""
+    if getattr(config, name) not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(config, name)!r}")
+
+
 def refusal(where: str | os.PathLike, error: Exception) -> ValueError:
     """The error of one line with which an adapter is refused; it names the folder, or the file in it."""
     text = " ".join(str(error).split())

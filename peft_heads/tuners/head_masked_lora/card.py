@@ -1,6 +1,7 @@
 """What the model card says of head-masked LoRA."""
 
 from ...adapter_folder.card import CardText
+from ..common.head_selection import ON_CARD
 
 
 CARD = CardText(
@@ -8,11 +9,7 @@ CARD = CardText(
     method="LoRA on {base}, switched off for the attention heads that the task does not need (HEAT, Heart-LoRA).",
     unmasked="plain LoRA",
     settings=(
-        "ne",
-        "ratio",
-        "granularity",
-        "joint",
-        "criterion",
+        *ON_CARD,
         "mask_scope",
         "r",
         "lora_alpha",

@@ -12,9 +12,10 @@ from peft.utils import PeftType
 from ..._compat import add_peft_type
 from ...functional.quantization import BITS
 from ...heads.layout import ProjectionLayout
-from ...heads.scores import Criterion
-from ..common.folder_config import SavedConfig, check_file, source_of
+from ..common.folder_config import AdapterFolderConfig, check_file, source_of
+from ..common.head_selection import HeadSelectionConfig
 from ..common.quantizer import WeightQuantizer
+from ..common.setting_types import check_choice
 from .card import CARD
 
 
@@ -57,8 +58,8 @@ _APPLY_FACTORS = (
 FULL_PRECISION = 32
 
 
-@dataclass
-class HeadMaskedLoraConfig(SavedConfig, LoraConfig):
+@dataclass(kw_only=True)
+class HeadMaskedLoraConfig(HeadSelectionConfig, AdapterFolderConfig, LoraConfig):
     """Configuration of a [`HeadMaskedLoraModel`]: LoRA whose update is switched off, head by head.
 
     Says *what* is deactivated and is saved with the adapter; *when* is said by [`TaylorHeadScorer`]. Everything that
@@ -119,51 +120,34 @@ class HeadMaskedLoraConfig(SavedConfig, LoraConfig):
             wrong.
     """
 
-    ne: int | None = field(default=None, metadata={"help": "Heads to deactivate in each group; 0 is plain LoRA."})
-    ratio: float | None = field(default=None, metadata={"help": "Share of heads to deactivate, instead of `ne`."})
-    granularity: Literal["global", "layer"] = field(
-        default="global", metadata={"help": "Deactivate the same heads in all layers, or choose in each layer."}
-    )
-    joint: bool = field(default=True, metadata={"help": "Whether q and v of a layer share one mask."})
-    criterion: Criterion = field(
-        default="absolute", metadata={"help": "How the responsiveness of a head is measured."}
-    )
     mask_scope: Literal["adapter", "head"] = field(
         default="adapter", metadata={"help": "Zero the head's part of the update, or the head's whole output."}
-    )
-    mask_seed: int = field(default=0, metadata={"help": "Seed of the criterion 'random'."})
-    num_heads: int | dict[str, int] | None = field(
-        default=None, metadata={"help": "Number of heads, or one per module name pattern, where detection fails."}
     )
     fused_parts: str = field(
         default="qv", metadata={"help": "The parts of a fused qkv projection to adapt, by their initials."}
     )
     adapter_bits: Literal[1, 2, 4, 8, 32] = field(
-        default=FULL_PRECISION, metadata={"help": "Bits per adapter weight: 1, 2, 4, 8, or 32, not quantised."}
+        default=FULL_PRECISION, metadata={"help": "Bits per entry of lora_A and lora_B; 32 does not quantise."}
     )
     classifier_bits: Literal[1, 2, 4, 8, 32] = field(
-        default=FULL_PRECISION, metadata={"help": "The same for the classification head's weight."}
+        default=FULL_PRECISION, metadata={"help": "Bits per entry of the classification head's weight."}
     )
     bottleneck_dropout: float = field(
-        default=0.0, metadata={"help": "Dropout between lora_A and lora_B, the papers'."}
+        default=0.0, metadata={"help": "Dropout between lora_A and lora_B; lora_dropout is the one before lora_A."}
     )
     packed: bool = field(default=False, metadata={"help": "Set by pack_adapter: codes are saved, a byte for eight."})
 
     card = CARD
+    default_ne = 1
 
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = add_peft_type("HEAD_MASKED_LORA")
-        self.begin_files()
         # Not a field, hence not saved: `{module name: heads}` of the model's projections, filled when the model is known.
         self.head_layouts: dict[str, ProjectionLayout] = {}
         # The one quantiser that all layers of the adapter share, while it is on a model.
         self.quantizer: WeightQuantizer | None = None
-
-        if self.ne is None and self.ratio is None:
-            self.ne = 1
-        self.check_heads()
-        self.check_choice("mask_scope", MASK_SCOPES)
+        check_choice(self, "mask_scope", MASK_SCOPES)
         if not isinstance(self.fused_parts, str) or self.fused_parts not in FUSED_PARTS:
             raise ValueError(f"fused_parts must be one of {', '.join(FUSED_PARTS)}; got {self.fused_parts!r}")
         for name in ("adapter_bits", "classifier_bits"):

@@ -1,6 +1,7 @@
 """What the model card says of RLRR."""
 
 from ...adapter_folder.card import CardText
+from ..common.head_selection import ON_CARD
 
 
 CARD = CardText(
@@ -16,11 +17,7 @@ CARD = CardText(
         "norms",
         "patch_embedding",
         "init",
-        "ne",
-        "ratio",
-        "granularity",
-        "joint",
-        "criterion",
+        *ON_CARD,
     ),
     tags=("rlrr",),
 )
