@@ -30,7 +30,11 @@ if TYPE_CHECKING:
     import torch
     from transformers import BaseImageProcessor
 
+# PEFT's own types, before a method of ours adds one.
+PEFT_TYPES = frozenset(PeftType.__members__)
+
 _OWN_CONFIGS: list[type[PeftConfig]] = []
+_READING_CONFIG: ContextVar[bool] = ContextVar("reading_config", default=False)
 
 # The methods, private to PEFT, that our tuners extend. One that PEFT stops calling would be missed without a word: no
 # layer would be masked, no mask be saved. Delete what becomes public.
@@ -45,10 +49,6 @@ TUNER_HOOKS = (
     "_replace_module",
     "_unload_and_optionally_merge",
 )
-
-# Keys of our adapters that transformers would report as faults, by kind. A missing mask means that all heads are active;
-# noted settings have no place in a model, and the tuner has read them.
-NO_FAULTS = {"missing_keys": r"_head_mask\..*\.off$", "unexpected_keys": r"(^|\.)(lora|rlrr)_settings\b"}
 
 
 def is_own(config: Any) -> bool:
@@ -151,7 +151,11 @@ def delegate_config_loading() -> None:
         found = _config_class(pretrained_model_name_or_path, subfolder) if cls is PeftConfig else None
         if found is not None:
             return found.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        config = load(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        token = _READING_CONFIG.set(True)
+        try:
+            config = load(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        finally:
+            _READING_CONFIG.reset(token)
         own = type(config).from_pretrained.__func__
         if cls is PeftConfig and is_own(config) and own is not from_pretrained:
             return type(config).from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
@@ -159,6 +163,14 @@ def delegate_config_loading() -> None:
 
     from_pretrained.extended_by_peft_heads = True
     PeftConfig.from_pretrained = classmethod(from_pretrained)
+
+
+def is_reading_config() -> bool:
+    """Whether the configuration that is being created is read from a file, rather than new.
+
+    Delete when PEFT tells a configuration where it comes from.
+    """
+    return _READING_CONFIG.get()
 
 
 def _config_class(folder: str | os.PathLike, subfolder: str | None) -> type[PeftConfig] | None:
@@ -354,7 +366,7 @@ def announce_loading(check: Callable[[nn.Module, PeftConfig, dict[str, Any], Loa
 def announce_loading_by_transformers() -> None:
     """The same for `model.load_adapter` of transformers, which hands tuners a configuration alone.
 
-    What its report takes for faults and is none (`NO_FAULTS`) is not reported.
+    What its report takes for faults and is none (`no_faults`) is not reported.
 
     Delete together with `announce_loading`.
     """
@@ -383,12 +395,23 @@ def announce_loading_by_transformers() -> None:
     def log_state_dict_report(*args: Any, **kwargs: Any):
         info = inspect.signature(report).bind(*args, **kwargs).arguments["loading_info"]
         if current_loading() is not None:
-            for kind, pattern in NO_FAULTS.items():
+            for kind, pattern in no_faults().items():
                 keys = getattr(info, kind)
                 setattr(info, kind, type(keys)(key for key in keys if not re.search(pattern, key)))
         return report(*args, **kwargs)
 
     integration.log_state_dict_report = log_state_dict_report
+
+
+def no_faults() -> dict[str, str]:
+    """Patterns of keys of our adapters that transformers would report as faults, by kind.
+
+    A missing mask means that all heads are active. Noted settings, whose key is the tuner's prefix and "settings", have
+    no place in a model, and the tuner has read them.
+    """
+    own = {PEFT_TYPE_TO_PREFIX_MAPPING[x] for x, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if cls in _OWN_CONFIGS}
+    prefixes = "|".join(sorted(map(re.escape, own)))
+    return {"missing_keys": r"_head_mask\..*\.off$", "unexpected_keys": rf"(^|\.)({prefixes})settings\b"}
 
 
 def _is_of_others(given: dict[str, Any]) -> bool:

@@ -76,6 +76,7 @@ def fetch_adapter(path_or_repo: str | os.PathLike, subfolder: str | None = None,
     from peft.utils import WEIGHTS_NAME
 
     from .adapter_folder.weights_file import NAMES, find_weights, read_infos
+    from .tuners.common.registry import is_own_type
     from .tuners.common.saved_settings import check_foreign, check_ranks
 
     folder = os.fspath(path_or_repo)
@@ -104,7 +105,7 @@ def fetch_adapter(path_or_repo: str | os.PathLike, subfolder: str | None = None,
     weights = find_weights(folder)
     if weights is None:
         raise FileNotFoundError(f"{folder} has no weights of an adapter: neither {' nor '.join(NAMES)} is there")
-    if settings.get("peft_type") in ("HEAD_MASKED_LORA", "RLRR"):
+    if is_own_type(settings.get("peft_type")):
         read_infos(weights)
     else:
         check_foreign(settings.get("peft_type"), weights)

@@ -29,7 +29,8 @@ from peft_heads import (
     get_head_masks,
     set_head_masks,
 )
-from peft_heads.adapter_folder.card import SECTION_BEGIN, update_card
+from peft_heads.adapter_folder.card import SECTION_BEGIN
+from peft_heads.tuners.common.registry import update_model_card
 
 
 def test_peft_type_is_a_true_member():
@@ -125,7 +126,7 @@ def uploaded(monkeypatch):
     monkeypatch.setattr(PushToHubMixin, "_upload_modified_files", upload)
     monkeypatch.delattr(PeftModel, "_upload_modified_files")
     monkeypatch.setattr(PeftModel, "create_or_update_model_card", PeftModel.create_or_update_model_card.__wrapped__)
-    _compat.extend_model_card(update_card)
+    _compat.extend_model_card(update_model_card)
     return files
 
 

@@ -14,12 +14,14 @@ from ..data.tasks import TASKS, Task, find_task
 
 def run(argv: list[str]) -> int:
     from .bench_arguments import build_parser
+    from .method_options import named_method
 
     parser = build_parser(
         "run",
         "Trains one setting and evaluates it once, at the end: by default on all but the test images and on these, with "
         "--validation by the half of the protocol by which settings are chosen. What has a result is not run again.",
         lists=False,
+        method=named_method(argv),
     )
     parser.add_argument("--validation", action="store_true", help="train and evaluate without test images")
     args = parser.parse_args(argv)
@@ -42,6 +44,7 @@ def run(argv: list[str]) -> int:
 
 def sweep(argv: list[str]) -> int:
     from .bench_arguments import build_parser
+    from .method_options import named_method
 
     parser = build_parser(
         "sweep",
@@ -50,6 +53,7 @@ def sweep(argv: list[str]) -> int:
         "these, once. Without more arguments, what the papers try. What has a result is not run again, and a killed run "
         "goes on from its checkpoint.",
         lists=True,
+        method=named_method(argv),
     )
     parser.add_argument("--tune", nargs="*", metavar="NAME", help="settings chosen per task (default: scale)")
     parser.add_argument("--search_seed", type=int, nargs="+", default=[0], help="of the runs to choose by")

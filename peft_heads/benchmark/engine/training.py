@@ -7,7 +7,7 @@ import json
 import math
 import os
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,10 @@ from ...demo.model import DEMO_MODEL_PATH
 from ...heads.detect import task_head_names
 from ...heads.protocol import get_head_masks
 from ...image_classifier import new_image_classifier, quiet_loading
-from ...methods import apply_method, has_scored_heads
+from ...methods import apply_method, has_scored_heads, pack_trained
 from ...metrics.accuracy import compute_metrics
-from ...tuners import HeadMaskedLoraConfig, pack_adapter
 from ..recipes import SHIPPED
-from ..records.effective import method_arguments
+from ..records.effective import with_warmup
 from ..records.environment import describe_environment
 from ..records.results import CONTENT, Environment, RunResult, RunSpec
 from .callbacks import Clock, EpochEnds
@@ -162,7 +161,7 @@ class Training:
             disable_tqdm=True,
             use_cpu=self.places.use_cpu,
             # with everything trained a backbone may have parts that no image reaches (a mask token)
-            ddp_find_unused_parameters=self.spec.method["name"] == "full",
+            ddp_find_unused_parameters=self.spec.method.name == "full",
         )
         set_seed(self.spec.seed)
         model, callbacks = self._model()
@@ -185,7 +184,7 @@ class Training:
         model, log = trainer.model, trainer.state.log_history
         clock = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Clock))
         memory = torch.cuda.max_memory_allocated() if trainer.args.device.type == "cuda" else None
-        pack(model)
+        pack_trained(model)
         earlier = [entry["eval_accuracy"] for entry in log if "eval_accuracy" in entry]
         accuracy = self.accuracy(trainer)
         losses = [entry["loss"] for entry in log if "loss" in entry]
@@ -216,10 +215,10 @@ class Training:
                 checkpoint_of(self.spec.backbone), names, config_changes={CONFIG_FIELD: rate} if by == "config" else {}
             )
         branches = residual_branches(base) if by == "hooks" else []
-        args = method_arguments(self.spec.method, self.spec.recipe)
-        if args.criterion == "random":
-            args.mask_seed = random_mask_seed(self.spec)
-        model, callbacks = apply_method(base, args)
+        method = with_warmup(self.spec.method, self.spec.recipe)
+        if method.get("criterion") == "random":
+            method = replace(method, settings={**method.settings, "mask_seed": random_mask_seed(self.spec)})
+        model, callbacks = apply_method(base, method)
         add_drop_path(base, branches, rate)
         return model, callbacks
 
@@ -285,13 +284,6 @@ def random_mask_seed(spec: RunSpec) -> int:
     """Of a run's random masks: every task and seed draws its own, or an average over them would be one of few heads."""
     drawn = f"{spec.task} {spec.seed} {spec.list_seed} {spec.method.get('mask_seed') or 0}"
     return zlib.crc32(drawn.encode())
-
-
-def pack(model: nn.Module) -> None:
-    """From now on a k-bit adapter is its codes; the checkpoints hold the weights behind them."""
-    for name, config in getattr(model, "peft_config", {}).items():
-        if isinstance(config, HeadMaskedLoraConfig) and config.has_few_bits:
-            pack_adapter(model, name)
 
 
 def saved_bytes(model: nn.Module) -> tuple[int, int]:

@@ -74,7 +74,7 @@ def make_records(runs: Iterable[Run]) -> list[Record]:
     """
     found: dict[tuple, dict[str, Run]] = {}
     for run in runs:
-        key = setting_name(run.spec.method), run.spec.task, run.spec.seed
+        key = setting_name(run.spec.method.to_json()), run.spec.task, run.spec.seed
         twice = found.setdefault(key, {}).setdefault(run.spec.eval_split, run)
         if twice is not run:
             raise ValueError(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
@@ -25,12 +25,12 @@ from ...heads.detect import default_targets, resolve_heads
 from ...image_classifier import fetch_adapter
 from ...tuners import HeadMaskedLoraConfig, pack_adapter
 from ...tuners.common.classifiers import default_labels
+from ...tuners.common.registry import adapter_types
 from ...tuners.common.saved_keys import BASE, module_of, renamed_keys
 from ...tuners.common.saved_settings import is_settings_key
 from ...tuners.head_masked_lora.config import FULL_PRECISION
 from ...tuners.head_masked_lora.packed import PACKED
 from ..lora import PROCESSOR_FILE, check_type, load_complete_adapter
-from ..migrate import LORA_TYPES
 from .files import (
     BACKBONE,
     BASE_MODEL,
@@ -151,7 +151,7 @@ def export_bi_lora(
             raise ValueError(f"{path} exists already and nothing was changed; {way_out}")
     source = fetch_adapter(adapter)
     config = read_settings(source)
-    check_type(source, config, LORA_TYPES)
+    check_type(source, config, adapter_types(LoraConfig))
     problem = _problem_of_settings(config) or _problem_of_base_model(
         base_model or config.get("base_model_name_or_path")
     )

@@ -94,7 +94,7 @@ def test_choice_by_validation(bench):
 
     # where a candidate is not finished, the best of the others is no choice: the row is not run on this task
     def lacking(spec):
-        lost = spec.method == HEADS | {"ne": 0, "scale": 0.1} and spec.task == "cifar" and spec.seed == 1
+        lost = spec.method.to_json() == HEADS | {"ne": 0, "scale": 0.1} and spec.task == "cifar" and spec.seed == 1
         return None if lost else results(spec)
 
     assert [spec for spec in final if (spec.task, spec.method["ne"]) != ("cifar", 0)] == sweep.final(lacking)
