@@ -14,8 +14,9 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import TrainerCallback
 
+from .backbones.classifier import classifier_names
 from .backbones.structure import backbone_parts
-from .heads.detect import default_targets, exact_targets, task_head_names
+from .backbones.targets import default_targets, exact_targets
 from .heads.scores import Criterion
 from .heads.traversal import named_targets
 from .scoring.callback import TaylorHeadScorer
@@ -275,7 +276,7 @@ def _default_modules(model: nn.Module, config_class: type, settings: dict) -> di
     if issubclass(config_class, SavedConfig):
         return {}  # ours find them by themselves
     fields = {f.name for f in dataclasses.fields(config_class)}
-    defaults = {"modules_to_save": task_head_names(model)}
+    defaults = {"modules_to_save": classifier_names(model)}
     if "target_modules" in fields and settings.get("target_modules") is None:
         defaults["target_modules"] = _default_targets(model, config_class)
     if "feedforward_modules" in fields:  # IA3 wants to be told that none of its targets is an MLP layer
@@ -309,7 +310,7 @@ def _check_targets(model: nn.Module, config: PeftConfig) -> None:
 
 
 def _freeze_all_but_the_head(model: nn.Module) -> nn.Module:
-    heads = task_head_names(model)
+    heads = classifier_names(model)
     if not heads:
         raise ValueError(f"--method linear: {type(model).__name__} has no classification head")
     model.requires_grad_(False)

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..heads.detect import FUSED_PROJECTIONS, PROJECTION_ROLES, backbone_name, image_projections, task_head_names
+from ..heads.detect import FUSED_PROJECTIONS, PROJECTION_ROLES
 from ..heads.traversal import named_targets, own_modules
+from .classifier import classifier_names
+from .image_part import backbone_name, image_projections
 
 
 # Networks that compute an attention layer's position bias (SwinV2): linear layers, but none of the block's.
@@ -48,7 +50,7 @@ class BackboneParts:
 def backbone_parts(model: nn.Module) -> BackboneParts:
     """Find the parts of the image backbone of a model, plain or with adapters in it; all empty if none is recognised."""
     modules = {name: getattr(module, "base_layer", module) for name, module in named_targets(model)}
-    heads = tuple(f"{name}." for name in task_head_names(model))
+    heads = tuple(f"{name}." for name in classifier_names(model))
     modules = {name: module for name, module in modules.items() if not f"{name}.".startswith(heads)}
     projections = list(image_projections(model))
     if not projections:

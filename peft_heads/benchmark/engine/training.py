@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoConfig, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from ...adapter_folder.card import SCORES_FILE
+from ...backbones.classifier import classifier_names
 from ...data import image_folders
 from ...data.augmentation import Augmentation
 from ...data.cache import open_images
@@ -28,7 +29,6 @@ from ...data.preprocessing import Preprocessing
 from ...data.tasks import OFFLINE, find_task
 from ...data.trees import Split, load_split
 from ...demo.model import DEMO_MODEL_PATH
-from ...heads.detect import task_head_names
 from ...heads.protocol import get_head_masks
 from ...image_classifier import new_image_classifier, quiet_loading
 from ...methods import apply_method, has_scored_heads
@@ -297,7 +297,7 @@ def pack(model: nn.Module) -> None:
 def saved_bytes(model: nn.Module) -> tuple[int, int]:
     """Bytes of what is saved of a trained model: (adapter, or what else was trained; classification head)."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    heads = tuple(f"{name}." for name in task_head_names(base))
+    heads = tuple(f"{name}." for name in classifier_names(base))
     if hasattr(model, "peft_config"):
         tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     else:

@@ -15,8 +15,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..._compat import current_loading, expand_all_linear
+from ...backbones.classifier import classifier_names
+from ...backbones.targets import default_targets
 from ...functional.sharding import whole_entry
-from ...heads.detect import default_targets, task_head_names
 from ...heads.traversal import named_targets
 from ..common.classifiers import check_quantizable, quantize_task_heads, settle_task_heads
 from ..common.copies import adding, check_weights, copy_adapter, copy_heads, is_copy
@@ -71,7 +72,7 @@ class HeadMaskedLoraModel(LabelledTuner, LoraModel):
                 raise unknown_architecture(self.model)
             warn_of_overlooked(self.model)
         if peft_config.modules_to_save is None:
-            peft_config.choose("modules_to_save", task_head_names(self.model) or None)
+            peft_config.choose("modules_to_save", classifier_names(self.model) or None)
         if peft_config.classifier_bits != FULL_PRECISION:
             check_quantizable(self.model, peft_config.modules_to_save, peft_config.classifier_bits)
         peft_config = super()._prepare_adapter_config(peft_config, model_config)

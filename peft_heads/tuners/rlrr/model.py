@@ -15,9 +15,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..._compat import current_loading, expand_all_linear
+from ...backbones.classifier import classifier_names
 from ...backbones.structure import backbone_parts
+from ...backbones.targets import exact_targets
 from ...functional.sharding import whole_entry
-from ...heads.detect import exact_targets, task_head_names
 from ...heads.traversal import named_targets, own_modules
 from ..common.copies import adding, check_weights, copy_adapter, copy_heads, heads_of_sum, is_copy
 from ..common.head_mask import complete_masks, masks_for_file, masks_for_model
@@ -99,7 +100,7 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
         parts = backbone_parts(self.model)
         peft_config.patch_embedding_name = parts.patch_embedding
         if peft_config.modules_to_save is None:
-            peft_config.choose("modules_to_save", task_head_names(self.model) or None)
+            peft_config.choose("modules_to_save", classifier_names(self.model) or None)
         if peft_config.target_modules is None:
             names = default_modules(self.model, peft_config, parts)
             peft_config.choose("target_modules", self._default_targets(peft_config, names))
