@@ -15,7 +15,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from .backbones.classifier import classifier_names
-from .backbones.structure import backbone_parts
+from .backbones.structure import find_backbone
 from .backbones.targets import default_targets, exact_targets
 from .heads.scores import Criterion
 from .heads.traversal import named_targets
@@ -288,7 +288,7 @@ def _default_targets(model: nn.Module, config_class: type) -> list[str] | str:
     if not issubclass(config_class, LNTuningConfig):
         warn_of_overlooked(model)
         return default_targets(model)
-    norms = backbone_parts(model).norms
+    norms = find_backbone(model).norms
     if not norms:
         raise ValueError(f"LN_TUNING trains norms, but no layer norm was recognised in {type(model).__name__}")
     return exact_targets(list(norms), model)

@@ -20,6 +20,7 @@ from transformers import AutoConfig, PrinterCallback, Trainer, TrainingArguments
 
 from ...adapter_folder.card import SCORES_FILE
 from ...backbones.classifier import classifier_names
+from ...backbones.drop_path import CONFIG_FIELD, add_drop_path, residual_branches
 from ...data import image_folders
 from ...data.augmentation import Augmentation
 from ...data.cache import open_images
@@ -39,7 +40,6 @@ from ..records.effective import method_arguments
 from ..records.environment import describe_environment
 from ..records.results import CONTENT, Environment, RunResult, RunSpec
 from .callbacks import Clock, EpochEnds
-from .drop_path import CONFIG_FIELD, add_drop_path, residual_branches
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..._compat import current_loading, expand_all_linear
 from ...backbones.classifier import classifier_names
-from ...backbones.structure import backbone_parts
+from ...backbones.structure import find_backbone
 from ...backbones.targets import exact_targets
 from ...functional.sharding import whole_entry
 from ...heads.traversal import named_targets, own_modules
@@ -97,7 +97,7 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
     def _prepare_adapter_config(self, peft_config: RLRRConfig, model_config: dict) -> RLRRConfig:
         self.begin_adapter(peft_config)
         self.follow_folder(peft_config)
-        parts = backbone_parts(self.model)
+        parts = find_backbone(self.model)
         peft_config.patch_embedding_name = parts.patch_embedding
         if peft_config.modules_to_save is None:
             peft_config.choose("modules_to_save", classifier_names(self.model) or None)
