@@ -13,7 +13,8 @@ from torch import nn
 
 from ...adapter_folder.weights_file import find_weights, read_infos
 from ...backbones.renames import match_renamed
-from ...heads.detect import matches_pattern, shortest_names
+from ...backbones.targets import shortest_names
+from ...heads.detect import matches_pattern
 from ...heads.traversal import named_targets
 from .registry import parameter_prefixes
 from .saved_settings import is_settings_key
