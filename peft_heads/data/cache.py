@@ -13,7 +13,7 @@ import torch
 from .cache_entry import CacheEntry, checksum
 from .image_store import cache_entries, cache_size, cached_entry, clean_cache, made_again, read_pixels
 from .preprocessing import Preprocessing
-from .trees import Split
+from .splits import Split
 
 
 __all__ = [

@@ -15,7 +15,7 @@ import PIL.Image
 
 from .decoding import check_regular, check_values
 from .deep_images import check_image_range
-from .lists import LEAVES
+from .formats import LEAVES
 
 
 # What the common formats begin with: Pillow knows them all, but takes ten times as long to say so.

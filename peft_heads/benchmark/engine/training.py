@@ -19,14 +19,13 @@ from torch import nn
 from transformers import AutoConfig, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from ...adapter_folder.card import SCORES_FILE
-from ...data import image_folders
 from ...data.augmentation import Augmentation
 from ...data.cache import open_images
 from ...data.deep_images import check_image_range
 from ...data.images import collate
+from ...data.loading import load_task
 from ...data.preprocessing import Preprocessing
-from ...data.tasks import OFFLINE, find_task
-from ...data.trees import Split, load_split
+from ...data.splits import Split
 from ...demo.model import DEMO_MODEL_PATH
 from ...heads.detect import task_head_names
 from ...heads.protocol import get_head_masks
@@ -90,20 +89,15 @@ class Training:
         self.steps_per_epoch = images // batch_size if self.drop_last else math.ceil(images / batch_size)
 
     def _split(self, part: str, name: str) -> Split:
-        spec, root = self.spec, self.places.data_root
-        image_range = check_image_range(spec.preprocessing[part].get("image_range"))
-        if spec.suite == OFFLINE:
-            return _offline_split(os.path.abspath(root), spec.task, name)
-        if spec.suite == image_folders.SUITE:
-            return image_folders.load_folder_split(root, image_folders.folder_task(root, spec.task), name, image_range)
-        return load_split(
-            root,
-            find_task(spec.task, spec.suite),
+        return load_task(
+            self.places.data_root,
+            self.spec.suite,
+            self.spec.task,
             name,
-            shots=spec.shots,
-            list_seed=spec.list_seed,
+            shots=self.spec.shots,
+            list_seed=self.spec.list_seed,
             check_sizes=self.places.check_sizes,
-            image_range=image_range,
+            image_range=check_image_range(self.spec.preprocessing[part].get("image_range")),
         )
 
     def environment(self) -> Environment:
@@ -261,19 +255,6 @@ def folder_hash(folder: str | os.PathLike) -> str:
                 while chunk := file.read(1 << 24):
                     digest.update(chunk)
     return digest.hexdigest()[:16]
-
-
-@lru_cache
-def _offline_split(root: str, name: str, split: str) -> Split:
-    """Looked at once: the images are ours, and there are thousands of runs."""
-    task = find_task(name, OFFLINE)
-    loaded = image_folders.load_folder_split(root, task, split)
-    if len(loaded.dataset) != task.size(split):
-        raise ValueError(
-            f"{os.path.join(root, name, split)} holds {len(loaded.dataset):,} images (expected {task.size(split):,}); "
-            "delete the folder of the task, it is made again"
-        )
-    return loaded
 
 
 def checkpoint_of(backbone: str | os.PathLike) -> str | os.PathLike:

@@ -15,7 +15,7 @@ import numpy as np
 from scipy import stats
 
 from ..records.results import Run
-from .offline import setting_name
+from .settings import setting_name
 
 
 CONFIDENCE = 0.95

@@ -20,7 +20,7 @@ from .evidence import (
     masks_by_task,
     rank_correlations,
 )
-from .offline import CHANGES, CORE, NES, OFFLINE_TASKS, RANDOM_MASKS, SIDE, TAYLOR
+from .settings import CHANGES, CORE, NES, OFFLINE_TASKS, RANDOM_MASKS, SIDE, TAYLOR
 
 
 NUM_HEADS = 12  # of the small ViT
