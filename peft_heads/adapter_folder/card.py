@@ -21,8 +21,8 @@ from peft.utils import CONFIG_NAME
 
 from ..heads.protocol import deactivated_heads, describe_masks
 from .atomic import write_atomically
+from .ordinary import check_ordinary
 from .weights_file import NAMES as WEIGHTS_FILES
-from .weights_file import check_ordinary
 
 
 if TYPE_CHECKING:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import stat
 import threading
 import warnings
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import datasets
 import PIL.Image
 import PIL.ImageOps
 
+from ..adapter_folder.ordinary import check_regular
 from .deep_images import check_image_range, eight_bits, is_deep
 
 
@@ -70,19 +70,6 @@ def name_of(image) -> str:
         return os.fspath(image)
     name = image["path"] if isinstance(image, dict) else getattr(image, "filename", None)
     return name or "(without a file name)"
-
-
-def check_regular(path: str | os.PathLike) -> os.stat_result:
-    """What the system says about a file; a pipe or a device could be read without end.
-
-    Raises:
-        ValueError: It is not a regular file.
-        OSError: There is none.
-    """
-    info = os.stat(path)
-    if not stat.S_ISREG(info.st_mode):
-        raise ValueError("is not a regular file")
-    return info
 
 
 class NamingImage(datasets.Image):

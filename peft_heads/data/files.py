@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import PIL.Image
 
-from .decoding import check_regular, check_values
+from ..adapter_folder.ordinary import check_regular
+from .decoding import check_values
 from .deep_images import check_image_range
 from .formats import LEAVES
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 
 from .._compat import image_suffixes
-from .decoding import check_regular
+from ..adapter_folder.ordinary import check_regular
 from .files import HIDDEN, files_below
 
 

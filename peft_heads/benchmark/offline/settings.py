@@ -8,8 +8,7 @@ from typing import Any
 
 from ...data.tasks import OFFLINE, TASKS, Task
 from ..engine.run import make_spec
-from ..engine.training import SHIPPED
-from ..recipes import RECIPES, Recipe
+from ..recipes import RECIPES, SHIPPED, Recipe
 from ..records.results import RunSpec, describe_method
 
 
