@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import torch
 
-from .cache_entry import CacheEntry, checksum
+from .cache_entry import CacheEntry
 from .image_store import cache_entries, cache_size, cached_entry, clean_cache, made_again, read_pixels
 from .preprocessing import Preprocessing
 from .splits import Split
@@ -121,36 +121,18 @@ class CachedImages(_Images):
             cache_dir=cache_dir,
             workers=workers,
         )
-        self._mapped = None
-        self._open()  # now, so that the entry may be deleted meanwhile
+        self.entry.open()
 
     def pixels(self, index: int) -> np.ndarray:
-        if self._mapped is None:
-            self._open()
-        image = self._read(index)
+        image = self.entry.image(index)
         if image is None:
             self.entry = made_again(self.entry, self.rows, self.preprocessing, self._fingerprint)
-            self._open()
-            image = self._read(index)
+            image = self.entry.image(index)
         if image is None:
             raise ValueError(
                 f"the image cache's entry {self.entry.path} is damaged, and again after it was made again: check the disk"
             )
         return image
-
-    def _open(self) -> None:
-        self._mapped, self._offsets = self.entry.pixels(), self.entry.offsets()
-
-    def _read(self, index: int) -> np.ndarray | None:
-        """None if it is not what was written."""
-        begin, end = self._offsets[index : index + 2]
-        image, shape = np.array(self._mapped[begin:end]), self.entry.shapes[index]
-        if checksum(image, shape) != self.entry.checksums[index]:
-            return None
-        return image.reshape(3, *shape)
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_mapped": None}  # worker processes map the file themselves
 
 
 class StreamedImages(_Images):
