@@ -71,7 +71,7 @@ def checksum(pixels: np.ndarray, shape: tuple[int, int]) -> int:
 
 
 def read_entry(path: Path) -> CacheEntry | None:
-    """None if there is no complete entry."""
+    """The entry in a folder; None if it is not complete."""
     try:
         content = json.loads((path / ENTRY).read_text(encoding="utf-8"))
         shapes = np.asarray(content["shapes"], dtype=np.int64).reshape(-1, 2)

@@ -31,7 +31,7 @@ class Lines(NamedTuple):
 
 
 def read_text_list(path: Path) -> Lines:
-    """`relative/path of an image.jpg 307` on each line: the label follows the last space."""
+    """Read lines such as `relative/path of an image.jpg 307`: the label follows the last space."""
     text, faults = _read(path)
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
@@ -47,7 +47,7 @@ def read_text_list(path: Path) -> Lines:
 
 
 def read_json_list(path: Path) -> Lines:
-    """A list of objects with one entry, `{"path": label}`."""
+    """Read a list of objects with one entry, `{"path": label}`."""
 
     def pairs(content):
         return content if isinstance(content, list) else None
@@ -59,7 +59,7 @@ def read_json_list(path: Path) -> Lines:
 
 
 def read_json_object(path: Path) -> Lines:
-    """One object, `{"path": class}`; classes are integers or text."""
+    """Read one object, `{"path": class}`; classes are integers or text."""
 
     def pairs(content):
         return content if isinstance(content, tuple) else None

@@ -1,4 +1,4 @@
-"""The tasks as rows of data: VTAB-1K, five few-shot sets, five fine-grained ones (FGVC), and six offline ones of our own."""
+"""The tasks as rows of data: VTAB-1K, five few-shot sets, five fine-grained ones (FGVC), and six of our own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evidence of our own, on tasks that are generated here."""
+"""Evidence of our own, on tasks whose images this package generates."""
 
 from .settings import OFFLINE_TASKS
 

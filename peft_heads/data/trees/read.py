@@ -74,11 +74,12 @@ def read_content(
 
 
 def _draw(rows: list[Row], split: str, task: Task) -> list[Row]:
-    """Four fifths of the rows (in the proportion of the published sizes), or the rest; lists may be sorted by class."""
+    """The part of the rows that belongs to a split, by the published sizes. Drawn, as lists may be sorted by class."""
     order = np.random.default_rng(DRAW_SEED).permutation(len(rows))
-    train, val = task.sizes.get("train800", 800), task.sizes.get("val200", 200)
+    first, second = SUITES[task.suite].chosen_by
+    train, val = task.sizes.get(first, 800), task.sizes.get(second, 200)
     number = len(rows) * train // (train + val)
-    return [rows[i] for i in sorted(order[:number] if split == "train800" else order[number:])]
+    return [rows[i] for i in sorted(order[:number] if split == first else order[number:])]
 
 
 def _without_repeats(rows: list[Row], expected: int | None) -> tuple[list[Row], int, list[str]]:
