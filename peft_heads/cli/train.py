@@ -27,8 +27,8 @@ from ..heads.protocol import describe_masks, get_head_masks
 from ..image_classifier import new_image_classifier
 from ..methods import apply_method, check_method_arguments, has_scored_heads
 from ..metrics.accuracy import compute_metrics
-from ..tuners import HeadMaskedLoraConfig, pack_adapter
 from ..tuners.common.folder_config import SavedConfig
+from ..tuners.head_masked_lora.packed import pack_adapters
 from .arguments import DataArguments, ModelArguments, local_inputs, parse_arguments
 from .hub import check_hub, push, reachable_hub
 from .interruption import how_to_go_on
@@ -91,7 +91,7 @@ def run(argv: list[str]) -> int:
         begin_run(trainer, checkpoint)
         with how_to_go_on(trainer, argv):
             result = trainer.train(resume_from_checkpoint=checkpoint)
-            pack(trainer.model)
+            pack_adapters(trainer.model)
             save(trainer)
         _report(trainer, "train", result.metrics)
         trainer.save_state()
@@ -193,13 +193,6 @@ def load_model(args: ModelArguments, names: list[str]):
         ignore_mismatched_sizes=args.ignore_mismatched_sizes,
         **hub_arguments(args),
     )
-
-
-def pack(model) -> None:
-    """From now on a k-bit adapter is its codes; the checkpoints hold the weights behind them."""
-    for name, config in getattr(model, "peft_config", {}).items():
-        if isinstance(config, HeadMaskedLoraConfig) and config.has_few_bits:
-            pack_adapter(model, name)
 
 
 def save(trainer: Trainer) -> None:

@@ -11,17 +11,50 @@ last have all their rows.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
-from .quantization import BITS, Decision, dequantize, latents, pack, unpack
+from .quantization import BITS, Decision, dequantize, latents
 
 
 VERSION = 1
 _MODULE, _MATRIX = struct.Struct("<BBH"), struct.Struct("<IIff")
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 codes of any shape as uint8 bytes, `8/bits` per byte, least significant bits first; zeros fill the last.
+
+    Example:
+        >>> pack(torch.tensor([1, 0, 0, 0, 0, 0, 0, 1, 1], dtype=torch.uint8), bits=1).tolist()
+        [129, 1]
+    """
+    per_byte = 8 // bits
+    flat = codes.flatten()
+    flat = torch.cat([flat, flat.new_zeros(-flat.numel() % per_byte)]).unflatten(0, (-1, per_byte))
+    shifts = torch.arange(0, 8, bits, device=codes.device)
+    return (flat.int() << shifts).sum(dim=1).to(torch.uint8)
+
+
+def unpack(packed: torch.Tensor, bits: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """The codes of `shape` that `pack` has packed, uint8.
+
+    Raises:
+        ValueError: The number of bytes does not fit.
+    """
+    numel = math.prod(shape)
+    expected = -(-numel * bits // 8)
+    if packed.dtype != torch.uint8 or packed.numel() != expected:
+        raise ValueError(
+            f"{numel} codes of {bits} bits, shape {tuple(shape)}, are {expected} bytes (uint8); got "
+            f"{packed.numel()} of {packed.dtype}"
+        )
+    shifts = torch.arange(0, 8, bits, device=packed.device)
+    codes = (packed.int().view(-1, 1) >> shifts) & (2**bits - 1)
+    return codes.flatten()[:numel].view(shape).to(torch.uint8)
 
 
 class PackedWeight(NamedTuple):
@@ -94,34 +127,25 @@ def pack_module(matrices: Sequence[PackedWeight], mask: torch.Tensor | None = No
 def unpack_module(
     data: torch.Tensor,
     num_matrices: int,
-    find_rows: Callable[[tuple[int, int], torch.Tensor | None], torch.Tensor | None] = lambda shape, mask: None,
+    find_rows: Callable[[tuple[int, int], torch.Tensor], torch.Tensor | None] = lambda shape, mask: None,
 ) -> tuple[list[PackedWeight], torch.Tensor | None]:
     """What `pack_module` has packed: the matrices, and the mask.
 
     Args:
         data: uint8 (number of bytes,).
         num_matrices: As many are expected.
-        find_rows: Shape of the last matrix and mask to bool (rows,), True for rows that are there, or None for all of
-            them.
+        find_rows: Called where there is a mask, with the last matrix's shape and the mask. Returns bool (rows,), True
+            for rows that are there, or None for all of them.
 
     Raises:
         ValueError: The bytes are not of this form. Sizes are looked at before anything is unpacked.
     """
-    if data.dtype != torch.uint8 or data.dim() != 1:
-        raise ValueError(f"a packed module is a flat uint8 tensor; got {data.dtype} of shape {tuple(data.shape)}")
-    reader = _Reader(data.cpu())
-    version, bits, num_heads = reader.struct(_MODULE)
-    if version != VERSION or bits not in BITS:
-        raise ValueError(
-            f"packed with format {version} and {bits} bits; this peft_heads reads format {VERSION} and bits "
-            f"{', '.join(map(str, BITS))}"
-        )
-    mask = unpack(reader.take(-(-num_heads // 8)), 1, (num_heads,)).bool() if num_heads else None
+    reader, bits, mask = _read_header(data)
     matrices = []
     for index in range(num_matrices):
         *shape, mean, std = reader.struct(_MATRIX)
         shape = tuple(shape)
-        rows = find_rows(shape, mask) if index == num_matrices - 1 else None
+        rows = find_rows(shape, mask) if mask is not None and index == num_matrices - 1 else None
         kept = shape[0] if rows is None else int(rows.sum())
         part = unpack(reader.take(-(-kept * shape[1] * bits // 8)), bits, (kept, shape[1]))
         codes = part
@@ -138,10 +162,28 @@ def unpack_module(
 
 
 def read_mask(data: torch.Tensor) -> torch.Tensor | None:
-    """The head mask of a packed module, bool (num_heads,); None where it has none."""
-    reader = _Reader(data)
-    _, _, num_heads = reader.struct(_MODULE)
-    return unpack(reader.take(-(-num_heads // 8)), 1, (num_heads,)).bool() if num_heads else None
+    """The head mask of a packed module, bool (num_heads,), True = active; None where it has none.
+
+    Raises:
+        ValueError: The bytes are not of this form.
+    """
+    _, _, mask = _read_header(data)
+    return mask
+
+
+def _read_header(data: torch.Tensor) -> tuple[_Reader, int, torch.Tensor | None]:
+    """The reader, behind what precedes the matrices, the bits and the head mask."""
+    if data.dtype != torch.uint8 or data.dim() != 1:
+        raise ValueError(f"a packed module is a flat uint8 tensor; got {data.dtype} of shape {tuple(data.shape)}")
+    reader = _Reader(data.cpu())
+    version, bits, num_heads = reader.struct(_MODULE)
+    if version != VERSION or bits not in BITS:
+        raise ValueError(
+            f"packed with format {version} and {bits} bits; this peft_heads reads format {VERSION} and bits "
+            f"{', '.join(map(str, BITS))}"
+        )
+    mask = unpack(reader.take(-(-num_heads // 8)), 1, (num_heads,)).bool() if num_heads else None
+    return reader, bits, mask
 
 
 class _Reader:

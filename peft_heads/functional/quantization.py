@@ -205,38 +205,6 @@ def latents(
     return result if kept is None else torch.where(kept, result, 0)
 
 
-def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 codes of any shape as uint8 bytes, `8/bits` per byte, least significant bits first; zeros fill the last.
-
-    Example:
-        >>> pack(torch.tensor([1, 0, 0, 0, 0, 0, 0, 1, 1], dtype=torch.uint8), bits=1).tolist()
-        [129, 1]
-    """
-    per_byte = 8 // bits
-    flat = codes.flatten()
-    flat = torch.cat([flat, flat.new_zeros(-flat.numel() % per_byte)]).unflatten(0, (-1, per_byte))
-    shifts = torch.arange(0, 8, bits, device=codes.device)
-    return (flat.int() << shifts).sum(dim=1).to(torch.uint8)
-
-
-def unpack(packed: torch.Tensor, bits: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """The codes of `shape` that `pack` has packed, uint8.
-
-    Raises:
-        ValueError: The number of bytes does not fit.
-    """
-    numel = math.prod(shape)
-    expected = -(-numel * bits // 8)
-    if packed.dtype != torch.uint8 or packed.numel() != expected:
-        raise ValueError(
-            f"{numel} codes of {bits} bits, shape {tuple(shape)}, are {expected} bytes (uint8); got "
-            f"{packed.numel()} of {packed.dtype}"
-        )
-    shifts = torch.arange(0, 8, bits, device=packed.device)
-    codes = (packed.int().view(-1, 1) >> shifts) & (2**bits - 1)
-    return codes.flatten()[:numel].view(shape).to(torch.uint8)
-
-
 def _midpoints(codes: torch.Tensor) -> torch.Tensor:
     return (codes[:-1] + codes[1:]) / 2
 

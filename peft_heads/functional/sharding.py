@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .rows import per_row
+
 
 def is_dtensor(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "full_tensor")  # without importing torch.distributed.tensor, which takes its time
@@ -93,7 +95,7 @@ def zero_rows(param: nn.Parameter, active: torch.Tensor, optimizer: Any = None) 
 
 
 def _keep_rows(tensor: torch.Tensor, active: torch.Tensor) -> None:
-    rows = active.to(tensor.device).view(-1, *[1] * (tensor.dim() - 1)).expand(tensor.shape)
+    rows = per_row(active.to(tensor.device), tensor).expand(tensor.shape)
     if is_dtensor(tensor):
         from torch.distributed.tensor import distribute_tensor
 

@@ -281,8 +281,9 @@ def test_update_computes_projections_together_and_waits_for_none(family, lora, d
         for _ in range(2):
             (backbones.output(model, **inputs) - torch.rand(())).square().sum().backward()
         for name, layer in scorer.layers.items():
+            scored = layer.scored_parameters("default")
             params = layer.head_parameters("default")
-            values = [layer.scored_tensor("default", param).detach().reshape(len(param), -1) for param in params]
+            values = [one.tensor().detach().reshape(len(one.param), -1) for one in scored]
             grads = [scorer._gradients._grads[param].reshape(len(param), -1) / 3 for param in params]
             for part, layout in layer.head_layout["default"].named_parts(name).items():
                 heard[part] = head_statistics(

@@ -33,7 +33,7 @@ from ...heads.protocol import get_head_masks
 from ...image_classifier import new_image_classifier, quiet_loading
 from ...methods import apply_method, has_scored_heads
 from ...metrics.accuracy import compute_metrics
-from ...tuners import HeadMaskedLoraConfig, pack_adapter
+from ...tuners.head_masked_lora.packed import pack_adapters
 from ..recipes import SHIPPED
 from ..records.effective import method_arguments
 from ..records.environment import describe_environment
@@ -185,7 +185,7 @@ class Training:
         model, log = trainer.model, trainer.state.log_history
         clock = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Clock))
         memory = torch.cuda.max_memory_allocated() if trainer.args.device.type == "cuda" else None
-        pack(model)
+        pack_adapters(model)
         earlier = [entry["eval_accuracy"] for entry in log if "eval_accuracy" in entry]
         accuracy = self.accuracy(trainer)
         losses = [entry["loss"] for entry in log if "loss" in entry]
@@ -285,13 +285,6 @@ def random_mask_seed(spec: RunSpec) -> int:
     """Of a run's random masks: every task and seed draws its own, or an average over them would be one of few heads."""
     drawn = f"{spec.task} {spec.seed} {spec.list_seed} {spec.method.get('mask_seed') or 0}"
     return zlib.crc32(drawn.encode())
-
-
-def pack(model: nn.Module) -> None:
-    """From now on a k-bit adapter is its codes; the checkpoints hold the weights behind them."""
-    for name, config in getattr(model, "peft_config", {}).items():
-        if isinstance(config, HeadMaskedLoraConfig) and config.has_few_bits:
-            pack_adapter(model, name)
 
 
 def saved_bytes(model: nn.Module) -> tuple[int, int]:
