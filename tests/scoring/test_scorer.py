@@ -75,11 +75,11 @@ def test_signed_score_is_the_derivative_with_respect_to_a_gate(backbone, lora):
     for name, layer in head_layers(model).items():
         gates[name] = torch.ones(layer.head_layout["default"].num_heads, dtype=torch.float64, requires_grad=True)
 
-        def gated(adapter_name, rows, layer=layer, gate=gates[name]):
-            gate = layer.head_layout[adapter_name].parts[0].expand(gate)  # (out,)
-            return rows * (gate[:, None] if rows.ndim == 2 else gate)
+        def gated(x, layer=layer, adapted=layer.forward, gate=gates[name]):
+            frozen = layer.base_layer(x)
+            return frozen + (adapted(x) - frozen) * layer.head_layout["default"].parts[0].expand(gate)
 
-        layer.mask_rows = gated
+        layer.forward = gated
     model(**batch).loss.backward()
     for name, score in scorer.scores("positive").items():
         assert score.abs().max() > 1e-9
