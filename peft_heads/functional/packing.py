@@ -26,7 +26,14 @@ _MODULE, _MATRIX = struct.Struct("<BBH"), struct.Struct("<IIff")
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 codes of any shape as uint8 bytes, `8/bits` per byte, least significant bits first; zeros fill the last.
+    """Pack codes into bytes, `8/bits` codes per byte, least significant bits first; zeros fill the last byte.
+
+    Args:
+        codes: uint8, of any shape, each below `2**bits`.
+        bits: 1, 2, 4 or 8.
+
+    Returns:
+        uint8 (number of bytes,).
 
     Example:
         >>> pack(torch.tensor([1, 0, 0, 0, 0, 0, 0, 1, 1], dtype=torch.uint8), bits=1).tolist()
@@ -40,10 +47,22 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, bits: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """The codes of `shape` that `pack` has packed, uint8.
+    """The inverse of `pack`.
+
+    Args:
+        packed: uint8 (number of bytes,).
+        bits: 1, 2, 4 or 8.
+        shape: Shape of the codes.
+
+    Returns:
+        uint8, of that shape.
 
     Raises:
         ValueError: The number of bytes does not fit.
+
+    Example:
+        >>> unpack(torch.tensor([129, 1], dtype=torch.uint8), bits=1, shape=(3, 3)).tolist()
+        [[1, 0, 0], [0, 0, 0], [0, 1, 1]]
     """
     numel = math.prod(shape)
     expected = -(-numel * bits // 8)
@@ -58,14 +77,14 @@ def unpack(packed: torch.Tensor, bits: int, shape: tuple[int, ...]) -> torch.Ten
 
 
 class PackedWeight(NamedTuple):
-    """A k-bit matrix as it is stored, and the weight that stands for it while nobody trains it.
+    """A k-bit matrix as it is stored, with the full-precision weight from which training can go on.
 
     Attributes:
         bits: 1, 2, 4 or 8.
         codes: uint8 (rows, columns), 0 in rows that are left out.
         mean, std: float32 (1, 1), `μ` and `σ`.
         rows: bool (rows,), False where a row is left out; None if none is.
-        latents: float32 (rows, columns), from which training goes on.
+        latents: float32 (rows, columns), the full-precision weight; it is quantised to these codes.
     """
 
     bits: int
@@ -79,14 +98,14 @@ class PackedWeight(NamedTuple):
     def from_codes(
         cls, bits: int, codes: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, rows: torch.Tensor | None = None
     ) -> PackedWeight:
-        """Shapes as of the attributes; `mean` and `std` are rounded to float32, as they are stored."""
+        """Complete stored codes; `mean` and `std` are rounded to float32, as they are stored."""
         mean, std = mean.float(), std.float()
         return cls(bits, codes, mean, std, rows, latents(codes, mean, std, bits, rows))
 
     @classmethod
     def from_decision(cls, decision: Decision, bits: int) -> PackedWeight:
         rows = None if decision.rows is None else decision.rows.squeeze(-1)
-        # its tensors may be parts of the stack that was decided together
+        # Copies: a view would keep the whole stack alive that was decided together.
         parts = [None if x is None else x.clone() for x in (decision.codes, decision.mean, decision.std, rows)]
         return cls.from_codes(bits, *parts)
 
@@ -94,7 +113,7 @@ class PackedWeight(NamedTuple):
         return PackedWeight(*(part.to(device) if isinstance(part, torch.Tensor) else part for part in self))
 
     def values(self) -> torch.Tensor:
-        """float32 (rows, columns), the weight by which the codes act."""
+        """The weight that the codes stand for, float32 (rows, columns)."""
         return dequantize(self.codes, self.mean, self.std, self.bits, self.rows)
 
     def is_behind(self, weight: torch.Tensor, rows: torch.Tensor | None) -> bool:
@@ -102,17 +121,20 @@ class PackedWeight(NamedTuple):
         same_rows = rows is None if self.rows is None else rows is not None and torch.equal(rows, self.rows.to(rows))
         if not same_rows or self.codes.shape != weight.shape:
             return False
-        # the last two: cast to 16 bits and back
+        # The latter two: the weight may have been cast to 16 bits and back.
         casts = (weight.dtype, torch.bfloat16, torch.float16)
         return any(torch.equal(weight, self.latents.to(weight.device, dtype).to(weight)) for dtype in casts)
 
 
 def pack_module(matrices: Sequence[PackedWeight], mask: torch.Tensor | None = None) -> torch.Tensor:
-    """uint8 (number of bytes,).
+    """Pack the matrices of a module, and its head mask, into bytes.
 
     Args:
         matrices: One or two of the same bits; only the last may leave rows out.
         mask: bool (num_heads,), True = active; None where there is none.
+
+    Returns:
+        uint8 (number of bytes,).
     """
     bits = matrices[0].bits
     heads = torch.zeros(0, dtype=torch.uint8) if mask is None else mask.cpu().to(torch.uint8)
@@ -129,16 +151,19 @@ def unpack_module(
     num_matrices: int,
     find_rows: Callable[[tuple[int, int], torch.Tensor], torch.Tensor | None] = lambda shape, mask: None,
 ) -> tuple[list[PackedWeight], torch.Tensor | None]:
-    """What `pack_module` has packed: the matrices, and the mask.
+    """The inverse of `pack_module`.
 
     Args:
         data: uint8 (number of bytes,).
-        num_matrices: As many are expected.
+        num_matrices: Number of matrices that are expected.
         find_rows: Called where there is a mask, with the last matrix's shape and the mask. Returns bool (rows,), True
             for rows that are there, or None for all of them.
 
+    Returns:
+        The matrices, and the mask (None where there is none).
+
     Raises:
-        ValueError: The bytes are not of this form. Sizes are looked at before anything is unpacked.
+        ValueError: The bytes are not of this form. Each size is checked before anything of that size is made.
     """
     reader, bits, mask = _read_header(data)
     matrices = []
@@ -172,7 +197,7 @@ def read_mask(data: torch.Tensor) -> torch.Tensor | None:
 
 
 def _read_header(data: torch.Tensor) -> tuple[_Reader, int, torch.Tensor | None]:
-    """The reader, behind what precedes the matrices, the bits and the head mask."""
+    """Read what precedes the matrices: the reader behind it, the bits, and the head mask."""
     if data.dtype != torch.uint8 or data.dim() != 1:
         raise ValueError(f"a packed module is a flat uint8 tensor; got {data.dtype} of shape {tuple(data.shape)}")
     reader = _Reader(data.cpu())
