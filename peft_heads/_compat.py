@@ -457,6 +457,16 @@ def run_while_tracing(function: Callable) -> Callable:
     return function
 
 
+def must_be_called(module: nn.Module) -> bool:
+    """Whether something waits for a call of the module itself, so that its weight must not be used without one.
+
+    A hook, which may gather, cast or move the weight (FSDP, layerwise casting), or a `forward` in its place
+    (Accelerate's offloading). The names of the hooks are private to torch; delete when it has a public way to ask.
+    """
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" in vars(module) or any(getattr(module, name) for name in hooks)
+
+
 def silence_known_warnings() -> None:
     """Keep warnings between Hugging Face libraries, about which a user can do nothing, off the command line.
 
