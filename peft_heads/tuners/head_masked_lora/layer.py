@@ -19,7 +19,7 @@ from ...heads.protocol import ScoredParameter
 from ..common.head_mask import HeadMask, HeadMaskedLayer
 from ..common.quantizer import WeightQuantizer
 from .config import FULL_PRECISION, HeadMaskedLoraConfig
-from .variants import HeadMaskVariant
+from .variants import HeadMaskVariant, KBitVariant
 
 
 # The up-projection of a k-bit adapter (Bi-LoRA): a normal that is cut off. Zeros would have no deviation.
