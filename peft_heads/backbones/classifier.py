@@ -8,12 +8,12 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from ..heads.traversal import own_modules
 
 
-_KINDS = (nn.Linear, _ConvNd, nn.Embedding)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_KINDS = (nn.Linear, *_CONVOLUTIONS, nn.Embedding)
 
 
 def label_sized_modules(model: nn.Module, heads: Iterable[str]) -> tuple[list[str], list[str]]:

@@ -18,6 +18,7 @@ from peft import get_peft_model_state_dict
 from torch import nn
 from transformers import AutoConfig, PrinterCallback, Trainer, TrainingArguments, set_seed
 
+from ..._compat import commit_hash
 from ...adapter_folder.card import SCORES_FILE
 from ...data import image_folders
 from ...data.augmentation import Augmentation
@@ -108,7 +109,7 @@ class Training:
 
     def environment(self) -> Environment:
         backbone = checkpoint_of(self.spec.backbone)
-        revision = getattr(AutoConfig.from_pretrained(backbone, trust_remote_code=False), "_commit_hash", None)
+        revision = commit_hash(AutoConfig.from_pretrained(backbone, trust_remote_code=False))
         if revision is None and os.path.isdir(backbone):
             revision = folder_hash(backbone)
         return describe_environment(

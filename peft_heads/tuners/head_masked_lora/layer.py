@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.other import transpose
 from torch import nn
 
+from ..._compat import must_be_called
 from ...functional.sharding import on_gradient
 from ...heads.layout import ProjectionLayout
 from ..common.head_mask import HeadMask, HeadMaskedLayer
@@ -78,10 +79,8 @@ class HeadMaskVariant(LoraVariant):
     def _up(module: HeadMaskedLinear, active_adapter: str, hidden: torch.Tensor) -> torch.Tensor:
         """`lora_B` without the rows of deactivated heads, times s: (…, r) to (…, out)."""
         lora_B, scaling = module.lora_B[active_adapter], module.scaling[active_adapter]
-        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        hooked = "forward" in vars(lora_B) or any(getattr(lora_B, name) for name in hooks)  # the first: Accelerate
         is_quantized = active_adapter in module.lora_quantizer
-        if is_quantized or (type(lora_B) is nn.Linear and not hooked):
+        if is_quantized or (type(lora_B) is nn.Linear and not must_be_called(lora_B)):
             weight = module.quantized_up(active_adapter) if is_quantized else lora_B.weight
             bias = None if lora_B.bias is None else module.mask_rows(active_adapter, lora_B.bias)
             update = F.linear(hidden, module.mask_rows(active_adapter, weight), bias)
