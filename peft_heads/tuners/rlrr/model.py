@@ -84,7 +84,7 @@ class RLRRModel(LabelledTuner, _ForwardHooks, BaseTuner):
         >>> from peft import get_peft_model
         >>> from peft_heads import RLRRConfig
 
-        >>> vit = AutoModelForImageClassification.from_pretrained("google/vit-base-patch16-224-in21k")
+        >>> vit = AutoModelForImageClassification.from_pretrained("google/vit-base-patch16-224-in21k")  # needs the Hub  # doctest: +SKIP
         >>> model = get_peft_model(vit, RLRRConfig())
         ```
     """
