@@ -1,4 +1,7 @@
-"""Every fact tied to a version of peft, transformers or torch, each with the condition for deleting it."""
+"""Every fact tied to a version of a host (peft, transformers, torch, …), and every private name of theirs that we use.
+
+Each says on what condition it can be deleted.
+"""
 
 from __future__ import annotations
 
@@ -131,7 +134,7 @@ NO_FAULTS = {"missing_keys": r"_head_mask\..*\.off$", "unexpected_keys": r"(^|\.
 
 
 def is_own(config: Any) -> bool:
-    """Whether a configuration is of a method registered here. What this module extends leaves all others alone."""
+    """Whether a configuration belongs to a method registered here. What this module extends leaves all others alone."""
     return isinstance(config, tuple(_OWN_CONFIGS))
 
 
@@ -216,9 +219,9 @@ def allow_hotswap(name: str, *keys: str) -> None:
 
 
 def delegate_config_loading() -> None:
-    """Let `PeftConfig.from_pretrained` hand over to `from_pretrained` of our class where it finds one in the file.
+    """Let `PeftConfig.from_pretrained` call `from_pretrained` of our class where the file names one.
 
-    It only constructs that class, so that one which reads more than `adapter_config.json` would miss the rest.
+    PEFT only constructs the class, which would then miss what it reads beside `adapter_config.json`.
 
     Delete when PEFT delegates.
     """
@@ -242,7 +245,7 @@ def delegate_config_loading() -> None:
 
 
 def _config_class(folder: str | os.PathLike, subfolder: str | None) -> type[PeftConfig] | None:
-    """Our class of a local folder's configuration, whatever else is wrong with it; None if it is not known, or others'."""
+    """Our class of a local folder's configuration, whatever else is wrong with it; None if it is unknown or not ours."""
     path = os.path.join(folder, subfolder or "")
     try:
         found = PEFT_TYPE_TO_CONFIG_MAPPING[PeftConfig._get_peft_type(path)] if os.path.isdir(path) else None
@@ -252,7 +255,7 @@ def _config_class(folder: str | os.PathLike, subfolder: str | None) -> type[Peft
 
 
 def extend_hotswap_check(check: Callable[[PeftConfig, PeftConfig], None]) -> None:
-    """Call `check(old config, new config)` whenever PEFT has found two adapters of ours fit for hot-swapping.
+    """Call `check(old config, new config)` whenever PEFT has accepted two adapters of ours for hot-swapping.
 
     Delete when PEFT asks the tuner instead of a table.
     """
@@ -278,10 +281,11 @@ def extend_hotswap(
     """Let a method prepare the weights that PEFT swaps in, and refuse the ranks that PEFT pads to.
 
     Args:
-        prepare: Of the model, the new weights, the adapter's name and the new configuration: the weights as they are
-            swapped in.
-        check_padding: Of the model and the rank. It is asked twice, because whoever has imported PEFT's function
-            before us goes past the first time; scalings are tensors the second time, of the same values.
+        prepare: Returns the weights to swap in. Called with the model, the weights of the file, the adapter's name and
+            the new configuration.
+        check_padding: Raises ValueError. Called with the model and the rank, and called twice, because whoever has
+            imported PEFT's function before us goes past the first time; scalings are tensors the second time, of the
+            same values.
 
     Delete when PEFT asks the tuner.
     """
@@ -348,10 +352,10 @@ def extend_weight_mapping(name: str) -> None:
 
 @dataclass
 class Loading:
-    """A saved adapter that is being loaded, as its user has said it.
+    """What the user has said about the saved adapter that is being loaded.
 
     Attributes:
-        key_mapping, ignore_mismatched_sizes: As of `PeftModel.from_pretrained`.
+        key_mapping, ignore_mismatched_sizes: Arguments of `PeftModel.from_pretrained`.
         checked: Configurations whose folders have been found to fit the model.
     """
 
@@ -364,7 +368,7 @@ _loading: ContextVar[Loading | None] = ContextVar("peft_heads_loading", default=
 
 
 def current_loading() -> Loading | None:
-    """The loading that is going on; None where an adapter is created, or weights are given as a dict."""
+    """The loading in progress; None where an adapter is created, or weights are given as a dict."""
     return _loading.get()
 
 
@@ -379,10 +383,10 @@ def loading_begins(loading: Loading) -> Iterator[Loading]:
 
 
 def announce_loading(check: Callable[[nn.Module, PeftConfig, dict[str, Any], Loading], None]) -> None:
-    """Let tuners know that a saved folder is being loaded: PEFT tells them neither this nor what its user has said.
+    """Let tuners know that a saved folder is being loaded: PEFT tells them neither this nor what the user has said.
 
-    A folder that is loaded into an adapter which exists is checked before PEFT reads it; an adapter
-    that was added and whose weights then cannot be loaded is taken out again.
+    A folder that is loaded into an existing adapter is checked before PEFT reads it. A new adapter whose weights cannot
+    be loaded is removed again.
 
     Delete when PEFT hands tuners the source and the arguments of `load_adapter`.
 
@@ -432,9 +436,9 @@ def announce_loading(check: Callable[[nn.Module, PeftConfig, dict[str, Any], Loa
 
 
 def announce_loading_by_transformers() -> None:
-    """The same for `model.load_adapter` of transformers, which hands tuners a configuration alone.
+    """The same for `model.load_adapter` of transformers, which passes tuners a configuration alone.
 
-    What its report takes for faults and is none (`NO_FAULTS`) is not reported.
+    Its report leaves out what is no fault of our files (`NO_FAULTS`).
 
     Delete together with `announce_loading`.
     """
@@ -472,7 +476,7 @@ def announce_loading_by_transformers() -> None:
 
 
 def _is_of_others(given: dict[str, Any]) -> bool:
-    """Whether the arguments of transformers' `load_adapter` are known to mean no adapter of ours; not of repositories."""
+    """Whether `load_adapter` of transformers is known to load no adapter of ours; what is in a repository is not known."""
     if given.get("peft_config") is not None:
         return not is_own(given["peft_config"])
     options = {
@@ -514,6 +518,16 @@ def run_while_tracing(function: Callable) -> Callable:
     return function
 
 
+def must_be_called(module: nn.Module) -> bool:
+    """Whether something waits for a call of the module itself, so that its weight must not be used without one.
+
+    A hook, which may gather, cast or move the weight (FSDP, layerwise casting), or a `forward` in its place
+    (Accelerate's offloading). The names of the hooks are private to torch; delete when it has a public way to ask.
+    """
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" in vars(module) or any(getattr(module, name) for name in hooks)
+
+
 def transforms_are_active() -> bool:
     """Whether a transform of `torch.func` (`vmap`, `grad`, …) is going on.
 
@@ -536,17 +550,6 @@ def uncompiled(model: nn.Module) -> nn.Module:
     Delete, together with `COMPILED`, when torch has a public name for it.
     """
     return getattr(model, COMPILED, model)
-
-
-def must_be_called(module: nn.Module) -> bool:
-    """Whether somebody listens to a module, or has put a forward of his own into it (Accelerate).
-
-    Its tensors alone do not do what a call of it does then.
-
-    Delete when torch says whether a module has hooks.
-    """
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return "forward" in vars(module) or any(getattr(module, name) for name in hooks)
 
 
 def forward_hooks(module: nn.Module) -> list[Callable]:
@@ -633,7 +636,7 @@ def trial_id(trial: Any) -> int:
 
 
 def silence_known_warnings() -> None:
-    """Keep warnings between Hugging Face libraries, about which a user can do nothing, off the command line.
+    """Keep the command line free of warnings between Hugging Face libraries, about which a user can do nothing.
 
     Delete when PEFT asks for `is_activation_checkpointing` (peft 0.21 on transformers 5.23 and later).
     """
@@ -651,9 +654,9 @@ def trainer_has_overwrite_output_dir() -> bool:
 
 
 def is_network_error(error: BaseException) -> bool:
-    """Whether an error of the Hub's client is one of its HTTP library, which is no `OSError`.
+    """Whether an error comes from the HTTP library of the Hub's client, and is no `OSError`.
 
-    huggingface_hub 0 has requests, whose errors are; 1 has httpx, and 2 httpx2.
+    huggingface_hub 0 uses requests, whose errors are `OSError`s; 1 uses httpx, and 2 httpx2.
 
     Delete when huggingface_hub raises errors of its own, or `OSError`, where no server answers.
     """
@@ -677,7 +680,7 @@ def load_pil_image_processor(name_or_path: str | os.PathLike, **kwargs: Any) -> 
 
 
 def image_suffixes() -> tuple[str, ...]:
-    """What the names of files end with that `datasets` takes as images in folders, in lower case.
+    """Endings of the names of files that `datasets` takes as images in folders, in lower case.
 
     Delete when `datasets` follows linked folders and passes over those of file servers: nothing else needs them.
     """

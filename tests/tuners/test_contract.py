@@ -285,9 +285,10 @@ def test_wrong_file(case, tmp_path):
     path = tmp_path / "adapter_model.safetensors"
     refused(tmp_path, "swin", re.escape(str(tmp_path)))
     tensors = load_file(path)
-    for key in [key for key in tensors if key.endswith("_head_mask.mask")][:1]:
+    for key in [key for key in tensors if key.endswith("_head_mask.mask")][-1:]:
+        name = re.escape(key.removeprefix("base_model.model.").rpartition(f".{case.method.prefix}")[0])
         save_file(tensors | {key: tensors[key][:3].clone()}, path)
-        refused(tmp_path, case.backbone, r"must be a bool tensor of shape \(6,\)")
+        refused(tmp_path, case.backbone, rf"{name} must be a bool tensor of shape \(6,\)")
         save_file(tensors | {key: ~tensors[key]}, path)
         refused(tmp_path, case.backbone, r"the mask deactivates heads \[0, 2, 3, 4, 5\]|in .* deactivates heads")
     damaged = {key: tensor for key, tensor in tensors.items() if f".{case.method.prefix}" not in key}

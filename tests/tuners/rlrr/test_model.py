@@ -282,7 +282,6 @@ def edit(folder, **changes):
             {"rlrr_shift": torch.ones_like},
             "the deactivated rows of rlrr_shift must be zero, but 4 of 4 entries are not",
         ),
-        ({"head_mask.mask": lambda mask: mask[:3]}, r"must be a bool tensor of shape \(6,\)"),
     ],
 )
 def test_edited_files(changes, message, tmp_path):
