@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .._compat import transforms_are_active
+
 
 @dataclass(frozen=True)
 class Rescaling:
@@ -150,6 +152,18 @@ class LinearOperation:
         return grad.reshape(-1, grad.shape[-1]).sum(dim=0)
 
 
+def _padding_of_each_side(layer: nn.Conv2d) -> list[int]:
+    """What `F.pad` adds before and behind each dimension, the last one first."""
+    sides = []
+    for i in (1, 0):
+        if layer.padding == "same":
+            total = layer.dilation[i] * (layer.kernel_size[i] - 1)
+            sides += [total // 2, total - total // 2]
+        else:
+            sides += 2 * [0 if layer.padding == "valid" else layer.padding[i]]
+    return sides
+
+
 class ConvolutionOperation:
     """The same for a two-dimensional convolution, whose kernels are laid out as a matrix.
 
@@ -162,7 +176,7 @@ class ConvolutionOperation:
         self.padding: dict[str, Any] | None = None
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str):  # as a step of its own
             mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-            self.padding = {"pad": layer._reversed_padding_repeated_twice, "mode": mode}
+            self.padding = {"pad": _padding_of_each_side(layer), "mode": mode}
             self.settings["padding"] = 0
 
     def prepare(self, x: torch.Tensor) -> torch.Tensor:
@@ -234,7 +248,7 @@ def rescaled_operation(
         variants = [change.variant for change in changes]
         # Plain operations where the function below is not needed or cannot be used: without gradients (they can be
         # exported), in a trace (which cannot hold a Python function), and under torch.func (which does not know it).
-        plain = not torch.is_grad_enabled() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+        plain = not torch.is_grad_enabled() or torch.jit.is_tracing() or transforms_are_active()
         if plain:
             return _apply(x, weight, bias, shift, operation, variants, factors)
         return _Rescaled.apply(x, weight, bias, shift, operation, variants, *factors)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._compat import is_partitioned_by_zero
 from .rows import per_row
 
 
@@ -105,7 +106,7 @@ def zero_rows(param: nn.Parameter, active: torch.Tensor, optimizer: Any = None) 
     for state in states.get(param, {}).values():
         if isinstance(state, torch.Tensor) and state.shape == param.shape:
             _keep_rows(state, active)
-    if hasattr(param, "ds_id") or hasattr(param, "_hp_mapping"):  # ZeRO 3; ZeRO 1 and 2
+    if is_partitioned_by_zero(param):
         _zero_rows_of_partitions(param, active, states)
 
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from .._compat import COMPILED
 from ..functional.sharding import on_gradient
 from .layout import HeadLayout, ProjectionLayout
 from .traversal import own_modules
@@ -65,7 +66,7 @@ class HeadMaskable(Protocol):
 
 
 # What wrappers put into module names: PeftModel, DistributedDataParallel, torch.compile.
-_WRAPPER_NAMES = re.compile(r"^(module\.)?(_orig_mod\.)?(base_model\.model\.)?|(?<=\.)_orig_mod\.")
+_WRAPPER_NAMES = re.compile(rf"^(module\.)?({COMPILED}\.)?(base_model\.model\.)?|(?<=\.){COMPILED}\.")
 
 
 def head_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, HeadMaskable]:

@@ -62,8 +62,9 @@ class HeadMask(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a module that was pickled with its whole model, maybe by an earlier version."""
         super().__setstate__(state)
-        if "mask" in self._buffers:
-            self.register_buffer("off", ~self._buffers.pop("mask"))
+        if hasattr(self, "mask"):
+            self.register_buffer("off", ~self.mask)
+            del self.mask
 
 
 def masks_for_file(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -66,6 +66,7 @@ class RLRRLayer(nn.Module, BaseTunerLayer):
 
     @property
     def must_be_called(self) -> bool:
+        """Whether somebody listens to the base layer, or has put a forward of his own into it (Accelerate)."""
         return must_be_called(self.get_base_layer())
 
     def call_base_layer(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
