@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from ._compat import is_own, mismatched_keys, support_peft_in_image_pipelines
 from .adapter_folder.base_model import base_model_class
-from .adapter_folder.card import check_folder_files, read_labels, read_settings
+from .adapter_folder.files import check_folder_files
+from .adapter_folder.labels import read_labels
+from .adapter_folder.settings import read_settings
 
 
 if TYPE_CHECKING:
@@ -73,6 +75,7 @@ def fetch_adapter(path_or_repo: str | os.PathLike, subfolder: str | None = None,
     """
     from .adapter_folder.download import local_folder
     from .adapter_folder.weights_file import NAMES, find_weights, read_infos
+    from .tuners.common.registry import is_own_type
     from .tuners.common.saved_settings import check_foreign, check_ranks
 
     folder = local_folder(path_or_repo, subfolder, **kwargs)
@@ -81,7 +84,7 @@ def fetch_adapter(path_or_repo: str | os.PathLike, subfolder: str | None = None,
     weights = find_weights(folder)
     if weights is None:
         raise FileNotFoundError(f"{folder} has no weights of an adapter: neither {' nor '.join(NAMES)} is there")
-    if settings.get("peft_type") in ("HEAD_MASKED_LORA", "RLRR"):
+    if is_own_type(settings.get("peft_type")):
         read_infos(weights)
     else:
         check_foreign(settings.get("peft_type"), weights)
@@ -180,7 +183,7 @@ def new_image_classifier(
     from transformers import AutoConfig, AutoModelForImageClassification
 
     from .adapter_folder.checkpoints import read_error
-    from .heads.detect import task_head_names
+    from .backbones.classifier import classifier_names
 
     if os.path.isfile(os.path.join(path, "adapter_config.json")):
         raise ValueError(
@@ -209,8 +212,8 @@ def new_image_classifier(
     except (OSError, ValueError, SafetensorError) as error:
         faults = [f"{file.name} ({fault})" for file in Path(path).glob("*.safetensors") if (fault := read_error(file))]
         raise ValueError(f"no image classifier in {path!r}: {', '.join(faults) or error}") from error
-    heads = tuple(f"{name}." for name in task_head_names(model))
-    mismatched = [key for key in mismatched_keys(info) if not key.startswith(heads)]
+    classifiers = tuple(f"{name}." for name in classifier_names(model))
+    mismatched = [key for key in mismatched_keys(info) if not key.startswith(classifiers)]
     if mismatched and not ignore_mismatched_sizes:
         raise ValueError(
             f"weights of {path} have other shapes than the config says: {', '.join(mismatched)}; "

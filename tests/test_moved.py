@@ -11,7 +11,6 @@ MOVED = {
     "benchmark.evidence_plots": "benchmark.offline.evidence_plots",
     "benchmark.evidence_tables": "benchmark.offline.evidence_tables",
     "benchmark.tables": "benchmark.report.tables",
-    "heads.resolve": "heads.detect",
     "inspection": "convert.inspect",
     "plotting": "scoring.plotting",
     "search": "scoring.search",
@@ -43,6 +42,19 @@ def test_the_old_path_of_a_module_that_was_divided_has_everything(old, monkeypat
         assert getattr(module, name).__module__ == f"peft_heads.{new}"  # at home there, not passed on
     assert module.__name__ == f"peft_heads.{old}" and module.__file__.endswith(f"{old}.py")
     assert caught[0].filename != importlib.import_module("peft_heads._moved").__file__
+
+
+def test_contents_that_were_renamed_have_their_old_names(monkeypatch):
+    from peft_heads.backbones import classifier, image_part, targets
+    from peft_heads.heads import detect
+
+    monkeypatch.delitem(sys.modules, "peft_heads.heads.resolve", raising=False)
+    with pytest.warns(DeprecationWarning, match="peft_heads.heads.resolve has moved to peft_heads.heads.detect and"):
+        old = importlib.import_module("peft_heads.heads.resolve")
+    assert old.resolve_heads is detect.resolve_heads and old.default_targets is targets.default_targets
+    assert old._text_towers is image_part._text_towers
+    assert old.task_head_names is classifier.classifier_names and old.HEAD_NAMES is classifier.CLASSIFIER_NAMES
+    assert not hasattr(old, "nothing")
 
 
 def test_modules_that_are_rooms_now_answer_for_what_they_held():

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._compat import is_model_class
+
 
 def base_model_class(settings: dict[str, Any], folder: str | os.PathLike) -> Any:
     """The class of transformers that an adapter was trained on, by its settings; an Auto class where they name none.
@@ -23,7 +25,6 @@ def base_model_class(settings: dict[str, Any], folder: str | os.PathLike) -> Any
         ValueError: The settings name something of transformers that is neither a model nor an Auto class.
     """
     import transformers
-    from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
     mapping = settings.get("auto_mapping") or {}
     name = mapping.get("base_model_class") if isinstance(mapping, dict) else mapping
@@ -32,7 +33,7 @@ def base_model_class(settings: dict[str, Any], folder: str | os.PathLike) -> Any
     try:
         # a name that transformers does not have is that of a class of the user's own
         found = getattr(transformers, name, None) or transformers.AutoModelForImageClassification
-        if issubclass(found, (transformers.PreTrainedModel, _BaseAutoModelClass)):
+        if is_model_class(found):
             return found
     except (TypeError, ImportError, RuntimeError):  # no name, no class, or one that cannot be imported
         pass

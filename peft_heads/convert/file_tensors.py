@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from ..functional.quantization import quantize
 from ..heads.detect import resolve_heads
 from ..heads.layout import ProjectionLayout
 from ..heads.protocol import check_mask
-from ..tuners.common.head_mask import LORA_MASK, is_mask_key
+from ..tuners.common.head_mask import LORA_MASK, is_mask_key, rows_in_file
+from ..tuners.common.registry import method_of
 from ..tuners.common.saved_keys import is_adapter_key, module_of
 from ..tuners.head_masked_lora.packed import PACKED
 
@@ -29,7 +31,7 @@ def layouts_in_file(
         settings: The adapter's configuration.
         tensors: The tensors of the file.
     """
-    masked_parts = "qv" if settings.get("peft_type") == "RLRR" else settings.get("fused_parts") or "qkv"
+    masked_parts = settings.get("fused_parts") or method_of(settings.get("peft_type")).masked_parts
     found = resolve_heads(model, settings.get("num_heads"), masked_parts)
     modules = dict.fromkeys(module_of(key) for key in tensors if is_adapter_key(key))
     renamed = match_renamed(modules, [name for name, _ in model.named_modules()])
@@ -80,20 +82,11 @@ def unpacked_tensors(
     unpacked = {}
     for key, tensor in tensors.items():
         layout = layouts.get(module_of(key))
-
-        def find_rows(shape, mask, layout=layout):
-            if mask is None:
-                return None
-            if layout is not None and (len(mask), shape[0]) == (layout.num_heads, layout.out_features):
-                return layout.active_rows(mask)
-            if layout is not None or shape[0] % len(mask):
-                raise ValueError(f"it has {len(mask)} heads in {shape[0]} rows; the base model has {layout}")
-            return mask.repeat_interleave(shape[0] // len(mask))
-
         is_lora = key.endswith(PACKED)
         if not is_lora and tensor.dtype != torch.uint8:
             unpacked[key] = tensor
             continue
+        find_rows = _guess_rows if layout is None else partial(rows_in_file, layout, "the base model")
         try:
             matrices, mask = unpack_module(tensor, 2 if is_lora else 1, find_rows)
         except ValueError as error:
@@ -135,3 +128,10 @@ def quantized_tensors(
 
 def is_packed(tensors: dict[str, torch.Tensor]) -> bool:
     return any(key.endswith(PACKED) for key in tensors)
+
+
+def _guess_rows(shape: tuple[int, int], mask: torch.Tensor) -> torch.Tensor:
+    """`rows_in_file` of a projection whose heads no model tells, as if it were no part of a fused one."""
+    if shape[0] % len(mask):
+        raise ValueError(f"it has {len(mask)} heads in {shape[0]} rows, which is not the same number for every head")
+    return mask.repeat_interleave(shape[0] // len(mask))

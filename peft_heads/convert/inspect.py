@@ -13,13 +13,16 @@ from torch import nn
 
 from .._compat import Loading
 from ..adapter_folder.base_model import empty_base_model
-from ..adapter_folder.card import read_labels, read_settings
 from ..adapter_folder.checkpoints import read_error
-from ..adapter_folder.weights_file import find_weights, is_settings_key, read_infos, read_weights
+from ..adapter_folder.labels import read_labels
+from ..adapter_folder.settings import read_settings
+from ..adapter_folder.weights_file import find_weights, read_infos, read_weights
 from ..image_classifier import fetch_adapter
 from ..tuners.common.head_mask import is_mask_key
+from ..tuners.common.registry import is_own_type, method_of
 from ..tuners.common.saved_folder import check_before_writing
 from ..tuners.common.saved_keys import is_adapter_key
+from ..tuners.common.saved_settings import is_settings_key
 from ..tuners.common.setting_types import refusal
 from ..tuners.head_masked_lora.config import FULL_PRECISION
 from ..tuners.head_masked_lora.packed import PACKED
@@ -28,7 +31,6 @@ from .source import check_type
 from .update_norms import check_deactivated_rows, check_deactivated_updates, norms_by_head
 
 
-OURS = ("HEAD_MASKED_LORA", "RLRR")
 PARTS = ("adapter", "classification head", "masks and header")
 
 
@@ -78,7 +80,7 @@ def inspect_adapter(adapter: str | os.PathLike, base_model: str | os.PathLike | 
     check_type(folder, settings)
     read_labels(folder)
     weights, config = find_weights(os.fspath(folder)), None
-    if settings["peft_type"] in OURS:
+    if is_own_type(settings["peft_type"]):
         config = PeftConfig.from_pretrained(os.fspath(folder))  # which refuses settings of the wrong type
     model, no_norms = _base_model(folder, settings, base_model)
     try:
@@ -113,9 +115,11 @@ def _report(
     bits = FULL_PRECISION if is_packed(stored) else settings.get("adapter_bits") or FULL_PRECISION
     acting = tensors if bits == FULL_PRECISION else quantized_tensors(tensors, layouts, bits)
     norms = norms_by_head(acting, layouts, settings)
-    if settings.get("peft_type") == "RLRR":
-        no_norms = "the update of RLRR depends on the frozen weights, which are not read"
-        check_deactivated_rows(weights, tensors, masks, layouts)
+    method = method_of(settings.get("peft_type"))
+    no_norms = method.no_norms or no_norms
+    if not norms and not no_norms:
+        no_norms = f"the update of {method.peft_type} is not computed from its file"
+    check_deactivated_rows(weights, tensors, masks, layouts, method.head_rows)
     check_deactivated_updates(weights, norms, masks)
     return AdapterReport(
         folder,

@@ -13,13 +13,14 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from ..adapter_folder.atomic import new_folder
-from ..adapter_folder.card import read_labels, read_settings, write_labels
-from ..adapter_folder.weights_file import is_settings_key
+from ..adapter_folder.labels import read_labels, write_labels
+from ..adapter_folder.settings import read_settings
 from ..image_classifier import fetch_adapter
 from ..tuners.common.head_mask import LORA_MASK
+from ..tuners.common.registry import adapter_types
+from ..tuners.common.saved_settings import is_settings_key
 from ..tuners.head_masked_lora.packed import PACKED
 from ..tuners.head_masked_lora.state_dict import write_quantized
-from .migrate import LORA_TYPES
 from .source import check_type, load_complete_adapter, save_processor, sources
 
 
@@ -69,7 +70,7 @@ def _check_expressible(source: Path, settings: dict[str, Any]) -> None:
     """Raise ValueError unless an adapter with these settings can be written as plain LoRA."""
     if settings.get("peft_type") == "LORA":
         raise ValueError(f"{source} is a stock LoRA adapter already; there is nothing to export")
-    check_type(source, settings, LORA_TYPES)
+    check_type(source, settings, adapter_types(LoraConfig))
     if settings.get("mask_scope") == "head" and (settings.get("ne") or settings.get("ratio")):
         raise ValueError(
             f"{source} has mask_scope='head', which no LoRA adapter can express: its deactivated heads are silent, "

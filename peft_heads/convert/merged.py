@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..adapter_folder.atomic import new_folder
-from ..adapter_folder.card import read_settings
+from ..adapter_folder.settings import read_settings
 from ..image_classifier import fetch_adapter, quiet_loading
 from .source import check_type, load_complete_adapter, save_processor, sources
 

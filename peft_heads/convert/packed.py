@@ -7,9 +7,10 @@ import shutil
 from pathlib import Path
 
 from ..adapter_folder.atomic import new_folder
-from ..adapter_folder.card import HEAT_MAP_FILE, SCORES_FILE, read_settings
+from ..adapter_folder.score_files import HEAT_MAP_FILE, SCORES_FILE
+from ..adapter_folder.settings import read_settings
 from ..image_classifier import fetch_adapter
-from ..tuners import pack_adapter
+from ..tuners.common.registry import method_of, registered_methods
 from .source import PROCESSOR_FILE, load_complete_adapter, sources
 
 
@@ -30,13 +31,15 @@ def export_packed(
     with new_folder(target, overwrite, sources(adapter, base_model)) as folder:
         source = fetch_adapter(adapter)
         settings = read_settings(source)
-        if settings.get("peft_type") != "HEAD_MASKED_LORA":
+        method = method_of(settings.get("peft_type"))
+        if method is None or method.pack is None:
+            packed = (other.peft_type for other in registered_methods() if other.pack is not None)
             raise ValueError(
                 f"{source} holds an adapter of type {settings.get('peft_type')}, which has no k-bit weights (expected "
-                "HEAD_MASKED_LORA)"
+                f"{' or '.join(packed)})"
             )
         model, _ = load_complete_adapter(source, base_model)
-        pack_adapter(model, model.active_adapter)
+        method.pack(model, model.active_adapter)
         for name in (MODEL_CARD, PROCESSOR_FILE, SCORES_FILE, HEAT_MAP_FILE):
             if (source / name).exists():
                 shutil.copyfile(source / name, folder / name)

@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING
 
 import torch
 import transformers
+from peft import LoraConfig
 
 from ..adapter_folder.atomic import new_folder
-from ..adapter_folder.card import read_settings
+from ..adapter_folder.settings import read_settings
 from ..heads.detect import resolve_heads
 from ..heads.layout import HeadLayout
 from ..heads.protocol import get_head_masks
 from ..image_classifier import fetch_adapter
+from ..tuners.common.registry import adapter_types
 from .merged import load_whole_model, merge, save_checkpoint
-from .migrate import LORA_TYPES
 from .source import check_type, sources
 
 
@@ -44,7 +45,7 @@ def export_pruned(
     with new_folder(target, overwrite, sources(adapter, base_model)) as folder:
         source = fetch_adapter(adapter)
         settings = read_settings(source)
-        check_type(source, settings, LORA_TYPES)
+        check_type(source, settings, adapter_types(LoraConfig))
         if settings.get("mask_scope") != "head":
             raise ValueError(
                 f"{source} has mask_scope={settings.get('mask_scope')!r}, under which the frozen heads go on working "

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from ..adapter_folder.card import read_settings
 from ..adapter_folder.checkpoints import read_error
+from ..adapter_folder.settings import read_settings
 from ..data.images import load_image_processor
 from ..image_classifier import load_adapter
-from .migrate import ADAPTER_TYPES
+from ..tuners.common.registry import adapter_types
 
 
 if TYPE_CHECKING:
@@ -26,8 +26,9 @@ PROCESSOR_FILE = "preprocessor_config.json"
 _INCOMPLETE = ("Found missing adapter keys", "the adapter file has weights for modules that the model has under no")
 
 
-def check_type(source: Path, settings: dict[str, Any], expected: tuple[str, ...] = ADAPTER_TYPES) -> None:
+def check_type(source: Path, settings: dict[str, Any], expected: tuple[str, ...] = ()) -> None:
     """Raise ValueError for an adapter whose method is not among the expected ones, by default ours and LoRA."""
+    expected = expected or adapter_types()
     if settings.get("peft_type") not in expected:
         raise ValueError(
             f"{source} holds an adapter of type {settings.get('peft_type')}; expected {' or '.join(expected)}"

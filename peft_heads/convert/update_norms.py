@@ -10,6 +10,7 @@ import torch
 from peft.utils.other import get_pattern_key
 
 from ..heads.layout import HeadLayout, ProjectionLayout
+from ..tuners.common.head_mask import contradiction
 from ..tuners.common.saved_keys import module_of
 
 
@@ -73,10 +74,7 @@ def check_deactivated_updates(weights: Path, norms: dict[str, torch.Tensor], mas
     for name, mask in masks.items():
         if name in norms and norms[name][~mask].count_nonzero():
             heads = (~mask & (norms[name] != 0)).nonzero().flatten().tolist()
-            raise ValueError(
-                f"{weights} contradicts itself: the mask of {name} deactivates heads {heads}, whose update is not "
-                "zero; the mask or the weights were edited"
-            )
+            raise contradiction(weights, f"the mask of {name} deactivates heads {heads}, whose update is not zero")
 
 
 def check_deactivated_rows(
@@ -84,27 +82,28 @@ def check_deactivated_rows(
     tensors: dict[str, torch.Tensor],
     masks: dict[str, torch.Tensor],
     layouts: dict[str, ProjectionLayout],
+    head_rows: tuple[str, ...],
 ) -> None:
-    """Raise ValueError if an RLRR adapter's file has values in the rows of heads that its masks deactivate.
+    """Raise ValueError if an adapter's file has values in the rows of heads that its masks deactivate.
 
     Args:
         weights: The file, for the message.
         tensors: Its tensors.
         masks: `{projection: bool (num_heads,)}`.
         layouts: `{module, by its name in the file: its heads}`.
+        head_rows: Names of the parameters whose rows belong to heads.
     """
     for key, tensor in tensors.items():
         name, _, part = key.rpartition(".")
         layout = layouts.get(module_of(key))
-        if layout is None or part not in ("rlrr_left", "rlrr_shift"):
+        if layout is None or part not in head_rows:
             continue
         for name, heads in layout.named_parts(module_of(key)).items():
             if name not in masks:
                 continue
             off = heads.rows(tensor)[heads.expand(~masks[name])]
             if off.count_nonzero():
-                raise ValueError(
-                    f"{weights} contradicts itself: the mask of {name} deactivates heads "
-                    f"{(~masks[name]).nonzero().flatten().tolist()}, whose rows of {part} are not zero; the mask or the "
-                    "weights were edited"
+                indices = (~masks[name]).nonzero().flatten().tolist()
+                raise contradiction(
+                    weights, f"the mask of {name} deactivates heads {indices}, whose rows of {part} are not zero"
                 )

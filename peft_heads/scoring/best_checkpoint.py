@@ -18,8 +18,8 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import nn
 
-from ..adapter_folder.card import read_labels
-from ..adapter_folder.weights_file import is_settings_key
+from ..adapter_folder.contents import folder_contents
+from ..adapter_folder.labels import read_labels
 
 
 def check_best_checkpoint(model: nn.Module, active: Sequence[str]) -> None:
@@ -78,7 +78,7 @@ def load_best_checkpoint(model: PeftModel, active: Sequence[str], checkpoint: st
             )
     for name, folder in folders.items():
         # the labels take effect with the weights
-        model.peft_config[name].adapter_files.labels_in_file = read_labels(folder)
+        folder_contents(model, name).labels_in_file = read_labels(folder)
         model.load_adapter(str(folder), name)
 
 
@@ -119,12 +119,25 @@ def _difference(model: PeftModel, saved: str, loaded: str) -> str | None:
 
 
 def _shapes(model: PeftModel, adapter_name: str) -> dict[str, tuple[int, ...]]:
-    """`{key in the adapter's file: shape}`, without the number of outputs of modules that are trained in full."""
+    """`{key in the adapter's file: shape}` of its weights.
+
+    Modules that are trained in full may have another number of outputs, so theirs is left out.
+    """
     ends = tuple(f".{name}." for name in model.peft_config[adapter_name].modules_to_save or ())
     with torch.no_grad():
         state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     return {
         key: tuple(value.shape[1:] if any(end in f".{key}" for end in ends) else value.shape)
         for key, value in state_dict.items()
-        if not is_settings_key(key)
+        if _belongs_to_module(key)
     }
+
+
+def _belongs_to_module(key: str) -> bool:
+    """Whether a key of an adapter's file is that of a module's tensor; settings noted among the weights have no module.
+
+    Example:
+        >>> _belongs_to_module("base_model.model.classifier.bias"), _belongs_to_module("base_model.model.lora_settings")
+        (True, False)
+    """
+    return "." in key.removeprefix("base_model.model.")

@@ -10,13 +10,16 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from ..adapter_folder.card import set_image_processor
+from ..adapter_folder.contents import FolderContents, folder_contents, set_image_processor
+from ..adapter_folder.saving import write_contents
+from ..adapter_folder.score_files import read_head_scores, write_head_scores
 from ..heads.protocol import deactivated_heads, describe_masks, get_head_masks
+from ..heads.scores import find_criterion
 from .active_adapters import active_adapters, adapter_to_score
 from .best_checkpoint import check_best_checkpoint, load_best_checkpoint, warn_if_before_selection
 from .checks import check_deepspeed, check_first_step, check_late_selection
 from .report import report_files
-from .resuming import check_settings, saved_progress, saved_scores, selection_settings
+from .resuming import check_settings, saved_progress, saved_scores
 from .scorer import HeadScorer
 from .window import check_window_arguments, plan_window, steps_per_epoch
 
@@ -84,6 +87,7 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
         self.progress: dict[str, Any] = {}
         self._training = False  # between the beginning and the end of a run
         self._scorer: HeadScorer | None = None
+        self._contents: FolderContents | None = None  # of the folders that the adapter is going to be saved in
         self._trainer = None
 
     def attach(self, trainer) -> TaylorHeadScorer:
@@ -106,12 +110,13 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
         begins_again = self._training and self.masks is not None
         self.masks, self._training = None, True
         self._scorer = HeadScorer(model, adapter_to_score(model, self.adapter_name), recording=False, run=state)
+        self._contents = folder_contents(model, self._scorer.adapter_name)
         check_deepspeed(args, self._scorer.config)
         if args.load_best_model_at_end:
             check_best_checkpoint(model, active_adapters(model))
         first, last = self._plan(args, state, kwargs.get("train_dataloader"))
 
-        name, settings = self._scorer.adapter_name, selection_settings(self._scorer.config)
+        name, settings = self._scorer.adapter_name, self._scorer.config.selection_settings
         saved = saved_progress(state, TaylorHeadScorer.__name__, name) if state.global_step else {}
         check_settings(saved, settings)
         self.progress = {"first_step": first, "select_step": last, "selected_at": saved.get("selected_at")}
@@ -123,15 +128,17 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
         masks = get_head_masks(model, name)
         if deactivated_heads(masks) or self.progress["selected_at"] is not None:
             self._keep_masks(masks, begins_again)
-            self._scorer.config.adapter_files.read_head_scores(args.output_dir)
+            self._contents.head_scores = self._contents.head_scores or read_head_scores(args.output_dir)
             self._scorer.close()
             return
 
         self._scorer.check()
+        if self._scorer.config.masks_heads:
+            find_criterion(self._scorer.config.criterion)  # before the warm-up is trained for nothing
         scores = saved_scores(saved, first, last)
         if scores is not None:
             self._scorer.load_state_dict(scores)
-        self._scorer.config.adapter_files.selection_pending = True
+        self._contents.selection_pending = True
         if state.global_step >= last:
             check_late_selection(self._scorer, state.global_step, last)
             self._select(args, state, control, kwargs.get("optimizer"))
@@ -158,7 +165,7 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self._training = False
-        self._scorer.config.adapter_files.selection_pending = False
+        self._contents.selection_pending = False
         self._scorer.close()
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             # after Trainer, which has just loaded the file that it takes for the adapter's
@@ -177,7 +184,7 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
         if self._scorer is not None and state.is_world_process_zero:
             if hasattr(kwargs["model"], "create_or_update_model_card"):  # a PeftModel
                 kwargs["model"].create_or_update_model_card(args.output_dir)
-            self._scorer.config.adapter_files.write(args.output_dir, self._scorer.config, warn=False)
+            write_contents(args.output_dir, self._scorer.config, self._contents, warn=False)
 
     # ExportableState: what checkpoints hold
 
@@ -228,15 +235,15 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
         scores, degenerate = scorer.all_scores(), scorer.is_degenerate()
         self.masks = scorer.apply(optimizer)
         self.progress["selected_at"] = state.global_step
-        self._scorer.config.adapter_files.selection_pending = False
+        self._contents.selection_pending = False
 
         heads = describe_masks(self.masks)
         logger.info("step %d: deactivated heads by %s: %s", state.global_step, scorer.config.criterion, heads)
         self._log({"deactivated_heads": heads, "degenerate": degenerate}, state, control)
         if state.is_world_process_zero:
             files = report_files(scorer, self.progress, state, scores, self.masks, degenerate)
-            scorer.config.adapter_files.head_scores = files
-            scorer.config.adapter_files.write_head_scores(args.output_dir)
+            self._contents.head_scores = files
+            write_head_scores(args.output_dir, files)
 
     def _log(self, entry: dict[str, Any], state: TrainerState, control: TrainerControl) -> None:
         """Log through `trainer.log` where attached: otherwise a callback has no trainer, and the reporters ran before it."""

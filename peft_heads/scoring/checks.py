@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from ..functional.sharding import whole_shape
 from ..heads.protocol import HeadMaskable, module_patterns
-from ..heads.scores import GRADIENT_CRITERIA, TAYLOR_CRITERIA
+from ..heads.scores import find_criterion
 
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ def check_parameters(layers: dict[str, HeadMaskable], adapter_name: str) -> None
         adapter_name: The adapter.
     """
     for name, layer in layers.items():
-        for param in layer.head_parameters(adapter_name):
-            problem = _problem_of(name, param, layer.head_layout[adapter_name].out_features)
+        for scored in layer.scored_parameters(adapter_name):
+            problem = _problem_of(name, scored.param, layer.head_layout[adapter_name].out_features)
             if problem is not None:
                 raise ValueError(f"the heads of adapter {adapter_name!r} cannot be scored: {problem}")
 
@@ -62,7 +62,7 @@ def check_first_step(scorer: HeadScorer, asked: str) -> None:
     """
     config = scorer.config
     masked = any(not layer.get_head_mask(scorer.adapter_name).all() for layer in scorer.layers.values())
-    if masked or not config.masks_heads or config.criterion not in TAYLOR_CRITERIA:
+    if masked or not config.masks_heads or not find_criterion(config.criterion).is_taylor:
         return  # nothing will be selected, or not by products with the adapter's parameters
     zero = scorer.without_update()
     if zero:
@@ -83,7 +83,7 @@ def check_late_selection(scorer: HeadScorer, step: int, select_step: int) -> Non
         select_step: The step after which heads were to be selected.
     """
     config = scorer.config
-    if config.masks_heads and config.criterion in GRADIENT_CRITERIA and not scorer.num_steps:
+    if config.masks_heads and find_criterion(config.criterion).needs_gradients and not scorer.num_steps:
         raise ValueError(
             f"training resumes at step {step}, after the selection of heads at step {select_step}, and the checkpoint "
             f"holds neither masks nor scores; pass a select_at of more than {step}"

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from transformers import TrainerState
 
-from ..adapter_folder.card import HEAT_MAP_FILE, SCORES_FILE
+from ..adapter_folder.score_files import HEAT_MAP_FILE, SCORES_FILE
 from ..heads.protocol import deactivated_heads
 from .plotting import figure_bytes, plot_head_scores
-from .resuming import selection_settings
 from .scorer import HeadScorer
 
 
@@ -45,7 +44,7 @@ def report_files(
             "steps_counted": scorer.num_steps,
             "steps_skipped": scorer.num_skipped,
         },
-        **selection_settings(scorer.config),
+        **scorer.config.selection_settings,
         "degenerate": degenerate,
         "deactivated_heads": deactivated_heads(masks),
         "masks": {name: mask.tolist() for name, mask in masks.items()},

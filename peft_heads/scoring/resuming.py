@@ -11,15 +11,6 @@ from typing import Any
 from transformers import TrainerState
 
 
-# Masks that were selected by other settings would be described wrongly, or mean something else.
-SETTINGS = ("ne", "ratio", "granularity", "joint", "criterion", "mask_seed", "mask_scope")
-
-
-def selection_settings(config: Any) -> dict[str, Any]:
-    """The settings of an adapter's configuration by which heads are selected."""
-    return {name: getattr(config, name) for name in SETTINGS}
-
-
 def saved_progress(state: TrainerState, callback_name: str, adapter_name: str) -> dict[str, Any]:
     """Our entry in a checkpoint; empty without one. Trainer restores callbacks only on request, but loads their state.
 
@@ -48,11 +39,12 @@ def saved_progress(state: TrainerState, callback_name: str, adapter_name: str) -
 def check_settings(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise ValueError if the checkpoint's heads were selected by other settings than this run's.
 
-    Until the selection the settings may change: the statistics of all criteria are gathered.
+    The masks would be described wrongly, or mean something else. Until the selection the settings may change: the
+    statistics of all criteria are collected.
 
     Args:
         saved: The checkpoint's entry.
-        now: This run's `selection_settings`.
+        now: The `selection_settings` of this run's configuration.
     """
     if saved.get("selected_at") is None:
         return

@@ -7,7 +7,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from peft_heads import HeadMaskedLoraConfig, set_head_masks, set_image_processor
-from peft_heads.adapter_folder.card import HEAT_MAP_FILE, SCORES_FILE, read_labels
+from peft_heads.adapter_folder.contents import folder_contents
+from peft_heads.adapter_folder.labels import read_labels
+from peft_heads.adapter_folder.score_files import HEAT_MAP_FILE, SCORES_FILE
 from peft_heads.data.images import load_image_processor
 from peft_heads.demo.model import load_demo_processor
 
@@ -111,7 +113,7 @@ def test_image_processor(model, tmp_path):
     model.save_pretrained(tmp_path)
     assert list(load_image_processor(tmp_path).image_mean) == [0.1, 0.2, 0.3]
     set_image_processor(model, object())  # a tokenizer, say: not ours to save
-    assert json.loads(model.peft_config["default"].adapter_files.image_processor)["image_mean"] == [0.1, 0.2, 0.3]
+    assert json.loads(folder_contents(model).image_processor)["image_mean"] == [0.1, 0.2, 0.3]
 
 
 def test_card_of_a_trainer(model, tmp_path):
@@ -126,7 +128,7 @@ def test_card_of_a_trainer(model, tmp_path):
 
 
 def scores_of(heads, **settings):
-    """What the scorer leaves in `adapter_files`, as far as it matters here."""
+    """What the scorer leaves in `FolderContents`, as far as it matters here."""
     settings = {"ne": 1, "ratio": None, "granularity": "global", "joint": True, "criterion": "absolute"} | settings
     off = dict.fromkeys(tiny.masks_off(tiny.make("vit")), heads)
     report = {**settings, "mask_scope": "adapter", "deactivated_heads": off}
@@ -134,7 +136,7 @@ def scores_of(heads, **settings):
 
 
 def test_heat_map_goes_with_the_masks_it_explains(model, tmp_path):
-    model.peft_config["default"].adapter_files.head_scores = scores_of([4])
+    folder_contents(model).head_scores = scores_of([4])
     set_head_masks(model, tiny.masks_off(model, 4))
     model.save_pretrained(tmp_path / "one")
     assert (tmp_path / "one" / "head_scores.png").read_bytes() == b"PNG"

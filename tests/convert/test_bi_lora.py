@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTForImageClassification
 
 from peft_heads import HeadMaskedLoraConfig
-from peft_heads.adapter_folder.card import read_labels
+from peft_heads.adapter_folder.labels import read_labels
 from peft_heads.cli.main import main
 from peft_heads.convert.bi_lora.convert import export_bi_lora, import_bi_lora
 from peft_heads.convert.bi_lora.settings import BASE_MODEL, shortest_scale

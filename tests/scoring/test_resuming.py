@@ -4,7 +4,7 @@ import pytest
 from transformers import TrainerState
 
 from peft_heads import HeadMaskedLoraConfig, RLRRConfig
-from peft_heads.scoring.resuming import check_settings, saved_progress, saved_scores, selection_settings
+from peft_heads.scoring.resuming import check_settings, saved_progress, saved_scores
 
 
 SCORES = {"num_steps": 3, "num_skipped": 0, "sums": {"q": [[1.0], [2.0], [3.0]]}}
@@ -44,8 +44,8 @@ def test_entries_of_other_adapters_are_refused():
 
 @pytest.mark.parametrize("config", [HeadMaskedLoraConfig, RLRRConfig])
 def test_settings_may_change_until_the_selection(config):
-    saved = {"settings": selection_settings(config(ne=1)), "selected_at": None}
-    now = selection_settings(config(ne=2, criterion="positive"))
+    saved = {"settings": config(ne=1).selection_settings, "selected_at": None}
+    now = config(ne=2, criterion="positive").selection_settings
     check_settings(saved, now)
     check_settings({**saved, "selected_at": 8}, saved["settings"])
     with pytest.raises(ValueError, match=r"selected at step 8 .* has ne=2 \(was 1\), criterion='positive' \(was 'abs"):

@@ -25,7 +25,7 @@ from torch import distributed as dist
 from transformers import Trainer, TrainingArguments
 
 from peft_heads import HeadMaskedLoraConfig, HeadScorer, RLRRConfig, TaylorHeadScorer, get_head_masks
-from peft_heads.adapter_folder import card as adapter_files
+from peft_heads.adapter_folder import card, labels, saving, score_files
 
 
 torch.set_num_threads(1)
@@ -40,8 +40,9 @@ def main(folder, layout, **options):
     config = config_class(ne=ne, **options.pop("config", {}))
     model = get_peft_model(tiny.make("vit"), config)
     written = []
-    write = adapter_files.write_atomically
-    adapter_files.write_atomically = lambda path, content: written.append(Path(path).name) or write(path, content)
+    write = card.write_atomically
+    for module in (card, labels, saving, score_files):
+        module.write_atomically = lambda path, content: written.append(Path(path).name) or write(path, content)
     if layout in ("loop", "fsdp2", "fsdp2-units"):
         result = run_loop(folder, layout, model, **options)
     else:

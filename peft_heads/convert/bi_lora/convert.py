@@ -10,21 +10,23 @@ from typing import Any
 
 import torch
 import transformers
-from peft import get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from ...adapter_folder.atomic import new_folder, write_atomically, write_together
-from ...adapter_folder.card import read_settings, write_labels
-from ...adapter_folder.weights_file import find_weights, is_settings_key, read_infos, read_weights
+from ...adapter_folder.labels import write_labels
+from ...adapter_folder.settings import read_settings
+from ...adapter_folder.weights_file import find_weights, read_infos, read_weights
+from ...backbones.targets import default_targets
 from ...functional.quantization import BITS
-from ...heads.detect import default_targets
 from ...image_classifier import fetch_adapter
 from ...tuners import HeadMaskedLoraConfig, pack_adapter
 from ...tuners.common.classifiers import default_labels
+from ...tuners.common.registry import adapter_types
+from ...tuners.common.saved_settings import is_settings_key
 from ...tuners.head_masked_lora.config import FULL_PRECISION
 from ...tuners.head_masked_lora.packed import PACKED
-from ..migrate import LORA_TYPES
 from ..source import PROCESSOR_FILE, check_type, load_complete_adapter
 from .base_model import empty_vit, problem_of_base_model
 from .files import dataset_in_name, encode, read, settings_beside
@@ -133,7 +135,7 @@ def export_bi_lora(
             raise ValueError(f"{path} exists already and nothing was changed; {way_out}")
     source = fetch_adapter(adapter)
     config = read_settings(source)
-    check_type(source, config, LORA_TYPES)
+    check_type(source, config, adapter_types(LoraConfig))
     problem = _problem_of_settings(config) or problem_of_base_model(
         base_model or config.get("base_model_name_or_path")
     )

@@ -22,8 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ...functional.packing import PackedWeight
-from ...functional.quantization import pack, unpack
+from ...functional.packing import PackedWeight, pack, unpack
 from .settings import MATRICES, MOMENTS, NUM_BLOCKS, WIDTH, Settings, existing, read_settings
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from ...adapter_folder.weights_file import check_ordinary
+from ...adapter_folder.ordinary import check_ordinary
 from ...functional.quantization import BITS
 
 

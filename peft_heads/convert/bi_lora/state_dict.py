@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ...functional.packing import PackedWeight, pack_module, unpack_module
+from ...functional.packing import PackedWeight, pack_module, read_mask, unpack_module
 from ...tuners.common.saved_keys import BASE, module_of, renamed_keys
 from ...tuners.head_masked_lora.config import FULL_PRECISION
 from ...tuners.head_masked_lora.packed import PACKED
@@ -68,15 +68,14 @@ def weights_of(state_dict: dict[str, torch.Tensor], config: dict[str, Any]) -> W
 def _factors(key: str, data: torch.Tensor, bits: int, rank: int) -> tuple[PackedWeight, PackedWeight]:
     """Down and up of one projection; `bits` and `rank` are those of the settings."""
 
-    def find_rows(shape: tuple[int, int], mask: torch.Tensor | None) -> None:
+    try:
+        mask = read_mask(data)
         if mask is not None and not mask.all():
             raise ValueError(
                 f"heads {(~mask).nonzero().flatten().tolist()} are deactivated, and the form has no place for head "
                 f"masks{OTHER_FORMS}"
             )
-
-    try:
-        (down, up), _ = unpack_module(data, 2, find_rows)
+        (down, up), _ = unpack_module(data, 2)
     except ValueError as error:
         raise ValueError(f"{module_of(key)}: {error}") from error
     shapes = [tuple(matrix.codes.shape) for matrix in (down, up)]

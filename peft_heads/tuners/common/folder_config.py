@@ -1,80 +1,78 @@
-"""What the configurations of our methods have in common: which heads are deactivated, and the files beside them."""
+"""What the configurations of our methods have in common, heads or not: the files beside them."""
 
 from __future__ import annotations
 
 import copy
 import os
+from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
-from ...adapter_folder.card import (
-    AdapterFiles,
-    CardText,
-    check_folder_files,
-    check_patterns,
-    find_labels,
-    read_settings,
-)
-from ...heads.scores import CRITERIA
-from ...heads.selection import GRANULARITIES, check_head_count
+from ..._compat import split_download_kwargs
+from ...adapter_folder.card import CardText
+from ...adapter_folder.contents import FolderContents
+from ...adapter_folder.files import check_folder_files
+from ...adapter_folder.labels import find_labels
+from ...adapter_folder.saving import write_contents
+from ...adapter_folder.settings import check_patterns, read_settings
 from .setting_types import check_types, refusal
 
 
-class SavedConfig:
-    """Mixed into a PEFT configuration, before it: model card, labels and image processor come and go with it.
+@dataclass
+class Carried:
+    """What a configuration carries from one call of PEFT's to the next, although it is no setting.
 
-    The configuration has the fields `ne`, `ratio`, `granularity`, `criterion` and `num_heads`.
-
-    The attributes are no fields, hence not saved.
+    All else of a run is in the tuner's `adapter_states`.
 
     Attributes:
-        adapter_files: What `save_pretrained` writes beside the configuration, filled when the weights are collected.
+        source: Place that the configuration was read from, as arguments of `hf_hub_download`; None once the tuner has
+            read it. `PeftConfig.from_pretrained` alone is told it, before there is a tuner.
+        is_stock: Whether that place holds stock LoRA.
+        chosen: Values of options that were not given and that a model's parts have answered, by option. PEFT reads the
+            answers in the configuration that the user holds, which may serve for another model.
+        contents: What `save_pretrained` writes beside the configuration. `PeftModel.save_pretrained` calls it last, and
+            tells it nothing of the model; so the tuner puts it here when it collects the weights.
+    """
+
+    source: dict[str, Any] | None = None
+    is_stock: bool = False
+    chosen: dict[str, Any] = field(default_factory=dict)
+    contents: FolderContents = field(default_factory=FolderContents)
+
+
+class AdapterFolderConfig:
+    """Mixed into a PEFT configuration, before it: model card, labels and image processor come and go with it.
+
+    Attributes:
         card: What the model card says of the method.
-        chosen: Values of options that were not given and that a model's parts have answered, by option.
-        is_stock: Whether it was read from a folder of stock LoRA.
-        source: Where a saved configuration comes from, as arguments of `hf_hub_download`; None once it was read.
+        carried: The one attribute that is no setting; it is no field, hence not saved.
     """
 
     card: CardText
-    adapter_files: AdapterFiles
-    chosen: dict[str, Any]
-    source: dict[str, Any] | None
-    is_stock: bool = False
+    carried: Carried
 
-    def begin_files(self) -> None:
-        """Of a new configuration: nothing is known yet."""
-        self.adapter_files = AdapterFiles()
-        self.source = None
-        self.chosen: dict[str, Any] = {}
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.carried = Carried()
+        check_patterns(vars(self))
+
+    @property
+    def noted_settings(self) -> dict[str, bool]:
+        """Settings that are noted among the weights, because they change what these mean and show in none of them."""
+        return {}
 
     def choose(self, option: str, value: Any) -> None:
         """Answer an option that was not given from the model's parts; for another model it is chosen anew."""
         setattr(self, option, value)
-        self.chosen[option] = copy.copy(value)
+        self.carried.chosen[option] = copy.copy(value)
 
-    @property
-    def masks_heads(self) -> bool:
-        """Whether heads are going to be deactivated: False for `ne=0` and `ratio=0`."""
-        return bool(self.ne or self.ratio)
-
-    def check_heads(self) -> None:
-        """Raise ValueError unless what says which heads are deactivated is in its range."""
-        check_patterns(vars(self))
-        check_head_count(self.ne, self.ratio)
-        self.check_choice("granularity", GRANULARITIES)
-        self.check_choice("criterion", CRITERIA)
-        numbers = self.num_heads.values() if isinstance(self.num_heads, dict) else [self.num_heads]
-        if self.num_heads is not None and not all(type(n) is int and n > 0 for n in numbers):
-            raise ValueError(
-                f"num_heads must be a positive integer, or one per module pattern; got {self.num_heads!r}"
-            )
-
-    def check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
-        """Raise ValueError unless a field has one of the allowed values."""
-        if getattr(self, name) not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+    def forget_choices(self) -> None:
+        """Ask again for the options that were answered from another model's parts, unless they were set since."""
+        for option, value in self.carried.chosen.items():
+            if getattr(self, option) == value:
+                setattr(self, option, None)
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """Save the configuration and, beside it, the model card, the labels and the image processor.
@@ -83,7 +81,7 @@ class SavedConfig:
         outside PEFT can write files of its own.
         """
         super().save_pretrained(save_directory, **kwargs)
-        self.adapter_files.write(save_directory, self)
+        write_contents(save_directory, self, self.carried.contents)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
@@ -95,9 +93,9 @@ class SavedConfig:
             raise
         except Exception as error:  # PEFT checks no types: whatever a wrong one leads to
             raise refusal(os.path.join(pretrained_model_name_or_path, subfolder or ""), error) from error
-        if isinstance(config, SavedConfig):
-            config.source = source_of(cls, pretrained_model_name_or_path, subfolder, kwargs)
-            config.adapter_files.labels_in_file = find_labels(**config.source)
+        if isinstance(config, AdapterFolderConfig):
+            config.carried.source = source_of(cls, pretrained_model_name_or_path, subfolder, kwargs)
+            config.carried.contents.labels_in_file = find_labels(**config.carried.source)
         return config
 
 
@@ -118,5 +116,5 @@ def source_of(
     config_class: type[PeftConfig], path_or_repo: str | os.PathLike, subfolder: str | None, kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """Where an adapter's files are, as arguments of `hf_hub_download`."""
-    download_kwargs, _, _ = config_class._split_kwargs(kwargs)
+    download_kwargs = split_download_kwargs(config_class, kwargs)
     return {"path_or_repo": os.fspath(path_or_repo), "subfolder": subfolder, **download_kwargs}

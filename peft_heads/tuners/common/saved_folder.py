@@ -16,11 +16,12 @@ from peft.utils.other import EMBEDDING_LAYER_NAMES, AuxiliaryTrainingWrapper, Mo
 from torch import nn
 
 from ..._compat import Loading
-from ...adapter_folder.card import LABELS_FILE, AdapterFiles, find_labels
+from ...adapter_folder.contents import FolderContents
+from ...adapter_folder.labels import LABELS_FILE, find_labels
 from ...adapter_folder.weights_file import NAMES, TensorInfo, find_weights, read_infos, read_weights
 from ...heads.traversal import named_targets
 from .classifiers import QuantizedLinear, get_labels
-from .folder_config import SavedConfig
+from .folder_config import AdapterFolderConfig
 from .head_mask import IN_MODEL, LORA_MASK, is_mask_key, masked_layers
 from .saved_keys import BASE, PACKED, follow_file, is_adapter_key, module_of, renamed_keys
 from .saved_settings import is_settings_key
@@ -52,7 +53,9 @@ class Place:
     is_optional: bool = False
 
 
-def check_folder(tuner: type, model: nn.Module, config: SavedConfig, source: dict[str, Any], loading: Loading) -> None:
+def check_folder(
+    tuner: type, model: nn.Module, config: AdapterFolderConfig, source: dict[str, Any], loading: Loading
+) -> None:
     """Raise ValueError unless the files in an adapter's folder fit each other and the model.
 
     The adapter is tried on the model's modules without their numbers, so that nothing is changed and little read.
@@ -75,7 +78,7 @@ def check_folder(tuner: type, model: nn.Module, config: SavedConfig, source: dic
             raise FileNotFoundError(f"{folder} has no weights of an adapter: neither {' nor '.join(NAMES)} is there")
         return  # PEFT says what is wrong with a repository
     try:
-        infos, labels = read_infos(path), config.adapter_files.labels_in_file
+        infos, labels = read_infos(path), config.carried.contents.labels_in_file
         trial, config = try_adapter(tuner, model, config)
         keys = keys_in_model(infos, trial, loading.key_mapping)
         infos = {keys[key]: info for key, info in infos.items()}
@@ -85,9 +88,10 @@ def check_folder(tuner: type, model: nn.Module, config: SavedConfig, source: dic
             infos,
             places,
             frozen={name.replace(".base_layer.", ".") for name, _ in _frozen(trial)},
-            targets=config.target_modules,
             # of stock LoRA PEFT drops what belongs to no module, and we warn
-            foreign={module_of(key) for key in infos} - set(dict(named_targets(trial))) if config.is_stock else (),
+            foreign={module_of(key) for key in infos} - set(dict(named_targets(trial)))
+            if config.carried.is_stock
+            else (),
             packable=[name for name, layer in trial.named_modules() if hasattr(layer, "lora_quantizer")],
             packed_heads=[f"{name}.weight" for name in heads],
             # those of the layers that the adapter has: whether they deactivate anything is seen later
@@ -109,16 +113,18 @@ def check_folder(tuner: type, model: nn.Module, config: SavedConfig, source: dic
         raise refusal(path, error) from error
 
 
-def check_before_writing(model: nn.Module, config: SavedConfig, source: dict[str, Any], loading: Loading) -> None:
+def check_before_writing(
+    model: nn.Module, config: AdapterFolderConfig, source: dict[str, Any], loading: Loading
+) -> None:
     """As `check_folder`, for an adapter that the model has, or that it gets with a configuration of the user's own."""
     base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = copy.copy(config)
     try:
-        if config.source is not None:
+        if config.carried.source is not None:
             config.modules_to_save = modules_in_file(config)
-        config.source = source
+        contents = FolderContents(labels_in_file=find_labels(**source))
+        config.carried = replace(config.carried, source=source, contents=contents)
         follow_file(config, base_model)
-        config.adapter_files = AdapterFiles(labels_in_file=find_labels(**source))
         check_folder(PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type], base_model, config, source, loading)
     except OSError:
         raise
@@ -126,7 +132,7 @@ def check_before_writing(model: nn.Module, config: SavedConfig, source: dict[str
         raise refusal(source["path_or_repo"], error) from error
 
 
-def modules_in_file(config: SavedConfig) -> set[str] | list[str] | str:
+def modules_in_file(config: AdapterFolderConfig) -> set[str] | list[str] | str:
     """What a saved adapter trains in full: nothing where its configuration does not say.
 
     None was found in the model that it was saved from. In another model, or by a later version, one may be found, of
@@ -135,12 +141,17 @@ def modules_in_file(config: SavedConfig) -> set[str] | list[str] | str:
     return [] if config.modules_to_save is None else config.modules_to_save
 
 
-def try_adapter(tuner: type, model: nn.Module, config: SavedConfig) -> tuple[nn.Module, SavedConfig]:
+def try_adapter(tuner: type, model: nn.Module, config: AdapterFolderConfig) -> tuple[nn.Module, AdapterFolderConfig]:
     """A skeleton of the base model with the adapter in it, called `TRIAL`, and the adapter's configuration there."""
     config = copy.copy(config)
     for field in fields(config):
         setattr(config, field.name, copy.deepcopy(getattr(config, field.name)))
-    config.source, config.inference_mode, config.init_lora_weights = None, False, False
+    labels = config.carried.contents.labels_in_file
+    contents, chosen = FolderContents(labels_in_file=labels), dict(config.carried.chosen)
+    config.carried = replace(config.carried, source=None, chosen=chosen, contents=contents)
+    config.inference_mode, config.init_lora_weights = False, False
+    if getattr(config, "velora_config", None):  # its random start normalises numbers, which a skeleton has not
+        config.velora_config.init_type = "batch_average"
     skeleton = skeleton_of(model)
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")  # the real adapter is going to warn
@@ -200,7 +211,6 @@ def check_infos(
     places: dict[str, Place],
     *,
     frozen: Iterable[str],
-    targets: Any = None,
     packable: Iterable[str] = (),
     packed_heads: Iterable[str] = (),
     spare_masks: Iterable[str] = (),
@@ -213,7 +223,6 @@ def check_infos(
         infos: What is in the file, by the names of the model.
         places: What should be.
         frozen: Names of the base model's weights.
-        targets: The configuration's `target_modules`; a token embedding among them is saved whole by PEFT.
         packable: Modules whose factors may be packed.
         spare_masks: Modules that may have a mask for which the adapter has no place.
         packed_heads: Keys of weights that may be packed where they stand.
@@ -229,7 +238,7 @@ def check_infos(
     for key in packed_heads:
         if key in infos and infos[key].dtype == torch.uint8:
             places[key] = Place(None, torch.uint8)
-    known = {key for key in infos if is_settings_key(key) or _is_targeted_embedding(key, targets)}
+    known = {key for key in infos if is_settings_key(key) or _is_embedding(key)}
     known |= {key for key in infos if any(part in key for part in TRAINING_ONLY)}
     known |= {key for key in infos if is_mask_key(key) and module_of(key) in set(spare_masks)}
     surplus = [key for key in infos if key not in places and key not in known and module_of(key) not in foreign]
@@ -295,14 +304,9 @@ def _no_place(surplus: list[str], frozen: set[str], all_masks: int) -> str:
     )
 
 
-def _is_targeted_embedding(key: str, targets: Any) -> bool:
-    """Whether the key is of a token embedding that the adapter targets: PEFT saves it with the adapter."""
-    module = module_of(key)
-    if module.rpartition(".")[2] not in EMBEDDING_LAYER_NAMES:
-        return False
-    if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
-    return any(module == target or module.endswith(f".{target}") for target in targets or ())
+def _is_embedding(key: str) -> bool:
+    """Whether PEFT may have saved the key because of `save_embedding_layers`: no adapter has a place for it."""
+    return module_of(key).rpartition(".")[2] in EMBEDDING_LAYER_NAMES
 
 
 def _others(keys: list[str]) -> str:

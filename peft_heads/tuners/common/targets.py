@@ -12,7 +12,7 @@ from ...heads.detect import FUSED_PROJECTIONS, matches_pattern
 from ...heads.layout import ProjectionLayout
 from ...heads.protocol import module_patterns
 from ...heads.selection import groups_kept_whole, plan_groups
-from .folder_config import SavedConfig
+from .head_selection import HeadSelectionConfig
 
 
 def check_called(model: nn.Module, targets: list[str]) -> None:
@@ -57,7 +57,7 @@ def warn_of_overlooked(model: nn.Module) -> None:
         )
 
 
-def check_head_groups(config: SavedConfig, layouts: dict[str, ProjectionLayout], targets: list[str]) -> None:
+def check_head_groups(config: HeadSelectionConfig, layouts: dict[str, ProjectionLayout], targets: list[str]) -> None:
     """Raise ValueError if heads are to be deactivated and no target has any; warn of groups that keep all of theirs.
 
     Args:

@@ -10,12 +10,11 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import PeftType
 
 from ..._compat import add_peft_type
-from ...adapter_folder.card import HEAD_MASKED_LORA_CARD
 from ...functional.quantization import BITS
-from ...heads.layout import ProjectionLayout
-from ...heads.scores import Criterion
-from ..common.folder_config import SavedConfig, check_file, source_of
-from ..common.quantizer import WeightQuantizer
+from ..common.folder_config import AdapterFolderConfig, check_file, source_of
+from ..common.head_selection import HeadSelectionConfig
+from ..common.setting_types import check_choice
+from .card import CARD
 
 
 MASK_SCOPES = ("adapter", "head")
@@ -57,8 +56,8 @@ _APPLY_FACTORS = (
 FULL_PRECISION = 32
 
 
-@dataclass
-class HeadMaskedLoraConfig(SavedConfig, LoraConfig):
+@dataclass(kw_only=True)
+class HeadMaskedLoraConfig(HeadSelectionConfig, AdapterFolderConfig, LoraConfig):
     """Configuration of a [`HeadMaskedLoraModel`]: LoRA whose update is switched off, head by head.
 
     Says *what* is deactivated and is saved with the adapter; *when* is said by [`TaylorHeadScorer`]. Everything that
@@ -103,7 +102,7 @@ class HeadMaskedLoraConfig(SavedConfig, LoraConfig):
             initialised as by LoRA (`True` or `"gaussian"`), `lora_B` by a normal with deviation 0.001 cut off at
             ±0.002, since zeros have no deviation. Passes without gradients see every change of the weights. Passes
             with gradients see one that was written through `.data` from the next optimizer step, or change of mode
-            (`model.train()`, `model.eval()`), on; before that call `model.peft_config[adapter_name].quantizer.forget()`.
+            (`model.train()`, `model.eval()`), on; before that call `model.forget_codes(adapter_name)`.
         classifier_bits (`int`):
             The same for the weight of the trained classification head; its bias stays in full precision.
         bottleneck_dropout (`float`):
@@ -119,21 +118,8 @@ class HeadMaskedLoraConfig(SavedConfig, LoraConfig):
             wrong.
     """
 
-    ne: int | None = field(default=None, metadata={"help": "Heads to deactivate in each group; 0 is plain LoRA."})
-    ratio: float | None = field(default=None, metadata={"help": "Share of heads to deactivate, instead of `ne`."})
-    granularity: Literal["global", "layer"] = field(
-        default="global", metadata={"help": "Deactivate the same heads in all layers, or choose in each layer."}
-    )
-    joint: bool = field(default=True, metadata={"help": "Whether q and v of a layer share one mask."})
-    criterion: Criterion = field(
-        default="absolute", metadata={"help": "How the responsiveness of a head is measured."}
-    )
     mask_scope: Literal["adapter", "head"] = field(
         default="adapter", metadata={"help": "Zero the head's part of the update, or the head's whole output."}
-    )
-    mask_seed: int = field(default=0, metadata={"help": "Seed of the criterion 'random'."})
-    num_heads: int | dict[str, int] | None = field(
-        default=None, metadata={"help": "Number of heads, or one per module name pattern, where detection fails."}
     )
     fused_parts: str = field(
         default="qv", metadata={"help": "The parts of a fused qkv projection to adapt, by their initials."}
@@ -149,21 +135,13 @@ class HeadMaskedLoraConfig(SavedConfig, LoraConfig):
     )
     packed: bool = field(default=False, metadata={"help": "Set by pack_adapter: codes are saved, a byte for eight."})
 
-    card = HEAD_MASKED_LORA_CARD
+    card = CARD
+    default_ne = 1
 
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = add_peft_type("HEAD_MASKED_LORA")
-        self.begin_files()
-        # Not a field, hence not saved: `{module name: heads}` of the model's projections, filled when the model is known.
-        self.head_layouts: dict[str, ProjectionLayout] = {}
-        # The one quantiser that all layers of the adapter share, while it is on a model.
-        self.quantizer: WeightQuantizer | None = None
-
-        if self.ne is None and self.ratio is None:
-            self.ne = 1
-        self.check_heads()
-        self.check_choice("mask_scope", MASK_SCOPES)
+        check_choice(self, "mask_scope", MASK_SCOPES)
         if not isinstance(self.fused_parts, str) or self.fused_parts not in FUSED_PARTS:
             raise ValueError(f"fused_parts must be one of {', '.join(FUSED_PARTS)}; got {self.fused_parts!r}")
         for name in ("adapter_bits", "classifier_bits"):
@@ -207,11 +185,6 @@ class HeadMaskedLoraConfig(SavedConfig, LoraConfig):
         return self.quantizes or self.bottleneck_dropout > 0
 
     @property
-    def freezes_rows(self) -> bool:
-        """Whether rows of any projection of the model, targeted or not, are out of bounds: parts of a fused one."""
-        return not all(layout.covers_all_rows for layout in self.head_layouts.values())
-
-    @property
     def changes_base_weight(self) -> str | None:
         """The option by which a part of the pre-trained weight is in the adapter instead of in the model, if any."""
         init = self.init_lora_weights
@@ -251,8 +224,8 @@ class HeadMaskedLoraConfig(SavedConfig, LoraConfig):
         # None would be read as "find the classification head", which a stock adapter then does not hold
         lora.modules_to_save = lora.modules_to_save or []
         config = cls(ne=0, fused_parts="qkv", **{name: getattr(lora, name) for name in names})
-        config.is_stock = True
-        config.source = source_of(cls, model_id, kwargs.pop("subfolder", None), kwargs)
+        config.carried.is_stock = True
+        config.carried.source = source_of(cls, model_id, kwargs.pop("subfolder", None), kwargs)
         return config
 
     def check_compatible(self, freezes_rows: bool = False) -> None:

@@ -9,6 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
+from ..._compat import must_be_called
 from ...functional.rescaling import Rescaling
 from ...heads.layout import ProjectionLayout
 from .config import RLRRConfig
@@ -43,14 +44,16 @@ class RLRRLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, **kwargs)
 
-    def update_layer(self, adapter_name: str, config: RLRRConfig, target_name: str = "", **kwargs: Any) -> None:
-        """Add an adapter."""
+    def update_layer(
+        self, adapter_name: str, config: RLRRConfig, layout: ProjectionLayout | None = None, **kwargs: Any
+    ) -> None:
+        """Add an adapter. `layout`: the heads of the base layer that it may deactivate; None if there are none."""
         self.rlrr_variant[adapter_name] = config.variant
-        self.create_parameters(adapter_name, config, target_name)
+        self.create_parameters(adapter_name, config, layout)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def create_parameters(self, adapter_name: str, config: RLRRConfig, target_name: str) -> None:
+    def create_parameters(self, adapter_name: str, config: RLRRConfig, layout: ProjectionLayout | None) -> None:
         raise NotImplementedError
 
     def adapted_forward(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
@@ -64,9 +67,7 @@ class RLRRLayer(nn.Module, BaseTunerLayer):
     @property
     def must_be_called(self) -> bool:
         """Whether somebody listens to the base layer, or has put a forward of his own into it (Accelerate)."""
-        base_layer = self.get_base_layer()
-        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        return "forward" in vars(base_layer) or any(getattr(base_layer, name) for name in hooks)
+        return must_be_called(self.get_base_layer())
 
     def call_base_layer(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
         """The base layer itself with the tensors by which it acts; they are kept for the backward pass."""

@@ -8,18 +8,18 @@ from typing import Literal
 from peft import PeftConfig
 
 from ..._compat import add_peft_type
-from ...adapter_folder.card import RLRR_CARD
 from ...functional.rescaling import Rescaling
-from ...heads.layout import ProjectionLayout
-from ...heads.scores import Criterion
-from ..common.folder_config import SavedConfig
+from ..common.folder_config import AdapterFolderConfig
+from ..common.head_selection import HeadSelectionConfig
+from ..common.setting_types import check_choice
+from .card import CARD
 
 
 INITS = ("kaiming", "normal", "zero", "constant", "uniform")
 
 
 @dataclass
-class RLRRConfig(SavedConfig, PeftConfig):
+class RLRRConfig(HeadSelectionConfig, AdapterFolderConfig, PeftConfig):
     """Configuration of an [`RLRRModel`]: residual low-rank rescaling of frozen weights.
 
     A frozen layer `W x + b` acts as `(W + (S_out S_in) ⊙ W) x + b + f`; norms and the patch embedding's output are
@@ -99,39 +99,16 @@ class RLRRConfig(SavedConfig, PeftConfig):
     )
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Blocks to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the stack of blocks."})
-    ne: int | None = field(default=None, metadata={"help": "Heads to deactivate in each group; none by default."})
-    ratio: float | None = field(default=None, metadata={"help": "Share of heads to deactivate, instead of `ne`."})
-    granularity: Literal["global", "layer"] = field(
-        default="global", metadata={"help": "Deactivate the same heads in all layers, or choose in each layer."}
-    )
-    joint: bool = field(default=True, metadata={"help": "Whether q and v of a layer share one mask."})
-    criterion: Criterion = field(
-        default="absolute", metadata={"help": "How the responsiveness of a head is measured."}
-    )
-    mask_seed: int = field(default=0, metadata={"help": "Seed of the criterion 'random'."})
-    num_heads: int | dict[str, int] | None = field(
-        default=None, metadata={"help": "Number of heads, or one per module name pattern, where detection fails."}
-    )
 
-    card = RLRR_CARD
-    # What a deactivated head loses: its part of the adapter, never the frozen weight.
-    mask_scope = "adapter"
+    card = CARD
 
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = add_peft_type("RLRR")
-        self.begin_files()
-        # Not fields, hence not saved: the heads of the model's q and v, and which module is the patch embedding; filled
-        # when the model is known.
-        self.head_layouts: dict[str, ProjectionLayout] = {}
-        self.patch_embedding_name: str | None = None
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
-        if self.ne is None and self.ratio is None:
-            self.ne = 0
-        self.check_heads()
-        self.check_choice("init", INITS)
+        check_choice(self, "init", INITS)
         if type(self.r) is not int or self.r < 1:
             raise ValueError(f"r is the rank of the factors, an integer of at least 1; got {self.r!r}")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ...functional.rescaling import Change, ConvolutionOperation, LinearOperation, delta, rescaled_operation
-from ...functional.sharding import on_gradient
+from ...functional.rows import per_row, without_rows
+from ...heads.layout import ProjectionLayout
+from ...heads.protocol import ScoredParameter
 from ..common.head_mask import HeadMask, HeadMaskedLayer
 from .base_layer import RLRRLayer
 from .config import RLRRConfig
@@ -41,7 +40,7 @@ class RLRRLinear(HeadMaskedLayer, RLRRLayer):
     def operation(self) -> LinearOperation:
         return LinearOperation()
 
-    def create_parameters(self, adapter_name: str, config: RLRRConfig, target_name: str) -> None:
+    def create_parameters(self, adapter_name: str, config: RLRRConfig, layout: ProjectionLayout | None) -> None:
         rows, columns = self.operation.matrix(self.get_base_layer().weight.detach()).shape
         if config.left:
             self.rlrr_left[adapter_name] = nn.Parameter(torch.empty(rows, config.r))
@@ -49,7 +48,6 @@ class RLRRLinear(HeadMaskedLayer, RLRRLayer):
             self.rlrr_right[adapter_name] = nn.Parameter(torch.empty(config.r, columns))
         if config.shift_without_bias or self.frozen_bias() is not None:
             self.rlrr_shift[adapter_name] = nn.Parameter(torch.zeros(self.get_base_layer().weight.shape[0]))
-        layout = config.head_layouts.get(target_name)
         if layout is not None:
             self.head_layout[adapter_name] = layout
             if config.masks_heads:
@@ -72,17 +70,10 @@ class RLRRLinear(HeadMaskedLayer, RLRRLayer):
 
     # The protocol of heads/protocol.py
 
-    def head_parameters(self, adapter_name: str) -> list[nn.Parameter]:
+    def scored_parameters(self, adapter_name: str) -> list[ScoredParameter]:
         """`S_out` (out, r) and f (out,); `S_in` is shared by all heads."""
-        return [factor[adapter_name] for factor in (self.rlrr_left, self.rlrr_shift) if adapter_name in factor]
-
-    def scored_tensor(self, adapter_name: str, param: nn.Parameter) -> torch.Tensor:
-        return param
-
-    def on_scored_gradient(
-        self, adapter_name: str, param: nn.Parameter, call: Callable[[torch.Tensor, bool], None]
-    ) -> Any:
-        return on_gradient(param, call)
+        factors = [factor for factor in (self.rlrr_left, self.rlrr_shift) if adapter_name in factor]
+        return [ScoredParameter(factor[adapter_name]) for factor in factors]
 
     def active_rows(self, adapter_name: str) -> torch.Tensor:
         """bool (out,), True = the adapter changes the row: all but those of deactivated heads."""
@@ -92,7 +83,7 @@ class RLRRLinear(HeadMaskedLayer, RLRRLayer):
         """`rows` (out, ...) with those of deactivated heads replaced by zero."""
         if adapter_name not in self.rlrr_head_mask:
             return rows
-        return torch.where(self.deactivated_rows(adapter_name).view(-1, *[1] * (rows.dim() - 1)), 0, rows)
+        return without_rows(rows, self.deactivated_rows(adapter_name))
 
     # How the adapters act
 
@@ -176,7 +167,7 @@ class RLRRScale(RLRRLayer):
     A layer norm does so by its own weight and bias, at no cost per token.
     """
 
-    def create_parameters(self, adapter_name: str, config: RLRRConfig, target_name: str) -> None:
+    def create_parameters(self, adapter_name: str, config: RLRRConfig, layout: ProjectionLayout | None) -> None:
         channels = self.get_base_layer().weight.shape[0]
         self.rlrr_scale_delta[adapter_name] = nn.Parameter(torch.zeros(channels))
         if config.shift_without_bias or self.frozen_bias() is not None:
@@ -208,7 +199,7 @@ class RLRRScale(RLRRLayer):
     def changed_tensors(self, adapter_names: list[str]) -> dict[str, torch.Tensor]:
         weight, bias = self.frozen_weight(), self.frozen_bias()
         scale, shift = self.scale_and_shift(adapter_names)
-        changed = {"weight": weight * scale.view(-1, *[1] * (weight.dim() - 1))}
+        changed = {"weight": weight * per_row(scale, weight)}
         parts = [shift] if shift is not None else []
         parts += [bias * scale] if bias is not None else []
         if parts:

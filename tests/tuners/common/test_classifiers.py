@@ -16,7 +16,8 @@ from peft import (
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from peft_heads import HeadMaskedLoraConfig, RLRRConfig, pack_adapter, set_head_masks, set_image_processor
-from peft_heads.adapter_folder.card import read_labels
+from peft_heads.adapter_folder.contents import folder_contents
+from peft_heads.adapter_folder.labels import read_labels
 
 
 ANIMALS = {0: "cat", 1: "dog", 2: "eel"}
@@ -259,7 +260,7 @@ def test_a_configuration_that_serves_for_several_models(tmp_path):
     config = HeadMaskedLoraConfig(ne=1)
     for names in (["cat", "dog", "eel"], ["a", "b", "c"], ["oak", "pea", "rye", "fig", "yew"]):
         model = get_peft_model(labelled(names), config)
-        assert config.adapter_files.image_processor is None
+        assert folder_contents(model).image_processor is None
         set_image_processor(model, tiny.ViTProcessor())
         set_head_masks(model, tiny.masks_off(model, 0))
         assert labels_of(model) == dict(enumerate(names)) and model.get_base_model().num_labels == len(names)
