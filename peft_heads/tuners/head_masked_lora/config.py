@@ -10,11 +10,11 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import PeftType
 
 from ..._compat import add_peft_type
-from ...adapter_folder.card import CardText
 from ...functional.quantization import BITS
 from ..common.folder_config import AdapterFolderConfig, check_file, source_of
-from ..common.head_selection import ON_CARD, HeadSelectionConfig
+from ..common.head_selection import HeadSelectionConfig
 from ..common.setting_types import check_choice
+from .card import CARD
 
 
 MASK_SCOPES = ("adapter", "head")
@@ -54,22 +54,6 @@ _APPLY_FACTORS = (
     "target_parameters",
 )
 FULL_PRECISION = 32
-CARD = CardText(
-    title="Head-masked LoRA",
-    method="LoRA on {base}, switched off for the attention heads that the task does not need (HEAT, Heart-LoRA).",
-    unmasked="plain LoRA",
-    settings=(
-        *ON_CARD,
-        "mask_scope",
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "bottleneck_dropout",
-        "adapter_bits",
-        "classifier_bits",
-    ),
-    tags=("head-masked-lora", "lora"),
-)
 
 
 @dataclass(kw_only=True)

@@ -8,22 +8,14 @@ from typing import Literal
 from peft import PeftConfig
 
 from ..._compat import add_peft_type
-from ...adapter_folder.card import CardText
 from ...functional.rescaling import Rescaling
 from ..common.folder_config import AdapterFolderConfig
-from ..common.head_selection import ON_CARD, HeadSelectionConfig
+from ..common.head_selection import HeadSelectionConfig
 from ..common.setting_types import check_choice
+from .card import CARD
 
 
 INITS = ("kaiming", "normal", "zero", "constant", "uniform")
-
-CARD = CardText(
-    title="RLRR",
-    method="Residual low-rank rescaling of the weights of {base}.",
-    unmasked="plain RLRR",
-    settings=("r", "left", "right", "residual", "rescale_weight", "norms", "patch_embedding", "init", *ON_CARD),
-    tags=("rlrr",),
-)
 
 
 @dataclass
