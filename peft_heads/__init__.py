@@ -5,24 +5,41 @@ Importing the package registers its tuners with PEFT.
 
 from .adapter_folder.checkpoints import last_complete_checkpoint
 from .adapter_folder.contents import set_image_processor
-from .heads import get_head_masks, set_head_masks
+from .heads import get_head_masks, register_criterion, set_head_masks
 from .image_classifier import load_image_classifier
+from .plugins import import_plugin, load_plugins_at_import, loaded_plugins
 from .scoring.callback import TaylorHeadScorer
 from .scoring.scorer import HeadScorer
-from .tuners import HeadMaskedLoraConfig, HeadMaskedLoraModel, RLRRConfig, RLRRModel, pack_adapter
+from .tuners import (
+    HeadMaskedLoraConfig,
+    HeadMaskedLoraModel,
+    Method,
+    RLRRConfig,
+    RLRRModel,
+    pack_adapter,
+    register_method,
+)
 
 
 __all__ = [
     "HeadMaskedLoraConfig",
     "HeadMaskedLoraModel",
     "HeadScorer",
+    "Method",
     "RLRRConfig",
     "RLRRModel",
     "TaylorHeadScorer",
     "get_head_masks",
+    "import_plugin",
     "last_complete_checkpoint",
     "load_image_classifier",
+    "loaded_plugins",
     "pack_adapter",
+    "register_criterion",
+    "register_method",
     "set_head_masks",
     "set_image_processor",
 ]
+
+# Last, since plugins import the package; and now, since PEFT must know their types before an adapter is read.
+load_plugins_at_import()

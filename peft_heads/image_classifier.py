@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._compat import is_own, mismatched_keys, support_peft_in_image_pipelines
+from ._compat import is_model_class, is_own, mismatched_keys, support_peft_in_image_pipelines
 from .adapter_folder.files import check_folder_files
 from .adapter_folder.labels import read_labels
 from .adapter_folder.settings import read_settings
@@ -76,6 +76,7 @@ def fetch_adapter(path_or_repo: str | os.PathLike, subfolder: str | None = None,
     from peft.utils import WEIGHTS_NAME
 
     from .adapter_folder.weights_file import NAMES, find_weights, read_infos
+    from .tuners.common.registry import is_own_type
     from .tuners.common.saved_settings import check_foreign, check_ranks
 
     folder = os.fspath(path_or_repo)
@@ -104,7 +105,7 @@ def fetch_adapter(path_or_repo: str | os.PathLike, subfolder: str | None = None,
     weights = find_weights(folder)
     if weights is None:
         raise FileNotFoundError(f"{folder} has no weights of an adapter: neither {' nor '.join(NAMES)} is there")
-    if settings.get("peft_type") in ("HEAD_MASKED_LORA", "RLRR"):
+    if is_own_type(settings.get("peft_type")):
         read_infos(weights)
     else:
         check_foreign(settings.get("peft_type"), weights)
@@ -203,7 +204,7 @@ def new_image_classifier(
     from transformers import AutoConfig, AutoModelForImageClassification
 
     from .adapter_folder.checkpoints import read_error
-    from .heads.detect import task_head_names
+    from .backbones.classifier import classifier_names
 
     if os.path.isfile(os.path.join(path, "adapter_config.json")):
         raise ValueError(
@@ -232,7 +233,7 @@ def new_image_classifier(
     except (OSError, ValueError, SafetensorError) as error:
         faults = [f"{file.name} ({fault})" for file in Path(path).glob("*.safetensors") if (fault := read_error(file))]
         raise ValueError(f"no image classifier in {path!r}: {', '.join(faults) or error}") from error
-    heads = tuple(f"{name}." for name in task_head_names(model))
+    heads = tuple(f"{name}." for name in classifier_names(model))
     mismatched = [key for key in mismatched_keys(info) if not key.startswith(heads)]
     if mismatched and not ignore_mismatched_sizes:
         raise ValueError(
@@ -255,7 +256,6 @@ def base_model_class(settings: dict[str, Any], folder: str | os.PathLike) -> Any
         ValueError: The settings name something of transformers that is neither a model nor an Auto class.
     """
     import transformers
-    from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
     mapping = settings.get("auto_mapping") or {}
     name = mapping.get("base_model_class") if isinstance(mapping, dict) else mapping
@@ -264,7 +264,7 @@ def base_model_class(settings: dict[str, Any], folder: str | os.PathLike) -> Any
     try:
         # names that transformers does not have are those of code of the user's own
         found = getattr(transformers, name, None) or transformers.AutoModelForImageClassification
-        if issubclass(found, (transformers.PreTrainedModel, _BaseAutoModelClass)):
+        if is_model_class(found):
             return found
     except (TypeError, ImportError, RuntimeError):  # no name, no class, or one that cannot be imported
         pass

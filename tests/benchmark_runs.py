@@ -33,7 +33,7 @@ def make_run(
         "preprocessing": {"resize": "bicubic", "normalization": "none"},
     }
     return Run(
-        RunSpec(**(fields | dict(spec))),
+        RunSpec.from_json(fields | dict(spec)),
         RunResult(
             accuracy=accuracy,
             epoch_losses=[1.0, 0.5],

@@ -22,3 +22,14 @@ def _seed():
 def backbone(request):
     """Name of a backbone; `tiny.make(name)` builds it."""
     return request.param
+
+
+@pytest.fixture
+def forget_criteria():
+    """What a test registers is unknown after it."""
+    from peft_heads.heads import scores
+
+    before = dict(scores._TABLE)
+    yield
+    scores._TABLE.clear()
+    scores._TABLE.update(before)

@@ -10,7 +10,7 @@ from backbones import FusedViT
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
-from peft_heads.methods import MethodArguments, apply_method, check_method_arguments
+from peft_heads.methods import MethodSettings, apply_method, check_method
 
 
 # Settings without which the tiny ViT is too small, or which have no default.
@@ -43,9 +43,9 @@ OWN_TARGETS = {"LN_TUNING": "layernorm", "RLRR": ""}
 
 def applied(peft_type, model=None, **settings):
     config = {"peft_type": peft_type, **SETTINGS.get(peft_type, {}), **settings}
-    args = MethodArguments(method="peft", peft_config=json.dumps(config))
-    check_method_arguments(args)
-    return apply_method(tiny.make("vit") if model is None else model, args)
+    method = MethodSettings("peft", {"peft_config": json.dumps(config)})
+    check_method(method)
+    return apply_method(tiny.make("vit") if model is None else model, method)
 
 
 @pytest.mark.filterwarnings("ignore:Unsupported layer type")  # LN tuning, of the layer norm

@@ -56,10 +56,15 @@ class CardedConfig(Protocol):
     base_model_name_or_path: str | None
 
 
-def update_card(peft_model: Any, folder: str | os.PathLike) -> None:
+def update_card(peft_model: Any, folder: str | os.PathLike, own_tags: tuple[str, ...]) -> None:
     """Let the card in `folder` describe the model's active adapter: with our section if it is one of ours, else without.
 
     The latter where an adapter of another type is saved over one of ours.
+
+    Args:
+        peft_model: The model.
+        folder: The adapter's folder.
+        own_tags: Tags of our methods, which the card of another adapter loses.
     """
     path = Path(folder) / CARD_FILE
     contents = folder_contents(peft_model, peft_model.active_adapter)
@@ -67,7 +72,7 @@ def update_card(peft_model: Any, folder: str | os.PathLike) -> None:
         if path.exists() and SECTION_BEGIN.encode() in path.read_bytes():
             card = ModelCard.load(path)
             card.text = _SECTION.sub("", card.text).lstrip()
-            card.data.tags = [tag for tag in card.data.tags or [] if tag not in TAGS]
+            card.data.tags = [tag for tag in card.data.tags or [] if tag not in own_tags]
             write_atomically(path, str(card))
     elif contents.model_class:  # the weights have been collected at least once
         write_card(path, peft_model.active_peft_config, contents)

@@ -74,21 +74,6 @@ class Recipe:
         return {name: value for name, value in asdict(self).items() if name not in left_out}
 
 
-# What the papers try, by method: single values, and lists of which all combinations are run.
-_SCALES = [0.01, 0.1, 1, 10, 100]
-GRIDS: dict[str, dict[str, Any]] = {
-    "head-masked-lora": {
-        "r": 32,
-        "adapter_bits": 1,
-        "bottleneck_dropout": 0.1,
-        "scale": _SCALES,
-        "ne": [0, 1, 3, 6],
-        "criterion": ["absolute", "positive", "negative"],
-    },
-    "lora": {"r": 8, "scale": _SCALES},
-    "rlrr": {"r": 1},
-}
-
 # Images are resized straight to 224 x 224 and not normalised.
 _SQUASHED = {"size": 224, "resize": "squash", "filter": "bicubic", "normalization": "none"}
 _CENTRE_CROP = {"size": 224, "resize": "shorter_side", "filter": "bicubic", "normalization": "imagenet"}

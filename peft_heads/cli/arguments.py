@@ -13,7 +13,8 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from .._compat import trainer_has_overwrite_output_dir
-from ..methods import MethodArguments
+from ..methods import MethodSettings
+from .method_options import method_arguments, method_help, method_names, named_method
 
 
 @dataclass
@@ -92,19 +93,31 @@ class TrainArgumentParser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
+    def print_method_help(self, method: str) -> None:
+        """Print the options of one method alone, and end, as `--help` does."""
+        if method in method_names():
+            print(method_help(method, self.prog))
+            self.exit()
 
-def build_parser() -> TrainArgumentParser:
+
+def build_parser(method: str | None = None) -> TrainArgumentParser:
+    """The parser of all methods' options.
+
+    Args:
+        method: The method that is trained, whose types and values of an option count.
+    """
     parser = TrainArgumentParser(
         (
             ModelArguments,
             DataArguments,
-            MethodArguments,
+            method_arguments(method),
             TrainingArguments,
             *(() if trainer_has_overwrite_output_dir() else (OutputArguments,)),
         ),
         prog="peft-heads train",
         usage="peft-heads train [CONFIG.yaml|CONFIG.json] [--argument value …]",
-        description="Fine-tune an image classifier. A config file holds the same names; the command line overrides it.",
+        description="Fine-tune an image classifier. A config file holds the same names; the command line overrides it. "
+        "What is shown here goes with every method; --method X --help shows the options of method X.",
         allow_abbrev=False,
     )
     # None: neither was given, so both are done; TrainingArguments' False could not be told from a given `false`.
@@ -112,11 +125,14 @@ def build_parser() -> TrainArgumentParser:
     return parser
 
 
-def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, MethodArguments, TrainingArguments]:
+def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, MethodSettings, TrainingArguments]:
     """Raises ValueError with the message of whatever does not fit."""
-    parser = build_parser()
+    parser = build_parser(named_method(argv))
     if argv and not argv[0].startswith("-"):
         argv = file_arguments(argv[0], parser) + argv[1:]
+        parser = build_parser(named_method(argv))
+    if named_method(argv) is not None and {"-h", "--help"} & set(argv):
+        parser.print_method_help(named_method(argv))
     try:
         *arguments, unknown = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
@@ -128,24 +144,25 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Met
             "; ".join(_unknown(name.partition("=")[0], parser, "argument") for name in unknown if name.startswith("-"))
             or f"unused words: {' '.join(unknown)}"
         )
-    arguments, output = arguments[:4], arguments[4:]
-    training = arguments[-1]
-    if output:
-        training.overwrite_output_dir = output[0].overwrite_output_dir
+    model, data, method, training, *others = arguments
+    for output in others:
+        if isinstance(output, OutputArguments):
+            training.overwrite_output_dir = output.overwrite_output_dir
     training.remove_unused_columns = False  # the images are a column that no model knows
-    return tuple(arguments)
+    given = {name: value for name, value in vars(method).items() if name != "method" and value is not None}
+    return model, data, MethodSettings.from_json({"name": method.method, **given}), training
 
 
 def local_inputs(
-    argv: list[str], model: ModelArguments, data: DataArguments, method: MethodArguments
+    argv: list[str], model: ModelArguments, data: DataArguments, method: MethodSettings
 ) -> dict[str, str | None]:
     """`{argument: value}` of all that a training reads and that may be a local file or folder."""
     groups = (
         (model, ("model_name_or_path", "config_name", "image_processor_name")),
         (data, ("dataset_name", "train_dir", "validation_dir")),
-        (method, ("peft_config",)),
     )
     found = {f"--{name}": getattr(group, name) for group, names in groups for name in names}
+    found["--peft_config"] = method.get("peft_config")
     return found | {"the config file": argv[0] if argv and not argv[0].startswith("-") else None}
 
 

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
-import re
-import types
 import typing
 from typing import Any
 
-from ..benchmark.recipes import GRIDS, RECIPES, Recipe
+from ..benchmark.recipes import RECIPES, Recipe
 from ..data.preprocessing import Preprocessing
 from ..data.tasks import LIST_SEEDS, SHOTS
-from ..methods import MethodArguments, effective_settings
+from ..methods import MethodSettings, all_options, effective_settings
+from ..tuners.common.options import Option
+from ..tuners.common.registry import get_method, registered_methods
+from .method_options import method_names, value_in_words
 
 
-METHODS = typing.get_args(typing.get_type_hints(MethodArguments)["method"])
-# One says what the other does: a given one takes the default of the other away.
-_INSTEAD = {"ratio": "ne", "lora_alpha": "scale"}
+def build_parser(command: str, description: str, lists: bool, method: str | None = None) -> argparse.ArgumentParser:
+    """The parser of `bench run` and `bench sweep`.
 
-
-def build_parser(command: str, description: str, lists: bool) -> argparse.ArgumentParser:
-    """`lists`: whether arguments of the method take several values."""
+    Args:
+        command: `run` or `sweep`.
+        description: What the command does.
+        lists: Whether options of the method take several values.
+        method: The method that is run, whose types and values of an option count.
+    """
     parser = argparse.ArgumentParser(
         prog=f"peft-heads bench {command}",
         description=description,
@@ -59,23 +61,21 @@ def build_parser(command: str, description: str, lists: bool) -> argparse.Argume
         help="record the best accuracy on test as well, by epochs; a labelled extra",
     )
 
-    method = parser.add_argument_group(
+    group = parser.add_argument_group(
         "method", "as of `peft-heads train`" + ("; of several values all combinations are run" if lists else "")
     )
-    method.add_argument("--method", choices=METHODS, default="head-masked-lora", help="default: %(default)s")
-    hints = typing.get_type_hints(MethodArguments)
-    for field in dataclasses.fields(MethodArguments):
-        if field.name != "method":
-            kind, choices = _kind(hints[field.name])
-            method.add_argument(
-                f"--{field.name}",
-                type=kind,
-                choices=choices,
-                nargs="+" if lists else None,
-                metavar=field.name.upper(),
-                help=_method_help(field, lists).replace("%", "%%")
-                + (f" One of {', '.join(choices)}." if choices else ""),
-            )
+    names = method_names()
+    group.add_argument("--method", choices=names, default=names[0], help="default: %(default)s")
+    for option in all_options(method).values():
+        group.add_argument(
+            f"--{option.name}",
+            type=_kind(option.type),
+            choices=option.choices,
+            nargs="+" if lists else None,
+            metavar=option.name.upper(),
+            help=_option_help(option, lists).replace("%", "%%")
+            + (f" One of {', '.join(option.choices)}." if option.choices else ""),
+        )
 
     group = parser.add_argument_group("recipe", "the suite's own unless given")
     for field in dataclasses.fields(Recipe):
@@ -83,7 +83,7 @@ def build_parser(command: str, description: str, lists: bool) -> argparse.Argume
             values = {suite: getattr(recipe, field.name) for suite, recipe in RECIPES.items()}
             group.add_argument(
                 f"--{field.name}",
-                type=_kind(typing.get_type_hints(Recipe)[field.name])[0],
+                type=_kind(typing.get_type_hints(Recipe)[field.name]),
                 help=f"default: {_by_suite(values)}",
             )
     for name in ("resize", "filter", "normalization"):
@@ -102,18 +102,18 @@ def build_parser(command: str, description: str, lists: bool) -> argparse.Argume
     return parser
 
 
-def _method_help(field: dataclasses.Field, lists: bool) -> str:
+def _option_help(option: Option, lists: bool) -> str:
     """The help of `peft-heads train`, with the defaults of the benchmark in place of that command's."""
-    text = re.sub(r" \([Dd]efault[^()]*\)", "", field.metadata["help"])
-    if field.name == "head_select_at":
+    text = option.help.rstrip(".") + "."
+    if option.name == "head_select_at":
         return "When heads are selected, instead of --head_warmup_epochs: below 1 a share of the steps, else a step."
-    if field.name == "head_warmup_epochs":
+    if option.name == "head_warmup_epochs":
         values = {suite: recipe.head_warmup_epochs for suite, recipe in RECIPES.items()}
         return f"Epochs before the selection (default: the recipe's, {_by_suite(values)})."
     defaults = {
-        method: _words(settings[field.name], lists)
+        method: _words(settings[option.name], lists)
         for method, settings in _defaults().items()
-        if field.name in settings
+        if option.name in settings
     }
     if not defaults:
         return text
@@ -122,23 +122,21 @@ def _method_help(field: dataclasses.Field, lists: bool) -> str:
     return f"{text} Default: {', '.join(f'{value} of {method}' for method, value in defaults.items())}."
 
 
-@functools.cache
 def _defaults() -> dict[str, dict[str, Any]]:
     """By method, what is in effect if nothing is given."""
-    methods = [method for method in METHODS if method != "peft"]
-    effective = {method: effective_settings(MethodArguments(method=method)) for method in methods}
-    defaults = {method: effective[method] | GRIDS.get(method, {}) for method in methods}
-    for method, grid in GRIDS.items():
-        for name, other in _INSTEAD.items():
-            if other in grid:
-                defaults[method].pop(name, None)
+    defaults = {}
+    for method in registered_methods():
+        if method.read_config is None:
+            found = effective_settings(MethodSettings(method.name)) | method.grid
+            replaced = {option.name for option in method.options if option.instead_of in method.grid}
+            defaults[method.name] = {name: value for name, value in found.items() if name not in replaced}
     return defaults
 
 
 def _words(value: Any, lists: bool) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value)) if lists else "none, to be given"
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    return value_in_words(value)
 
 
 def _by_suite(values: dict[str, Any]) -> str:
@@ -155,16 +153,11 @@ def _image_setting(recipe: Recipe, name: str) -> str:
 
 def read_method(args: argparse.Namespace) -> dict[str, Any]:
     """`{"name": …}` with the settings that were given and, for the rest, those that the papers try."""
-    given = {
-        field.name: value
-        for field in dataclasses.fields(MethodArguments)
-        if field.name != "method" and (value := getattr(args, field.name)) is not None
-    }
-    defaults = dict(GRIDS.get(args.method, {}))
-    for name, other in _INSTEAD.items():
-        if name in given:
-            defaults.pop(other, None)
-    settings = defaults | given
+    given = {name: value for name in all_options(args.method) if (value := getattr(args, name, None)) is not None}
+    method = get_method(args.method)
+    # a given option takes the default away of one that says the same
+    replaced = {option.instead_of for option in method.options if option.name in given}
+    settings = {name: value for name, value in method.grid.items() if name not in replaced} | given
     return {"name": args.method} | {
         name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in settings.items()
     }
@@ -188,13 +181,11 @@ def _recipe_numbers() -> list[str]:
     return [name for name in numbers if name != "head_warmup_epochs"]  # an argument of the method
 
 
-def _kind(hint: Any) -> tuple[Any, tuple[str, ...] | None]:
-    """How one value is read from text, and the values that there are."""
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+def _kind(hint: Any) -> Any:
+    """Reads one value of a type from text."""
     if typing.get_origin(hint) is typing.Literal:
-        return str, typing.get_args(hint)
-    return (_boolean if hint is bool else _number if hint is float else hint), None
+        return str
+    return _boolean if hint is bool else _number if hint is float else hint
 
 
 def _boolean(text: str) -> bool:

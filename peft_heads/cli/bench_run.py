@@ -8,18 +8,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..data.image_folders import SUITE, folder_task, folder_tasks
-from ..data.tasks import TASKS, Task, find_task
+from ..data.loading import find_tasks
+from ..data.suites import SUITES
 
 
 def run(argv: list[str]) -> int:
     from .bench_arguments import build_parser
+    from .method_options import named_method
 
     parser = build_parser(
         "run",
         "Trains one setting and evaluates it once, at the end: by default on all but the test images and on these, with "
         "--validation by the half of the protocol by which settings are chosen. What has a result is not run again.",
         lists=False,
+        method=named_method(argv),
     )
     parser.add_argument("--validation", action="store_true", help="train and evaluate without test images")
     args = parser.parse_args(argv)
@@ -42,6 +44,7 @@ def run(argv: list[str]) -> int:
 
 def sweep(argv: list[str]) -> int:
     from .bench_arguments import build_parser
+    from .method_options import named_method
 
     parser = build_parser(
         "sweep",
@@ -50,6 +53,7 @@ def sweep(argv: list[str]) -> int:
         "these, once. Without more arguments, what the papers try. What has a result is not run again, and a killed run "
         "goes on from its checkpoint.",
         lists=True,
+        method=named_method(argv),
     )
     parser.add_argument("--tune", nargs="*", metavar="NAME", help="settings chosen per task (default: scale)")
     parser.add_argument("--search_seed", type=int, nargs="+", default=[0], help="of the runs to choose by")
@@ -96,7 +100,7 @@ def sweep(argv: list[str]) -> int:
         )
     if _is_main() and outcome.runs:
         from ..adapter_folder.atomic import write_atomically
-        from ..benchmark.report.report import make_report, summarize
+        from ..benchmark.report import make_report, summarize
 
         files = make_report(outcome.runs.values(), args.suite, sweep.choices())
         folder = places.work.parent / "report"
@@ -119,17 +123,16 @@ def _prepare(args: argparse.Namespace, settings: dict[str, Any]):
     # first of all: without a word on the device a process on a CPU takes itself for the only one
     use_cpu = args.use_cpu or not torch.accelerator.is_available()
     PartialState(cpu=use_cpu)
-    tasks = find_tasks(args)
-    few_shot = args.suite == "fewshot"
+    has_shots = bool(SUITES[args.suite].shots)
     sweep = Sweep(
-        tasks,
+        find_tasks(args.data_root, args.suite, args.task),
         read_method(args),
         read_recipe(args),
         args.model_name_or_path,
         seeds=tuple(args.seed),
         search_seeds=tuple(getattr(args, "search_seed", (0,))),
-        shots=tuple(args.shots) if few_shot else (None,),
-        list_seeds=tuple(args.list_seed) if few_shot else (None,),
+        shots=tuple(args.shots) if has_shots else (None,),
+        list_seeds=tuple(args.list_seed) if has_shots else (None,),
         **settings,
     )
     places = Places(
@@ -150,15 +153,6 @@ def _queue(args: argparse.Namespace, sweep):
 
     name = args.study_name or default_study_name(sweep.plan())
     return SharedQueue(args.storage, name, args.output_dir, args.take_over)
-
-
-def find_tasks(args: argparse.Namespace) -> tuple[Task, ...]:
-    """The tasks that were named, or all of the suite."""
-    if args.suite == SUITE:
-        named = [folder_task(args.data_root, name) for name in args.task]
-        return tuple(named or folder_tasks(args.data_root))
-    named = [find_task(name, args.suite) for name in args.task]
-    return tuple(named or (task for task in TASKS if task.suite == args.suite))
 
 
 def _check_single(args: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ def effective_lines(specs: list[RunSpec], any_size: bool = False) -> list[str]:
     """
     methods: dict[str, list[dict[str, Any]]] = {}
     for spec in specs:
-        methods.setdefault(spec.method["name"], []).append(effective_method(spec.method, spec.recipe))
+        methods.setdefault(spec.method.name, []).append(effective_method(spec.method.to_json(), spec.recipe))
     recipe = merge_settings([{"epochs": spec.epochs} | spec.recipe for spec in specs])
     recipe.pop("head_warmup_epochs", None)  # stands with the methods that it concerns
     departs = [*_unique(text for spec in specs for text in deviations(spec))]

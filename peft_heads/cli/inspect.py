@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 
 
-SETTINGS = ("ne", "ratio", "granularity", "joint", "criterion", "mask_scope", "r", "lora_alpha", "use_dora")
-RLRR = ("left", "right", "residual", "rescale_weight", "norms", "patch_embedding", "init")
+# Settings that are shown only where they change something.
 BITS = ("adapter_bits", "classifier_bits", "packed")
 
 
@@ -46,8 +45,11 @@ def run(argv: list[str]) -> int:
 
 def describe(report) -> list[str]:
     """The report as lines of text."""
+    from ..tuners.common.registry import method_of
+
     settings = report.settings
-    known = [f"{name}={settings[name]}" for name in SETTINGS + RLRR if settings.get(name) is not None]
+    shown = (name for name in method_of(settings.get("peft_type")).shown_settings if name not in BITS)
+    known = [f"{name}={settings[name]}" for name in shown if settings.get(name) is not None]
     known += [f"{name}={settings[name]}" for name in BITS if settings.get(name) not in (None, False, 32)]
     lines = [
         f"adapter              {report.folder}",

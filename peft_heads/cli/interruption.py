@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from transformers import Trainer
 
 from ..adapter_folder.checkpoints import last_complete_checkpoint
+from ..plugins import plugin_words
 from .errors import CommandError, disk_full
 
 
@@ -43,7 +44,7 @@ def resume_command(argv: list[str], checkpoint: str) -> str:
     """The command of this run, but from a checkpoint. Of arguments that are given twice the last one counts."""
     if "WORLD_SIZE" in os.environ:  # begun by torchrun or accelerate, whose own words are not known here
         return f"the same command and --resume_from_checkpoint {shlex.quote(checkpoint)}"
-    words = [*_without_secrets(argv), "--resume_from_checkpoint", checkpoint]
+    words = [*plugin_words(), *_without_secrets(argv), "--resume_from_checkpoint", checkpoint]
     if any(word.partition("=")[0] == "--overwrite_output_dir" for word in argv):
         words.append("--overwrite_output_dir=false")
     return shlex.join(["peft-heads", "train", *words])

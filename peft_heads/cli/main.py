@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 from .._compat import silence_known_warnings
+from ..plugins import import_plugin, load_plugins, take_plugin_words
 from .errors import INTERRUPTED, explain
 
 
@@ -53,6 +54,10 @@ def main(argv: list[str] | None = None) -> int:
     name, *rest = argv
     try:
         silence_known_warnings()
+        plugins, rest = take_plugin_words(rest)
+        load_plugins()
+        for module in plugins:
+            import_plugin(module)
         return importlib.import_module(COMMANDS[name].module).run(rest)
     except KeyboardInterrupt as interrupt:
         print(f"peft-heads {name}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
@@ -69,7 +74,9 @@ def main(argv: list[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the first word; the rest belongs to the command, which has its own --help."""
     parser = argparse.ArgumentParser(
-        prog="peft-heads", description="Head-masked LoRA and RLRR for vision transformers."
+        prog="peft-heads",
+        description="Head-masked LoRA and RLRR for vision transformers.",
+        epilog="Every command takes --plugin MODULE: a module that adds methods or criteria.",
     )
     parser.add_argument("--version", action="version", version=f"peft-heads {version('peft-heads')}")
     commands = parser.add_subparsers(title="commands (peft-heads COMMAND --help)", metavar="COMMAND")

@@ -26,9 +26,8 @@ from ..adapter_folder.labels import write_labels
 from ..data.images import ImageTransform, collate, label_names, load_image_dataset, load_image_processor
 from ..heads.protocol import describe_masks, get_head_masks
 from ..image_classifier import new_image_classifier
-from ..methods import apply_method, check_method_arguments, has_scored_heads
+from ..methods import apply_method, check_method, has_scored_heads, pack_trained
 from ..metrics.accuracy import compute_metrics
-from ..tuners import HeadMaskedLoraConfig, pack_adapter
 from ..tuners.common.folder_config import AdapterFolderConfig
 from .arguments import DataArguments, ModelArguments, local_inputs, parse_arguments
 from .hub import check_hub, push, reachable_hub
@@ -41,11 +40,11 @@ logger = logging.getLogger(__name__)
 
 def run(argv: list[str]) -> int:
     """Train, save and evaluate as `argv` says. Raises ValueError or FileNotFoundError for what the user got wrong."""
-    model_args, data_args, method_args, training_args = parse_arguments(argv)
-    check_method_arguments(method_args)
+    model_args, data_args, method, training_args = parse_arguments(argv)
+    check_method(method)
     checkpoint = find_checkpoint(training_args)
     if training_args.do_train or (training_args.do_train is None and training_args.do_eval is None):
-        check_output_folder(training_args, checkpoint, local_inputs(argv, model_args, data_args, method_args))
+        check_output_folder(training_args, checkpoint, local_inputs(argv, model_args, data_args, method))
     check_hub(training_args)
     set_up_logging(training_args)
     if not torch.accelerator.is_available():
@@ -59,7 +58,7 @@ def run(argv: list[str]) -> int:
     # Before the model: its new classification head and the adapter are drawn.
     seed = transformers.enable_full_determinism if training_args.full_determinism else transformers.set_seed
     seed(training_args.seed)
-    model, callbacks = apply_method(load_model(model_args, names), method_args)
+    model, callbacks = apply_method(load_model(model_args, names), method)
 
     processor = load_image_processor(
         model_args.image_processor_name or model_args.model_name_or_path,
@@ -92,7 +91,7 @@ def run(argv: list[str]) -> int:
         begin_run(trainer, checkpoint)
         with how_to_go_on(trainer, argv):
             result = trainer.train(resume_from_checkpoint=checkpoint)
-            pack(trainer.model)
+            pack_trained(trainer.model)
             save(trainer)
         _report(trainer, "train", result.metrics)
         trainer.save_state()
@@ -102,7 +101,7 @@ def run(argv: list[str]) -> int:
         _report(trainer, "eval", trainer.evaluate())
     not_pushed = push(trainer) if training_args.do_train and training_args.push_to_hub else None
     if training_args.do_train and trainer.is_world_process_zero():
-        print(summary(trainer, method_args.method))
+        print(summary(trainer, method.name))
     # together: torchrun ends every process as soon as one has failed, be it only while Python cleans up
     PartialState().wait_for_everyone()
     PartialState().destroy_process_group()
@@ -194,13 +193,6 @@ def load_model(args: ModelArguments, names: list[str]):
         ignore_mismatched_sizes=args.ignore_mismatched_sizes,
         **hub_arguments(args),
     )
-
-
-def pack(model) -> None:
-    """From now on a k-bit adapter is its codes; the checkpoints hold the weights behind them."""
-    for name, config in getattr(model, "peft_config", {}).items():
-        if isinstance(config, HeadMaskedLoraConfig) and config.has_few_bits:
-            pack_adapter(model, name)
 
 
 def save(trainer: Trainer) -> None:

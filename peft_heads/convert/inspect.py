@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from ..heads.detect import resolve_heads
 from ..heads.layout import HeadLayout, ProjectionLayout
 from ..heads.protocol import check_mask
 from ..image_classifier import fetch_adapter
-from ..tuners.common.head_mask import LORA_MASK, is_mask_key
+from ..tuners.common.head_mask import LORA_MASK, contradiction, is_mask_key, rows_in_file
+from ..tuners.common.registry import is_own_type, method_of
 from ..tuners.common.saved_folder import check_before_writing
 from ..tuners.common.saved_keys import is_adapter_key, module_of
 from ..tuners.common.saved_settings import is_settings_key
@@ -36,7 +38,6 @@ from .lora import check_type
 from .migrate import empty_base_model
 
 
-OURS = ("HEAD_MASKED_LORA", "RLRR")
 PARTS = ("adapter", "classification head", "masks and header")
 
 
@@ -90,13 +91,13 @@ def inspect_adapter(adapter: str | os.PathLike, base_model: str | os.PathLike | 
     check_type(folder, settings)
     read_labels(folder)
     weights = find_weights(os.fspath(folder))
-    if settings["peft_type"] in OURS:
+    if is_own_type(settings["peft_type"]):
         PeftConfig.from_pretrained(os.fspath(folder))  # settings of the wrong type
     model, no_norms = _base_model(folder, settings, base_model)
     try:
         tensors = {key: tensor for key, tensor in read_weights(weights).items() if not is_settings_key(key)}
         report = _report(folder, settings, files, weights, tensors, model, no_norms)
-        if settings["peft_type"] in OURS:
+        if is_own_type(settings["peft_type"]):
             _check(folder, weights, model)
         return report
     except OSError:
@@ -121,16 +122,15 @@ def _report(
     masks = _masks(tensors, layouts, weights)
     bits = FULL_PRECISION if _is_packed(stored) else settings.get("adapter_bits") or FULL_PRECISION
     norms = _norms(tensors if bits == FULL_PRECISION else _quantized(tensors, layouts, bits), layouts, settings)
-    if settings.get("peft_type") == "RLRR":
-        no_norms = "the update of RLRR depends on the frozen weights, which are not read"
-        check_deactivated_rows(weights, tensors, masks, layouts)
+    method = method_of(settings.get("peft_type"))
+    no_norms = method.no_norms or no_norms
+    if not norms and not no_norms:
+        no_norms = f"the update of {method.peft_type} is not computed from its file"
+    check_deactivated_rows(weights, tensors, masks, layouts, method.head_rows)
     for name, mask in masks.items():
         if name in norms and norms[name][~mask].count_nonzero():
             heads = (~mask & (norms[name] != 0)).nonzero().flatten().tolist()
-            raise ValueError(
-                f"{weights} contradicts itself: the mask of {name} deactivates heads {heads}, whose update is not "
-                "zero; the mask or the weights were edited"
-            )
+            raise contradiction(weights, f"the mask of {name} deactivates heads {heads}, whose update is not zero")
     numbers, sizes = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
     for key, tensor in tensors.items():
         numbers[_part_of(key)] += tensor.numel()
@@ -178,30 +178,38 @@ def check_deactivated_rows(
     tensors: dict[str, torch.Tensor],
     masks: dict[str, torch.Tensor],
     layouts: dict[str, ProjectionLayout],
+    head_rows: tuple[str, ...],
 ) -> None:
-    """Raise ValueError if an RLRR adapter's file has values in the rows of heads that its masks deactivate.
+    """Raise ValueError if an adapter's file has values in the rows of heads that its masks deactivate.
 
     Args:
         weights: The file, for the message.
         tensors: What it holds.
         masks: `{projection: bool (num_heads,)}`.
         layouts: `{module as the file names it: its heads}`.
+        head_rows: Names of the parameters whose rows belong to heads.
     """
     for key, tensor in tensors.items():
         name, _, part = key.rpartition(".")
         layout = layouts.get(module_of(key))
-        if layout is None or part not in ("rlrr_left", "rlrr_shift"):
+        if layout is None or part not in head_rows:
             continue
         for name, heads in layout.named_parts(module_of(key)).items():
             if name not in masks:
                 continue
             off = heads.rows(tensor)[heads.expand(~masks[name])]
             if off.count_nonzero():
-                raise ValueError(
-                    f"{weights} contradicts itself: the mask of {name} deactivates heads "
-                    f"{(~masks[name]).nonzero().flatten().tolist()}, whose rows of {part} are not zero; the mask or the "
-                    "weights were edited"
+                indices = (~masks[name]).nonzero().flatten().tolist()
+                raise contradiction(
+                    weights, f"the mask of {name} deactivates heads {indices}, whose rows of {part} are not zero"
                 )
+
+
+def _guess_rows(shape: tuple[int, int], mask: torch.Tensor) -> torch.Tensor:
+    """`rows_in_file` where no model says the heads: as of a projection that is no part of a fused one."""
+    if shape[0] % len(mask):
+        raise ValueError(f"it has {len(mask)} heads in {shape[0]} rows, which is not the same number for every head")
+    return mask.repeat_interleave(shape[0] // len(mask))
 
 
 def _unpacked(
@@ -214,20 +222,11 @@ def _unpacked(
     unpacked = {}
     for key, tensor in tensors.items():
         layout = layouts.get(module_of(key))
-
-        def find_rows(shape, mask, layout=layout):
-            if mask is None:
-                return None
-            if layout is not None and (len(mask), shape[0]) == (layout.num_heads, layout.out_features):
-                return layout.active_rows(mask)
-            if layout is not None or shape[0] % len(mask):
-                raise ValueError(f"it has {len(mask)} heads in {shape[0]} rows; the base model has {layout}")
-            return mask.repeat_interleave(shape[0] // len(mask))
-
         is_lora = key.endswith(PACKED)
         if not is_lora and tensor.dtype != torch.uint8:
             unpacked[key] = tensor
             continue
+        find_rows = _guess_rows if layout is None else partial(rows_in_file, layout, "the base model")
         try:
             matrices, mask = unpack_module(tensor, 2 if is_lora else 1, find_rows)
         except ValueError as error:
@@ -294,7 +293,7 @@ def _layouts(
     model: nn.Module, settings: dict[str, Any], tensors: dict[str, torch.Tensor]
 ) -> dict[str, ProjectionLayout]:
     """`{module as the file names it: its heads}`."""
-    masked_parts = "qv" if settings.get("peft_type") == "RLRR" else settings.get("fused_parts") or "qkv"
+    masked_parts = settings.get("fused_parts") or method_of(settings.get("peft_type")).masked_parts
     found = resolve_heads(model, settings.get("num_heads"), masked_parts)
     modules = dict.fromkeys(module_of(key) for key in tensors if is_adapter_key(key))
     renamed = match_renamed(modules, [name for name, _ in model.named_modules()])

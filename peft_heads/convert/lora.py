@@ -23,12 +23,11 @@ from ..adapter_folder.score_files import HEAT_MAP_FILE, SCORES_FILE
 from ..adapter_folder.settings import read_settings
 from ..data.images import load_image_processor
 from ..image_classifier import fetch_adapter, load_adapter, quiet_loading
-from ..tuners import pack_adapter
 from ..tuners.common.head_mask import LORA_MASK
+from ..tuners.common.registry import adapter_types, method_of, registered_methods
 from ..tuners.common.saved_settings import is_settings_key
 from ..tuners.head_masked_lora.packed import PACKED
 from ..tuners.head_masked_lora.state_dict import write_quantized
-from .migrate import ADAPTER_TYPES, LORA_TYPES
 
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ def export_lora(
         settings = read_settings(source)
         if settings.get("peft_type") == "LORA":
             raise ValueError(f"{source} is a stock LoRA adapter already; there is nothing to export")
-        check_type(source, settings, LORA_TYPES)
+        check_type(source, settings, adapter_types(LoraConfig))
         if settings.get("mask_scope") == "head" and (settings.get("ne") or settings.get("ratio")):
             raise ValueError(
                 f"{source} has mask_scope='head', which no LoRA adapter can express: its deactivated heads are silent, "
@@ -134,13 +133,15 @@ def export_packed(
     with new_folder(target, overwrite, sources(adapter, base_model)) as folder:
         source = fetch_adapter(adapter)
         settings = read_settings(source)
-        if settings.get("peft_type") != "HEAD_MASKED_LORA":
+        method = method_of(settings.get("peft_type"))
+        if method is None or method.pack is None:
+            packed = (other.peft_type for other in registered_methods() if other.pack is not None)
             raise ValueError(
                 f"{source} holds an adapter of type {settings.get('peft_type')}, which has no k-bit weights (expected "
-                "HEAD_MASKED_LORA)"
+                f"{' or '.join(packed)})"
             )
         model, _ = load_complete_adapter(source, base_model)
-        pack_adapter(model, model.active_adapter)
+        method.pack(model, model.active_adapter)
         for name in (MODEL_CARD, PROCESSOR_FILE, SCORES_FILE, HEAT_MAP_FILE):
             if (source / name).exists():
                 shutil.copyfile(source / name, folder / name)
@@ -202,8 +203,9 @@ def _save_processor(folder: Path, source: Path, base_model: str | os.PathLike | 
                 raise
 
 
-def check_type(source: Path, settings: dict[str, Any], expected: tuple[str, ...] = ADAPTER_TYPES) -> None:
+def check_type(source: Path, settings: dict[str, Any], expected: tuple[str, ...] = ()) -> None:
     """Raise ValueError for an adapter of a method that is not among those expected: ours, and LoRA."""
+    expected = expected or adapter_types()
     if settings.get("peft_type") not in expected:
         raise ValueError(
             f"{source} holds an adapter of type {settings.get('peft_type')}; expected {' or '.join(expected)}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save
 from torch import nn
@@ -22,12 +22,9 @@ from ..adapter_folder.files import check_folder_files
 from ..adapter_folder.settings import read_settings
 from ..adapter_folder.weights_file import read_weights
 from ..image_classifier import base_model_class
+from ..tuners.common.registry import adapter_types
 from ..tuners.common.saved_keys import RENAMED_OPTIONS, follow_renames, is_adapter_key, module_of, renamed_keys
 from ..tuners.common.saved_settings import is_settings_key
-
-
-LORA_TYPES = ("LORA", "HEAD_MASKED_LORA")
-ADAPTER_TYPES = (*LORA_TYPES, "RLRR")
 
 
 def migrate_adapter(folder: str | os.PathLike, base_model: str | os.PathLike | None = None) -> dict[str, str]:
@@ -56,16 +53,16 @@ def migrate_adapter(folder: str | os.PathLike, base_model: str | os.PathLike | N
     if aside.exists():  # of a migration that was interrupted
         os.replace(aside, weights_file) if not weights_file.exists() else aside.unlink()
     peft_type = settings.get("peft_type")
-    if peft_type not in ADAPTER_TYPES:
+    if peft_type not in adapter_types():
         raise ValueError(
-            f"{folder} holds an adapter of type {peft_type}; names are known for {', '.join(ADAPTER_TYPES)} alone"
+            f"{folder} holds an adapter of type {peft_type}; names are known for {', '.join(adapter_types())} alone"
         )
     tensors, metadata = read_weights(weights_file) if weights_file.exists() else {}, {"format": "pt"}
     keys = [key for key in tensors if not is_settings_key(key)]
     adapted = list(dict.fromkeys(module_of(key) for key in keys if is_adapter_key(key)))
     trained = list(dict.fromkeys(module_of(key) for key in keys if not is_adapter_key(key)))
     if not adapted:
-        method = "RLRR" if peft_type == "RLRR" else "LoRA"
+        method = "LoRA" if peft_type in adapter_types(LoraConfig) else peft_type
         raise ValueError(f"{folder} has no {method} weights in {SAFETENSORS_WEIGHTS_NAME}; other formats are not read")
     model = empty_base_model(folder, settings, base_model)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import transformers
+from peft import LoraConfig
 
 from ..adapter_folder.atomic import new_folder
 from ..adapter_folder.settings import read_settings
@@ -21,8 +22,8 @@ from ..heads.detect import resolve_heads
 from ..heads.layout import HeadLayout
 from ..heads.protocol import get_head_masks
 from ..image_classifier import fetch_adapter
+from ..tuners.common.registry import adapter_types
 from .lora import check_type, load_whole_model, merge, save_checkpoint, sources
-from .migrate import LORA_TYPES
 
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def export_pruned(
     with new_folder(target, overwrite, sources(adapter, base_model)) as folder:
         source = fetch_adapter(adapter)
         settings = read_settings(source)
-        check_type(source, settings, LORA_TYPES)
+        check_type(source, settings, adapter_types(LoraConfig))
         if settings.get("mask_scope") != "head":
             raise ValueError(
                 f"{source} has mask_scope={settings.get('mask_scope')!r}, under which the frozen heads go on working "

@@ -10,7 +10,8 @@ import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
-from ..heads.detect import default_targets, task_head_names
+from ..backbones.classifier import classifier_names
+from ..backbones.targets import default_targets
 from ..heads.protocol import describe_masks
 from ..image_classifier import load_image_classifier
 from ..metrics.accuracy import compute_metrics
@@ -25,7 +26,7 @@ RANK = 8
 
 @dataclass
 class Result:
-    """What one run came to: `accuracy` in [0, 1] and `logits` on the test split, `seconds` of training."""
+    """The result of one run: `accuracy` in [0, 1] and `logits` on the test split, `seconds` of training."""
 
     method: str
     accuracy: float
@@ -40,7 +41,7 @@ class Result:
 def demo_configs(ne: int) -> dict[str, tuple[str, PeftConfig]]:
     """`{folder name: (name in the table, configuration)}` of the runs that are compared."""
     model = load_demo_model()
-    lora = LoraConfig(r=RANK, target_modules=default_targets(model), modules_to_save=task_head_names(model))
+    lora = LoraConfig(r=RANK, target_modules=default_targets(model), modules_to_save=classifier_names(model))
     criteria = {"taylor": ("Taylor", "absolute"), "random": ("random", "random"), "front": ("front", "front")}
     return {"lora": ("LoRA", lora)} | {
         folder: (f"head-masked LoRA, {name}", HeadMaskedLoraConfig(r=RANK, ne=ne, criterion=criterion))
@@ -85,7 +86,7 @@ def fine_tune(
         processing_class=load_demo_processor(),
         callbacks=[scorer] if isinstance(config, HeadMaskedLoraConfig) else [],
     )
-    trainer.remove_callback(PrinterCallback)  # the table says it better
+    trainer.remove_callback(PrinterCallback)  # the table shows the results
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
@@ -150,7 +151,7 @@ def check_reloaded(result: Result, data: list[dict]) -> bool:
 
 
 def standard_error(result: Result, num_images: int) -> float:
-    """Of the accuracy, as a binomial proportion: smaller differences between methods are chance."""
+    """The standard error of the accuracy, as a binomial proportion: smaller differences between methods are chance."""
     return (result.accuracy * (1 - result.accuracy) / num_images) ** 0.5
 
 

@@ -2,8 +2,8 @@
 
 from .detect import resolve_heads
 from .layout import HeadLayout, ProjectionLayout
-from .protocol import HeadMaskable, get_head_masks, set_head_masks
-from .scores import CRITERIA, head_scores, head_statistics
+from .protocol import HeadMaskable, ScoredParameter, get_head_masks, set_head_masks
+from .scores import CRITERIA, HeadStatistics, head_scores, head_statistics, register_criterion
 from .selection import plan_groups, select_heads
 
 
@@ -11,11 +11,14 @@ __all__ = [
     "CRITERIA",
     "HeadLayout",
     "HeadMaskable",
+    "HeadStatistics",
     "ProjectionLayout",
+    "ScoredParameter",
     "get_head_masks",
     "head_scores",
     "head_statistics",
     "plan_groups",
+    "register_criterion",
     "resolve_heads",
     "select_heads",
     "set_head_masks",

@@ -1,23 +1,31 @@
 """Responsiveness of heads: weights and gradients in, one score per head out.
 
-Split like a metric into *update* (`head_statistics`: one optimizer step) and *compute* (`head_scores`: the sums of a
+Split like a metric into *update* (`head_statistics`: one optimizer step) and *compute* (`head_scores`: the mean over a
 window of steps), so that one pass over the data serves every criterion.
 
 With `p` a head's adapter parameters (its rows of `lora_B`) and `g` the gradient of the loss with respect to them, the
-first-order Taylor expansion of the loss change when `p` is set to zero gives (HEAT, Eq. 9 and 11):
+first-order Taylor expansion says that the loss changes by `-Σ p·g` when `p` is set to zero. The criteria of HEAT
+(Eq. 9 and 11) are sums over these products, and the heads with the lowest scores are deactivated:
 
-    absolute   Σ |p·g|
+    absolute   Σ |p·g|   low where the head hardly matters to the loss
     positive   Σ  p·g    low where removing the head raises the loss
     negative   Σ -p·g    low where removing the head lowers the loss
 
+That `positive` deactivates heads whose removal raises the loss looks wrong, but it is what the paper's formula says (its
+prose is loose here), and the paper finds it best on most tasks.
+
 Baselines say what a score must be better than: `random`, `front` (the first heads), and `most_responsive`, which
 deactivates the heads that `absolute` would keep longest.
+
+A criterion is an entry of `CRITERIA`: a function of a projection's [`HeadStatistics`]. `register_criterion` adds one.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Literal, get_args
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 
@@ -25,22 +33,115 @@ from .layout import HeadLayout
 
 
 STATISTICS = ("absolute", "signed", "grad_norm")
-Criterion = Literal[
-    "absolute", "positive", "negative", "weight_norm", "grad_norm", "random", "front", "most_responsive"
-]
-CRITERIA = get_args(Criterion)
-# Criteria that need gradients, hence a window of training steps.
-GRADIENT_CRITERIA = ("absolute", "positive", "negative", "grad_norm", "most_responsive")
-# Those that are products with the adapter's parameters, hence zero as long as these are, whatever the gradient.
-TAYLOR_CRITERIA = ("absolute", "positive", "negative", "most_responsive")
 
-_FROM_STATISTICS = {  # criterion: (row of STATISTICS, sign)
-    "absolute": (0, 1),
-    "positive": (1, 1),
-    "negative": (1, -1),
-    "grad_norm": (2, 1),
-    "most_responsive": (0, -1),
+
+@dataclass(frozen=True)
+class HeadStatistics:
+    """What a criterion is given: all that is known of one projection's heads when heads are selected.
+
+    Every tensor is float64 (num_heads,) on the CPU. All processes have the same numbers, since they were reduced before.
+
+    Attributes:
+        absolute: `Σ |p·g|` over the head's adapter parameters, the mean over the counted steps; None without a step.
+        signed: `Σ p·g`, likewise. The loss changes by about `-signed` when the head is deactivated.
+        grad_norm: L2 norm of `g`, likewise.
+        weight_norm: L2 norm of `p` as it is now; None where no parameters were given.
+        random: Numbers in [0, 1) that depend on `mask_seed` alone.
+    """
+
+    absolute: torch.Tensor | None
+    signed: torch.Tensor | None
+    grad_norm: torch.Tensor | None
+    weight_norm: torch.Tensor | None
+    random: torch.Tensor
+
+    @property
+    def num_heads(self) -> int:
+        return len(self.random)
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """How heads are scored.
+
+    Attributes:
+        function: Scores (num_heads,) of one projection's heads; the lowest are deactivated.
+        needs_gradients: Whether the function reads what training steps gather, so that heads cannot be scored without.
+        is_taylor: Whether scores are products with the adapter's parameters: zero as long as these are, whatever the
+            gradient.
+    """
+
+    function: Callable[[HeadStatistics], torch.Tensor]
+    needs_gradients: bool = True
+    is_taylor: bool = False
+
+
+_TABLE = {
+    "absolute": Criterion(lambda heads: heads.absolute, is_taylor=True),
+    "positive": Criterion(lambda heads: heads.signed, is_taylor=True),
+    "negative": Criterion(lambda heads: -heads.signed, is_taylor=True),
+    "weight_norm": Criterion(lambda heads: heads.weight_norm, needs_gradients=False),
+    "grad_norm": Criterion(lambda heads: heads.grad_norm),
+    "random": Criterion(lambda heads: heads.random, needs_gradients=False),
+    "front": Criterion(lambda heads: torch.arange(heads.num_heads).double(), needs_gradients=False),
+    "most_responsive": Criterion(lambda heads: -heads.absolute, is_taylor=True),
 }
+BUILT_IN = frozenset(_TABLE)
+CRITERIA: Mapping[str, Criterion] = MappingProxyType(_TABLE)
+"""All criteria by name, in the order in which they are reported; it grows with `register_criterion`."""
+
+
+def register_criterion(
+    name: str,
+    function: Callable[[HeadStatistics], torch.Tensor],
+    *,
+    needs_gradients: bool = True,
+    is_taylor: bool = False,
+) -> None:
+    """Add a criterion, which configurations, scorers and the command line then know by its name.
+
+    Registering the same function again is harmless.
+
+    Args:
+        name: What `criterion=` is set to: letters, digits, `_`, `-` and `.`, a letter first.
+        function: From a projection's [`HeadStatistics`] to the scores (num_heads,) of its heads. The heads with the
+            lowest scores are deactivated; where projections share a mask, their scores are summed. It must depend on
+            its argument alone, so that every process selects the same heads.
+        needs_gradients: Whether the function reads `absolute`, `signed` or `grad_norm`. Without them heads can be
+            selected before the first step.
+        is_taylor: Whether all scores are zero as long as the adapter's parameters are (`lora_B` of a new adapter). A
+            selection by the first step alone is then refused.
+
+    Raises:
+        ValueError: The name is taken, or no name; or `function` cannot be called.
+
+    Example:
+
+        ```py
+        >>> register_criterion("grad_per_weight", lambda heads: heads.grad_norm / (heads.weight_norm + 1e-6))
+        >>> config = HeadMaskedLoraConfig(ne=2, criterion="grad_per_weight")
+        ```
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][\w.-]*", name, re.ASCII):
+        raise ValueError(
+            f"the name of a criterion is a word of letters, digits, '_', '-' and '.', a letter first; got {name!r}"
+        )
+    if not callable(function):
+        raise ValueError(f"criterion {name!r} needs a function of HeadStatistics; got {function!r}")
+    criterion = Criterion(function, needs_gradients, is_taylor)
+    if _TABLE.get(name, criterion) != criterion:
+        raise ValueError(f"there is a criterion {name!r} already; choose another name")
+    _TABLE[name] = criterion
+
+
+def find_criterion(name: str) -> Criterion:
+    """The criterion of that name; raises ValueError if there is none."""
+    if name not in CRITERIA:
+        raise ValueError(
+            f"criterion must be one of {', '.join(CRITERIA)}; got {name!r}. If a plugin adds it, import the plugin first "
+            "(on the command line: --plugin MODULE), or choose another criterion"
+        )
+    return CRITERIA[name]
 
 
 def head_statistics(params: torch.Tensor, grads: torch.Tensor, layout: HeadLayout) -> torch.Tensor:
@@ -129,38 +230,53 @@ def head_scores(
     """One score per head of every projection; the lowest are deactivated.
 
     Args:
-        criterion: One of `CRITERIA`.
+        criterion: A name in `CRITERIA`.
         layouts: `{module name: HeadLayout}`.
-        statistics: `{module name: (3, num_heads)}`, the mean of `head_statistics` over the window's steps. Needed by
-            `GRADIENT_CRITERIA`.
-        params: `{module name: (out_features, n)}`, the head-wise parameters at selection. Needed by `weight_norm`.
-        seed: Of the criterion `random`: the same numbers on every machine and process.
+        statistics: `{module name: (3, num_heads)}`, the mean of `head_statistics` over the window's steps. Criteria
+            that need gradients need it.
+        params: `{module name: (out_features, n)}`, the head-wise parameters at selection, for their norms.
+        seed: Seed of the criterion `random`: the same numbers on every machine and process.
 
     Returns:
-        `{module name: float64 (num_heads,)}`.
+        `{module name: float64 (num_heads,)}` on the CPU.
 
     Raises:
-        ValueError: Unknown criterion, or a score that is not finite.
+        ValueError: Unknown criterion, one that needs what is not given, or scores of a wrong shape or not finite.
     """
-    if criterion in GRADIENT_CRITERIA:
-        row, sign = _FROM_STATISTICS[criterion]
-        scores = {name: sign * statistics[name][row] for name in layouts}
-    elif criterion == "weight_norm":
-        scores = {
-            name: layout.sum_rows(params[name].double().square()).sqrt().cpu() for name, layout in layouts.items()
-        }
-    elif criterion == "random":
-        generator = torch.Generator().manual_seed(seed)
-        scores = {
-            name: torch.rand(layout.num_heads, generator=generator, dtype=torch.float64)
-            for name, layout in layouts.items()
-        }
-    elif criterion == "front":
-        scores = {name: torch.arange(layout.num_heads, dtype=torch.float64) for name, layout in layouts.items()}
-    else:
-        raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}; got {criterion!r}")
+    found = find_criterion(criterion)
+    if found.needs_gradients and not statistics:
+        raise ValueError(f"criterion {criterion!r} needs the statistics of training steps, and there are none")
+    generator = torch.Generator().manual_seed(seed)
+    scores = {}
+    for name, layout in layouts.items():
+        absolute, signed, grad_norm = statistics[name].double().cpu() if statistics else (None, None, None)
+        heads = HeadStatistics(
+            absolute,
+            signed,
+            grad_norm,
+            weight_norm=None if params is None else weight_norms(params[name], layout),
+            random=torch.rand(layout.num_heads, generator=generator, dtype=torch.float64),
+        )
+        scores[name] = _checked(criterion, found.function(heads), name, layout)
+    return scores
 
-    broken = [name for name, score in scores.items() if not torch.isfinite(score).all()]
-    if broken:
-        raise ValueError(f"the {criterion} scores of {broken[0]} are not finite: {scores[broken[0]].tolist()}")
+
+def weight_norms(params: torch.Tensor, layout: HeadLayout) -> torch.Tensor:
+    """float64 (num_heads,) on the CPU: the L2 norm of each head's parameters (num_rows, n)."""
+    return layout.sum_rows(params.double().square()).sqrt().cpu()
+
+
+def _checked(criterion: str, scores: torch.Tensor, name: str, layout: HeadLayout) -> torch.Tensor:
+    """The scores of one projection as float64 on the CPU; raises ValueError for what orders no heads."""
+    if not isinstance(scores, torch.Tensor) or scores.shape != (layout.num_heads,) or scores.is_complex():
+        found = f"a {type(scores).__name__}"
+        if isinstance(scores, torch.Tensor):
+            found = f"{scores.dtype} of shape {tuple(scores.shape)}"
+        raise ValueError(
+            f"criterion {criterion!r} must return one real number per head, a tensor of shape ({layout.num_heads},) for "
+            f"{name}; it returned {found}"
+        )
+    scores = scores.detach().double().cpu()
+    if not torch.isfinite(scores).all():
+        raise ValueError(f"the {criterion} scores of {name} are not finite: {scores.tolist()}")
     return scores

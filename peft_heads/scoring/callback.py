@@ -19,7 +19,7 @@ from ..adapter_folder.contents import FolderContents, folder_contents, set_image
 from ..adapter_folder.saving import write_contents
 from ..adapter_folder.score_files import HEAT_MAP_FILE, SCORES_FILE, read_head_scores, write_head_scores
 from ..heads.protocol import deactivated_heads, describe_masks, get_head_masks, module_patterns
-from ..heads.scores import GRADIENT_CRITERIA, TAYLOR_CRITERIA
+from ..heads.scores import find_criterion
 from .best_checkpoint import check_best_checkpoint, load_best_checkpoint
 from .plotting import figure_bytes, plot_head_scores
 from .scorer import HeadScorer, TwoScorersError
@@ -155,6 +155,8 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
             return
 
         self._scorer.check()
+        if self._scorer.config.masks_heads:
+            find_criterion(self._scorer.config.criterion)  # before the warm-up is trained for nothing
         self._restore_scores(saved)
         self._contents.selection_pending = True
         if state.global_step >= last:
@@ -273,7 +275,7 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
         """Raise ValueError if heads are to be selected by what can only be zero."""
         scorer, config = self._scorer, self._scorer.config
         masked = any(not layer.get_head_mask(scorer.adapter_name).all() for layer in scorer.layers.values())
-        if masked or not config.masks_heads or config.criterion not in TAYLOR_CRITERIA:
+        if masked or not config.masks_heads or not find_criterion(config.criterion).is_taylor:
             return  # nothing will be selected, or not by products with the adapter's parameters
         zero = scorer.without_update()
         if zero:
@@ -318,7 +320,7 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
     def _catch_up(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any) -> None:
         """Resumed after the selection step with nothing selected: select now, if there is something to select by."""
         config = self._scorer.config
-        if config.masks_heads and config.criterion in GRADIENT_CRITERIA and not self._scorer.num_steps:
+        if config.masks_heads and find_criterion(config.criterion).needs_gradients and not self._scorer.num_steps:
             raise ValueError(
                 f"training resumes at step {state.global_step}, after the selection of heads at step "
                 f"{self.progress['select_step']}, and the checkpoint holds neither masks nor scores; pass a "

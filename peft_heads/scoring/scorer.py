@@ -20,7 +20,7 @@ from ..heads.protocol import (
     read_masks,
     write_masks,
 )
-from ..heads.scores import CRITERIA, GRADIENT_CRITERIA, STATISTICS, all_head_statistics, head_scores
+from ..heads.scores import BUILT_IN, CRITERIA, STATISTICS, all_head_statistics, find_criterion, head_scores
 from ..heads.selection import HeadGroup, degenerate_groups, group_scores, groups_kept_whole, plan_groups, select_heads
 from .gradients import StepGradients
 
@@ -104,8 +104,8 @@ class HeadScorer:
     def check(self) -> None:
         """Raise ValueError, and let another scorer have the adapter, if its heads cannot be scored."""
         for name, layer in self.layers.items():
-            for param in layer.head_parameters(self.adapter_name):
-                problem = self._why_not(name, layer, param)
+            for scored in layer.scored_parameters(self.adapter_name):
+                problem = self._why_not(name, layer, scored.param)
                 if problem is not None:
                     self.close()
                     raise ValueError(f"the heads of adapter {self.adapter_name!r} cannot be scored: {problem}")
@@ -157,16 +157,16 @@ class HeadScorer:
         """Scores of every head, the mean over the steps so far.
 
         Args:
-            criterion: One of `peft_heads.heads.CRITERIA`; the adapter's own if None.
+            criterion: A name in `peft_heads.heads.CRITERIA`; the adapter's own if None.
 
         Returns:
             `{projection: float64 (num_heads,) on the CPU}`, named as `get_head_masks` names them.
 
         Raises:
-            ValueError: The criterion needs gradients and no step with finite gradients was counted.
+            ValueError: There is no such criterion, or it needs gradients and no step with finite gradients was counted.
         """
         criterion = criterion or self.config.criterion
-        if criterion in GRADIENT_CRITERIA and not self.num_steps:
+        if find_criterion(criterion).needs_gradients and not self.num_steps:
             why = (
                 f"the gradients of all {self.num_skipped} steps were not finite; lower the learning rate or the loss scale"
                 if self.num_skipped
@@ -183,7 +183,17 @@ class HeadScorer:
 
     def all_scores(self) -> dict[str, dict[str, torch.Tensor]]:
         """`{criterion: scores}` for every criterion that can be computed from what was gathered."""
-        return {c: self.scores(c) for c in CRITERIA if self.num_steps or c not in GRADIENT_CRITERIA}
+        scores = {}
+        for name, criterion in CRITERIA.items():
+            if criterion.needs_gradients and not self.num_steps:
+                continue
+            try:
+                scores[name] = self.scores(name)
+            except Exception as error:  # a plugin's criterion that nobody asked for must not end a training
+                if name in BUILT_IN or name == self.config.criterion:
+                    raise
+                warnings.warn(f"the scores by {name!r} are left out of the report: {type(error).__name__}: {error}")
+        return scores
 
     def select(
         self,
@@ -258,7 +268,7 @@ class HeadScorer:
     def without_update(self) -> list[str]:
         """Projections of groups that give up heads while all their head-wise parameters are zero.
 
-        The product with any gradient is zero there, and with it the scores by a criterion of `TAYLOR_CRITERIA`.
+        The product with any gradient is zero there, and with it the scores by a Taylor criterion (`Criterion.is_taylor`).
         """
         norms = self.scores("weight_norm")
         equal = [group.modules for group in degenerate_groups(norms, self.groups())]
@@ -301,8 +311,8 @@ class HeadScorer:
         for layer in self.layers.values():
             if layer.get_head_mask(self.adapter_name).all():
                 continue
-            for param in layer.head_parameters(self.adapter_name):
-                zero_rows(param, layer.active_rows(self.adapter_name), optimizer)
+            for scored in layer.scored_parameters(self.adapter_name):
+                zero_rows(scored.param, layer.active_rows(self.adapter_name), optimizer)
         self.close()
         return read_masks(self.layers, self.adapter_name)
 

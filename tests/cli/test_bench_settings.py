@@ -6,9 +6,9 @@ import pytest
 import tiny
 import trees
 
-from peft_heads.benchmark.recipes import GRIDS
 from peft_heads.cli.bench_arguments import build_parser, read_method
 from peft_heads.cli.main import main
+from peft_heads.tuners.common.registry import registered_methods
 
 
 def help_of(argument, lists=True):
@@ -36,7 +36,9 @@ def test_help_says_what_the_benchmark_uses(argument, expected):
 
 def test_help_never_contradicts():
     """Whatever a method is given if nothing is given stands in the help."""
-    for method, grid in GRIDS.items():
+    grids = {method.name: method.grid for method in registered_methods() if method.grid}
+    assert {"head-masked-lora", "lora", "rlrr"} <= set(grids)
+    for method, grid in grids.items():
         args = build_parser("sweep", "", True).parse_args(["--data_root=d", "--output_dir=o", f"--method={method}"])
         assert read_method(args) == {"name": method} | grid
         for name, value in grid.items():

@@ -7,7 +7,15 @@ from torch.nn import functional as F
 
 from peft_heads.heads import scores as scores_module
 from peft_heads.heads.layout import HeadLayout
-from peft_heads.heads.scores import CRITERIA, STATISTICS, all_head_statistics, head_scores, head_statistics
+from peft_heads.heads.scores import (
+    BUILT_IN,
+    CRITERIA,
+    STATISTICS,
+    all_head_statistics,
+    head_scores,
+    head_statistics,
+    register_criterion,
+)
 
 
 def mean_statistics(params, grads, layout):
@@ -149,6 +157,104 @@ def test_errors():
     with pytest.raises(ValueError, match=r"criterion must be one of absolute, .*got 'best'"):
         head_scores("best", layouts)
     broken = {"q": torch.tensor([[1.0, float("nan")]] * 3, dtype=torch.float64)}
-    for criterion in set(CRITERIA) - {"weight_norm", "random", "front"}:
+    needing = {name for name, criterion in CRITERIA.items() if criterion.needs_gradients}
+    assert needing == set(CRITERIA) - {"weight_norm", "random", "front"}
+    for criterion in needing:
+        with pytest.raises(ValueError, match=f"{criterion}' needs the statistics of training steps"):
+            head_scores(criterion, layouts)
         with pytest.raises(ValueError, match="of q are not finite"):
             head_scores(criterion, layouts, statistics=broken)
+
+
+# criteria of others
+
+
+def test_a_registered_criterion_is_given_all_statistics_by_name(forget_criteria):
+    layouts = {"q": HeadLayout("query", 3, 2), "v": HeadLayout("value", 2, 3)}
+    params, grads = (
+        {name: torch.randn(6, 4, dtype=torch.float64) for name in layouts},
+        {name: torch.randn(6, 4, dtype=torch.float64) for name in layouts},
+    )
+    statistics = all_head_statistics(params, grads, layouts)
+    seen = []
+    register_criterion("mine", lambda heads: seen.append(heads) or 2 * heads.signed + heads.weight_norm)
+    scores = head_scores("mine", layouts, statistics=statistics, params=params, seed=5)
+
+    random = head_scores("random", layouts, seed=5)
+    norms = head_scores("weight_norm", layouts, params=params)
+    assert len(seen) == 2
+    for heads, (name, layout) in zip(seen, layouts.items(), strict=True):
+        assert heads.num_heads == layout.num_heads
+        given = (*statistics[name], norms[name], random[name])
+        for found, expected in zip(vars(heads).values(), given, strict=True):
+            assert torch.equal(found, expected) and found.dtype == torch.float64
+        assert torch.equal(scores[name], 2 * statistics[name][1] + norms[name])
+        with pytest.raises(AttributeError):
+            heads.signed = None
+
+
+def test_what_was_not_gathered_is_none(forget_criteria):
+    seen = []
+    register_criterion("mine", lambda heads: seen.append(heads) or heads.random, needs_gradients=False)
+    head_scores("mine", {"q": HeadLayout("query", 3, 1)})
+    (heads,) = seen
+    assert (heads.absolute, heads.signed, heads.grad_norm, heads.weight_norm) == (None,) * 4
+
+
+def test_the_table_of_criteria(forget_criteria):
+    function = torch.zeros_like
+    register_criterion("mine-2.0", function, needs_gradients=False, is_taylor=True)
+    register_criterion("mine-2.0", function, needs_gradients=False, is_taylor=True)  # harmless
+    assert list(CRITERIA)[-1] == "mine-2.0" and len(CRITERIA) == len(BUILT_IN) + 1
+    assert (CRITERIA["mine-2.0"].needs_gradients, CRITERIA["mine-2.0"].is_taylor) == (False, True)
+    assert {name for name in BUILT_IN if CRITERIA[name].is_taylor} == {
+        "absolute",
+        "positive",
+        "negative",
+        "most_responsive",
+    }
+    with pytest.raises(
+        ValueError, match="one of absolute, .*, most_responsive, mine-2.0; got 'yours'.*--plugin MODULE"
+    ):
+        head_scores("yours", {})
+    with pytest.raises(TypeError):
+        CRITERIA["theirs"] = CRITERIA["absolute"]
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "message"),
+    [
+        ("absolute", lambda heads: heads.absolute, "there is a criterion 'absolute' already"),
+        ("two words", lambda heads: heads.absolute, "letters, digits.*got 'two words'"),
+        ("", lambda heads: heads.absolute, "got ''"),
+        (1, lambda heads: heads.absolute, "got 1"),
+        ("mine", "absolute", "criterion 'mine' needs a function of HeadStatistics; got 'absolute'"),
+    ],
+)
+def test_what_cannot_be_registered(name, function, message):
+    before = dict(CRITERIA)
+    with pytest.raises(ValueError, match=message):
+        register_criterion(name, function)
+    assert dict(CRITERIA) == before
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda heads: heads.absolute.sum(), r"of shape \(2,\) for q; it returned torch.float64 of shape \(\)"),
+        (lambda heads: heads.absolute[None], r"criterion 'mine' must return .*of shape \(1, 2\)"),
+        (lambda heads: heads.absolute.tolist(), "it returned a list"),
+        (lambda heads: heads.absolute + 1j, "it returned torch.complex128"),
+        (lambda heads: heads.absolute / 0, r"the mine scores of q are not finite: \[inf, inf\]"),
+    ],
+)
+def test_what_a_criterion_must_return(forget_criteria, function, message):
+    register_criterion("mine", function)
+    with pytest.raises(ValueError, match=message):
+        head_scores("mine", {"q": HeadLayout("query", 2, 1)}, statistics={"q": torch.ones(3, 2)})
+
+
+def test_scores_may_be_whole_numbers(forget_criteria):
+    register_criterion("mine", lambda heads: heads.absolute.argsort())
+    (scores,) = head_scores("mine", {"q": HeadLayout("query", 2, 1)}, statistics={"q": torch.ones(3, 2)}).values()
+    assert scores.dtype == torch.float64 and scores.tolist() == [0, 1]

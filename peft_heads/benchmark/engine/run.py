@@ -21,28 +21,22 @@ from transformers import AutoConfig, Trainer
 
 from ...adapter_folder.atomic import write_atomically
 from ...adapter_folder.checkpoints import last_complete_checkpoint
+from ...backbones.drop_path import has_drop_path
 from ...data.augmentation import Augmentation
 from ...data.preprocessing import Preprocessing
-from ...data.tasks import OFFLINE, Task
-from ...methods import check_method_arguments
+from ...data.suites import SUITES
+from ...data.tasks import Task
+from ...methods import MethodSettings, check_method
+from ...tuners.common.options import HEAD_SETTINGS
 from ..recipes import Recipe
+from ..records.effective import with_warmup
 from ..records.results import Environment, Run, RunResult, RunSpec, find_result, write_result
-from .drop_path import has_drop_path
-from .training import Places, Training, checkpoint_of, method_arguments
+from .training import Places, Training, checkpoint_of
 
 
 logger = logging.getLogger(__name__)
 
-PROTOCOL = {  # suite: what settings are chosen by, and what is reported; each (trained on, looked at)
-    "vtab": (("train800", "val200"), ("train800val200", "test")),
-    "fewshot": (("train", "val"), ("train", "test")),
-    "fgvc": (("train", "val"), ("train", "test")),
-    "folder": (("train", "val"), ("train", "test")),
-    OFFLINE: (("train", "val"), ("train", "test")),
-}
 TRUNK, IN_USE = "trunk-", ".use"  # how the folders of shared beginnings are called, and their second locks
-# What is read when heads are selected, and not before.
-SELECTION = ("ne", "ratio", "criterion", "granularity", "joint", "mask_scope", "mask_seed")
 
 
 def make_spec(
@@ -60,7 +54,7 @@ def make_spec(
 
     Args:
         task: Of `data.tasks`.
-        method: `{"name": …}` and arguments of [`MethodArguments`].
+        method: `{"name": …}` and settings, as [`MethodSettings.from_json`] reads them.
         recipe: How it is trained.
         backbone: Checkpoint, a folder or a repository of the Hub, or `SHIPPED`, the small ViT of this package.
         seed: Of everything that is drawn.
@@ -68,10 +62,10 @@ def make_spec(
         shots, list_seed: Of a few-shot task.
 
     Raises:
-        ValueError: The method's arguments contradict each other, or there is no such checkpoint.
+        ValueError: The method's settings contradict each other, or there is no such checkpoint.
     """
-    settings = recipe.settings()
-    check_method_arguments(method_arguments(method, settings))
+    settings, given = recipe.settings(), MethodSettings.from_json(method)
+    check_method(with_warmup(given, settings))
     try:
         config = AutoConfig.from_pretrained(checkpoint_of(backbone), trust_remote_code=False)
     except (OSError, ValueError, AttributeError, TypeError) as error:
@@ -80,11 +74,12 @@ def make_spec(
         settings["drop_path_by"] = "config" if has_drop_path(config) else "hooks"
     size = {"size": config.image_size} if isinstance(getattr(config, "image_size", None), int) else {}
     augmentation = Augmentation(**recipe.augmentation | size).to_dict() if recipe.augmentation else None
-    train_split, eval_split = PROTOCOL[task.suite][final]
+    suite = SUITES[task.suite]
+    train_split, eval_split = suite.reported if final else suite.chosen_by
     return RunSpec(
         suite=task.suite,
         task=task.name,
-        method=method,
+        method=given,
         backbone=os.fspath(backbone),
         seed=seed,
         train_split=train_split,
@@ -225,7 +220,7 @@ def trunk_key(spec: RunSpec) -> str:
         return training_key(spec)
     settings = spec.to_json() | {"trunk_epochs": epochs}
     del settings["eval_split"]
-    settings["method"] = {name: value for name, value in spec.method.items() if name not in SELECTION}
+    settings["method"] = {k: value for k, value in settings["method"].items() if k not in HEAD_SETTINGS}
     return json.dumps(settings, sort_keys=True)
 
 
@@ -234,10 +229,11 @@ def trunk_epochs(spec: RunSpec) -> int:
 
     0 where they can share none.
     """
-    args = method_arguments(spec.method, spec.recipe)
-    if args.head_warmup_epochs is None or args.head_window not in (None, "last_epoch"):
+    method = with_warmup(spec.method, spec.recipe)
+    warmup = method.get("head_warmup_epochs")
+    if warmup is None or method.get("head_window") not in (None, "last_epoch"):
         return 0
-    return max(0, math.ceil(args.head_warmup_epochs) - 1)
+    return max(0, math.ceil(warmup) - 1)
 
 
 def train_trunk(spec: RunSpec, places: Places) -> Path:

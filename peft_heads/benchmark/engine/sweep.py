@@ -18,6 +18,7 @@ from accelerate.utils import broadcast_object_list
 
 from ...adapter_folder.atomic import write_atomically
 from ...data.tasks import Task
+from ...tuners.common.options import HEAD_SETTINGS
 from ..recipes import Recipe
 from ..records.environment import source_state
 from ..records.plans import Choice, unfinished_choices, write_plan
@@ -25,7 +26,6 @@ from ..records.results import Run, RunSpec, describe_method, find_result
 from ..report.rows import method_order
 from .optuna_queue import WAIT, SharedQueue, default_study_name, take_turns
 from .run import (
-    SELECTION,
     clear_trunks,
     held_trunk,
     make_spec,
@@ -75,7 +75,7 @@ class Sweep:
         combinations = [dict(zip(names, chosen, strict=True)) for chosen in itertools.product(*values)]
         for method in combinations:
             if method.get("ne") == 0:
-                for name in SELECTION:
+                for name in HEAD_SETTINGS:  # read when heads are selected
                     if name != "ne":
                         method.pop(name, None)
         return _unique(combinations)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ...data.preprocessing import Preprocessing
 from ...data.tasks import TASKS
-from ...methods import MethodArguments, effective_settings
+from ...methods import MethodSettings, deactivates_heads, effective_settings
 from ..recipes import RECIPES
 from .schema import canonical_json
 
@@ -18,34 +19,28 @@ if TYPE_CHECKING:
 IMAGES = ("size", "resize", "resize_size", "crop", "filter", "normalization")
 
 
-def method_arguments(method: dict[str, Any], recipe: dict[str, Any]) -> MethodArguments:
-    """A run's method as `peft-heads train` has it; heads are selected when the recipe says, unless the method does.
+def with_warmup(method: MethodSettings, recipe: dict[str, Any]) -> MethodSettings:
+    """A run's method as it is trained: heads are selected when the recipe says, unless the method does.
 
     Raises:
-        ValueError: A setting that there is not.
+        ValueError: There is no such method.
     """
-    settings = {name: value for name, value in method.items() if name != "name"}
-    deactivates = method["name"] == "head-masked-lora" or (
-        method["name"] == "rlrr" and (settings.get("ne") or settings.get("ratio"))
-    )
-    if deactivates and not {"head_warmup_epochs", "head_select_at"} & settings.keys():
-        settings["head_warmup_epochs"] = recipe["head_warmup_epochs"]
-    try:
-        return MethodArguments(method=method["name"], **settings)
-    except TypeError as error:
-        raise ValueError(f"method {method}: {error}") from error
+    if deactivates_heads(method) and not {"head_warmup_epochs", "head_select_at"} & method.settings.keys():
+        return replace(method, settings={**method.settings, "head_warmup_epochs": recipe["head_warmup_epochs"]})
+    return method
 
 
 def effective_method(method: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
     """`{"name": …}` with every setting of the method, also those that are by default as they are.
 
     Args:
-        method, recipe: Of a [`RunSpec`].
+        method, recipe: Of a [`RunSpec`], as its file holds them.
 
     Raises:
-        ValueError: A setting that there is not, or that contradicts another.
+        ValueError: There is no such setting, or it contradicts another.
     """
-    return {"name": method["name"], **effective_settings(method_arguments(method, recipe))}
+    settings = MethodSettings.from_json(method)
+    return {"name": settings.name, **effective_settings(with_warmup(settings, recipe))}
 
 
 def deviations(spec: RunSpec, environment: Environment | None = None) -> list[str]:
@@ -58,7 +53,7 @@ def deviations(spec: RunSpec, environment: Environment | None = None) -> list[st
     recipe = RECIPES.get(spec.suite)
     if recipe is None:
         return []
-    rate = recipe.learning_rates.get(spec.method["name"], recipe.learning_rate)
+    rate = recipe.learning_rates.get(spec.method.name, recipe.learning_rate)
     expected = {"epochs": recipe.epochs} | recipe.settings() | {"learning_rate": rate}
     found = _differences({"epochs": spec.epochs} | spec.recipe, expected)
     heads = {name: spec.method.get(name) for name in ("head_warmup_epochs", "head_select_at")}

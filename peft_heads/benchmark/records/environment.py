@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ...plugins import loaded_plugins
 from .results import Environment
 
 
@@ -40,14 +41,14 @@ def describe_environment(
 
 
 def installed_versions() -> dict[str, str]:
-    """`{library: version}` of what the numbers depend on."""
+    """`{library or plugin: version}` of what the numbers depend on."""
     versions = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:  # a checkout that is imported from its folder
             versions[name] = "not installed"
-    return versions
+    return versions | loaded_plugins()
 
 
 def source_state(package: str | os.PathLike | None = None) -> tuple[str | None, bool | None]:

@@ -6,11 +6,12 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ...adapter_folder.atomic import write_atomically
+from ...methods import MethodSettings
 from .effective import deviations, effective_method
 from .schema import canonical_json, check_fields, from_mapping, jsonable
 
@@ -26,8 +27,7 @@ class RunSpec:
 
     Args:
         suite, task: As `data.tasks` names them.
-        method: `{"name": "head-masked-lora" | "lora" | "linear" | "full" | "peft" | …, settings …}`, for example `ne`,
-            `criterion`, `scale`, `adapter_bits`.
+        method: Name of the method, and the settings given for it, for example `ne`, `criterion`, `scale`.
         backbone: Checkpoint, a repository of the Hub or a folder.
         seed: Of initialisation, order and augmentation.
         shots, list_seed: Few-shot: images per class, and which of the published lists.
@@ -41,7 +41,7 @@ class RunSpec:
 
     suite: str
     task: str
-    method: dict[str, Any]
+    method: MethodSettings
     backbone: str
     seed: int
     train_split: str
@@ -57,21 +57,23 @@ class RunSpec:
         for name, value in (("suite", self.suite), ("task", self.task)):
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", value):
                 raise ValueError(f"{name} must be letters, digits and _ . - (it names a folder); got {value!r}")
-        if not isinstance(self.method.get("name"), str):
-            raise ValueError(f"method needs a name, as in {{'name': 'lora'}}; got {self.method!r}")
 
     @property
     def run_id(self) -> str:
         """A readable name and ten digits of the SHA-256 of the canonical JSON: equal exactly for equal runs."""
         digest = hashlib.sha256(canonical_json(self.to_json()).encode()).hexdigest()[:10]
-        words = [describe_method(self.method), os.path.basename(self.backbone.rstrip("/\\")), self.eval_split]
+        words = [
+            describe_method(self.method.to_json()),
+            os.path.basename(self.backbone.rstrip("/\\")),
+            self.eval_split,
+        ]
         if self.shots is not None:
             words.append(f"{self.shots}shot-list{self.list_seed}")
         slug = re.sub(r"[^A-Za-z0-9.]+", "-", " ".join([*words, f"seed{self.seed}"])).strip("-")
         return f"{slug[:100]}-{digest}"
 
     def to_json(self) -> dict[str, Any]:
-        return jsonable(asdict(self))
+        return jsonable({field.name: getattr(self, field.name) for field in fields(self)})
 
     @classmethod
     def from_json(cls, data: Any) -> RunSpec:
@@ -299,7 +301,7 @@ def _without_content(fingerprint: dict[str, Any]) -> dict[str, Any]:
 
 def _effective(spec: RunSpec) -> dict[str, Any]:
     try:
-        return jsonable(effective_method(spec.method, spec.recipe))
+        return jsonable(effective_method(spec.method.to_json(), spec.recipe))
     except (ValueError, KeyError):
         return jsonable(spec.method)  # of a method that this version does not know
 

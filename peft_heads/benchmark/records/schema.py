@@ -26,7 +26,12 @@ def from_mapping(cls: type[T], data: Any) -> T:
     for name, field in known.items():
         if name not in data and field.default is MISSING and field.default_factory is MISSING:
             raise ValueError(f"{name} is missing")
-    return cls(**data)
+    hints = get_type_hints(cls)
+    return cls(**{name: getattr(hints[name], "from_json", _as_it_is)(value) for name, value in data.items()})
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
 
 
 def check_fields(instance: Any) -> None:
@@ -71,7 +76,9 @@ def canonical_json(value: Any) -> str:
 
 
 def jsonable(value: Any) -> Any:
-    """The value as JSON knows it: tuples as lists, numbers that are not finite as None."""
+    """The value as JSON knows it: records by their `to_json`, tuples as lists, numbers that are not finite as None."""
+    if hasattr(value, "to_json"):
+        return jsonable(value.to_json())
     if isinstance(value, dict):
         return {str(key): jsonable(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):

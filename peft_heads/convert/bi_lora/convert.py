@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
@@ -19,18 +19,19 @@ from ...adapter_folder.atomic import new_folder, write_atomically, write_togethe
 from ...adapter_folder.labels import write_labels
 from ...adapter_folder.settings import read_settings
 from ...adapter_folder.weights_file import find_weights, read_infos, read_weights
-from ...functional.packing import PackedWeight, pack_module, unpack_module
+from ...backbones.targets import default_targets
+from ...functional.packing import PackedWeight, pack_module, read_mask, unpack_module
 from ...functional.quantization import BITS
-from ...heads.detect import default_targets, resolve_heads
+from ...heads.detect import resolve_heads
 from ...image_classifier import fetch_adapter
 from ...tuners import HeadMaskedLoraConfig, pack_adapter
 from ...tuners.common.classifiers import default_labels
+from ...tuners.common.registry import adapter_types
 from ...tuners.common.saved_keys import BASE, module_of, renamed_keys
 from ...tuners.common.saved_settings import is_settings_key
 from ...tuners.head_masked_lora.config import FULL_PRECISION
 from ...tuners.head_masked_lora.packed import PACKED
 from ..lora import PROCESSOR_FILE, check_type, load_complete_adapter
-from ..migrate import LORA_TYPES
 from .files import (
     BACKBONE,
     BASE_MODEL,
@@ -151,7 +152,7 @@ def export_bi_lora(
             raise ValueError(f"{path} exists already and nothing was changed; {way_out}")
     source = fetch_adapter(adapter)
     config = read_settings(source)
-    check_type(source, config, LORA_TYPES)
+    check_type(source, config, adapter_types(LoraConfig))
     problem = _problem_of_settings(config) or _problem_of_base_model(
         base_model or config.get("base_model_name_or_path")
     )
@@ -229,15 +230,14 @@ def _weights(state_dict: dict[str, torch.Tensor], config: dict[str, Any]) -> Wei
 
 
 def _factors(key: str, data: torch.Tensor, bits: int, rank: int) -> tuple[PackedWeight, PackedWeight]:
-    def find_rows(shape: tuple[int, int], mask: torch.Tensor | None) -> None:
+    try:
+        mask = read_mask(data)
         if mask is not None and not mask.all():
             raise ValueError(
                 f"heads {(~mask).nonzero().flatten().tolist()} are deactivated, and the form has no place for head "
                 f"masks{_OTHER_FORMS}"
             )
-
-    try:
-        (down, up), _ = unpack_module(data, 2, find_rows)
+        (down, up), _ = unpack_module(data, 2)
     except ValueError as error:
         raise ValueError(f"{module_of(key)}: {error}") from error
     shapes = [tuple(matrix.codes.shape) for matrix in (down, up)]

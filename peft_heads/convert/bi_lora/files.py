@@ -25,9 +25,9 @@ import numpy as np
 import torch
 import yaml
 
-from ...adapter_folder.weights_file import check_ordinary
-from ...functional.packing import PackedWeight
-from ...functional.quantization import BITS, pack, unpack
+from ...adapter_folder.ordinary import check_ordinary
+from ...functional.packing import PackedWeight, pack, unpack
+from ...functional.quantization import BITS
 
 
 WIDTH, NUM_BLOCKS, PATCH_SIZE = 768, 12, 16

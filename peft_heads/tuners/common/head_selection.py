@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
-from ...heads.scores import CRITERIA, Criterion
+from ..._compat import is_reading_config
+from ...heads.scores import CRITERIA
 from ...heads.selection import GRANULARITIES, check_head_count
 from .setting_types import check_choice
+
+
+class UnknownCriterion(str):
+    """The criterion of a saved configuration that nobody has registered here.
+
+    The masks of the adapter are decided, so it loads, and its configuration may be copied; only a selection needs more.
+    """
 
 
 @dataclass(kw_only=True)
@@ -43,8 +52,8 @@ class HeadSelectionConfig:
         default="global", metadata={"help": "Deactivate the same heads in all layers, or choose in each layer."}
     )
     joint: bool = field(default=True, metadata={"help": "Whether q and v of a layer share one mask."})
-    criterion: Criterion = field(
-        default="absolute", metadata={"help": "How the responsiveness of a head is measured."}
+    criterion: str = field(
+        default="absolute", metadata={"help": "How the responsiveness of a head is measured.", "choices": CRITERIA}
     )
     mask_seed: int = field(default=0, metadata={"help": "Seed of the criterion 'random'.", "on_card": False})
     num_heads: int | dict[str, int] | None = field(
@@ -79,12 +88,24 @@ class HeadSelectionConfig:
         """Raise ValueError unless what says which heads are deactivated is in its range."""
         check_head_count(self.ne, self.ratio)
         check_choice(self, "granularity", GRANULARITIES)
-        check_choice(self, "criterion", CRITERIA)
+        self._check_criterion()
         numbers = self.num_heads.values() if isinstance(self.num_heads, dict) else [self.num_heads]
         if self.num_heads is not None and not all(type(n) is int and n > 0 for n in numbers):
             raise ValueError(
                 f"num_heads must be a positive integer, or one per module pattern; got {self.num_heads!r}"
             )
+
+    def _check_criterion(self) -> None:
+        """Raise ValueError for an unknown criterion; that of a saved configuration is a warning."""
+        if is_reading_config() and type(self.criterion) is str and self.criterion not in CRITERIA:
+            warnings.warn(
+                f"the saved configuration has the criterion {self.criterion!r}, which is not registered here. The adapter "
+                "loads, with the masks that were saved; before heads are selected by that criterion, import the plugin "
+                "that registers it (on the command line: --plugin MODULE)"
+            )
+            self.criterion = UnknownCriterion(self.criterion)
+        if not isinstance(self.criterion, UnknownCriterion):
+            check_choice(self, "criterion", tuple(CRITERIA))
 
 
 # Names of the settings, and of those that a model card lists.

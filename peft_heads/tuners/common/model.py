@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from ..._compat import current_loading, expand_all_linear
-from ...heads.detect import task_head_names
+from ...backbones.classifier import classifier_names
 from ...heads.traversal import named_targets
 from .calls import watch_calls
 from .copies import adding, check_weights, copy_adapter, copy_heads, is_copy
@@ -89,7 +89,7 @@ class VisionTuner(SavedWeights, LabelledTuner):
             peft_config.choose("target_modules", self._default_targets(peft_config))
             warn_of_overlooked(self.model)
         if peft_config.modules_to_save is None:
-            peft_config.choose("modules_to_save", task_head_names(self.model) or None)
+            peft_config.choose("modules_to_save", classifier_names(self.model) or None)
         self.check_config(peft_config)
         peft_config = super()._prepare_adapter_config(peft_config, model_config)
         expand_all_linear(peft_config, self.model)

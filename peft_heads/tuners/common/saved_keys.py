@@ -13,15 +13,15 @@ from torch import nn
 
 from ...adapter_folder.weights_file import find_weights, read_infos
 from ...backbones.renames import match_renamed
-from ...heads.detect import matches_pattern, shortest_names
+from ...backbones.targets import shortest_names
+from ...heads.detect import matches_pattern
 from ...heads.traversal import named_targets
+from .registry import parameter_prefixes
 from .saved_settings import is_settings_key
 from .targets import module_patterns
 
 
 BASE = "base_model.model."
-# What the names of parameters begin with that a method puts into a module.
-PREFIXES = ("lora_", "rlrr_")
 # In place of a module's factors and mask, their codes.
 PACKED = "lora_packed"
 # Options whose values may be names of modules, beside `target_modules`.
@@ -51,13 +51,13 @@ def module_of(key: str) -> str:
     """
     name = key.removeprefix(BASE)
     # what PEFT puts inside of a module, and the module's own parameters
-    inside = re.search(rf"\.({'|'.join(PREFIXES)}|base_layer\.|modules_to_save\.)|\.[^.]*$", name)
+    inside = re.search(rf"\.({'|'.join(parameter_prefixes())}|base_layer\.|modules_to_save\.)|\.[^.]*$", name)
     return name[: inside.start()] if inside else ""
 
 
 def is_adapter_key(key: str) -> bool:
     """Whether a key of an adapter's file is the method's, not that of a module trained in full."""
-    return any(f".{prefix}" in key for prefix in PREFIXES)
+    return any(f".{prefix}" in key for prefix in parameter_prefixes())
 
 
 def renamed_keys(keys: Iterable[str], present: list[str]) -> dict[str, str]:

@@ -16,15 +16,15 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
 from ...adapter_folder.weights_file import read_infos, read_weights
+from .registry import own_prefixes, parameter_prefixes
 
 
-SETTINGS_KEYS = ("lora_settings", "rlrr_settings")
 _BASE = "base_model.model."
 
 
 def is_settings_key(key: str) -> bool:
     """Whether a key of an adapter's file, also with the adapter's name behind, stands for settings."""
-    return key.removeprefix(_BASE).startswith(SETTINGS_KEYS)
+    return key.removeprefix(_BASE).startswith(tuple(f"{prefix}settings" for prefix in parameter_prefixes()))
 
 
 def check_foreign(peft_type: str | None, path: Path) -> None:
@@ -36,7 +36,8 @@ def check_foreign(peft_type: str | None, path: Path) -> None:
     """
     infos = read_infos(path)
     noted = read_weights(path, {key for key in infos if is_settings_key(key)})
-    odd = [key for key in infos if key.endswith(".lora_packed") or ".rlrr_" in key]
+    prefixes = own_prefixes()
+    odd = [key for key in infos if key.endswith(".lora_packed") or any(f".{prefix}" in key for prefix in prefixes)]
     odd += [key for key, value in noted.items() if value.any()]
     if odd:
         raise ValueError(

@@ -1,15 +1,8 @@
 """Head-masked LoRA (HEAT, Heart-LoRA)."""
 
-from ..._compat import (
-    allow_hotswap,
-    delegate_config_loading,
-    extend_hotswap,
-    extend_hotswap_check,
-    extend_model_card,
-    extend_weight_mapping,
-    register_tuner,
-)
-from ...adapter_folder.card import update_card
+from ..._compat import allow_hotswap, extend_hotswap, extend_hotswap_check
+from ..common.options import HEAD_SETTINGS, LORA_OPTIONS, SCALES, SCORER_OPTIONS, head_options
+from ..common.registry import Method, register_method
 from .config import HeadMaskedLoraConfig
 from .hotswap import check_configs, check_padding, prepare
 from .layer import HeadMaskedLinear
@@ -19,10 +12,32 @@ from .packed import pack_adapter
 
 __all__ = ["HeadMaskedLinear", "HeadMaskedLoraConfig", "HeadMaskedLoraModel", "pack_adapter"]
 
-register_tuner(name="head_masked_lora", config_cls=HeadMaskedLoraConfig, model_cls=HeadMaskedLoraModel)
+register_method(
+    Method(
+        name="head-masked-lora",
+        help="LoRA, switched off for the attention heads that the task does not need",
+        config=HeadMaskedLoraConfig,
+        model=HeadMaskedLoraModel,
+        options=(
+            *head_options(HeadMaskedLoraConfig),
+            *SCORER_OPTIONS,
+            *LORA_OPTIONS,
+            "bottleneck_dropout",
+            "adapter_bits",
+            "classifier_bits",
+        ),
+        grid={
+            "r": 32,
+            "adapter_bits": 1,
+            "bottleneck_dropout": 0.1,
+            "scale": SCALES,
+            "ne": [0, 1, 3, 6],
+            "criterion": ["absolute", "positive", "negative"],
+        },
+        shown=(*(name for name in HEAD_SETTINGS if name != "mask_seed"), "r", "lora_alpha", "use_dora"),
+        pack=pack_adapter,
+    )
+)
 allow_hotswap("head_masked_lora", "mask_scope", "num_heads", "fused_parts", "adapter_bits", "classifier_bits")
 extend_hotswap_check(check_configs)
 extend_hotswap(prepare, check_padding)
-extend_weight_mapping("head_masked_lora")
-delegate_config_loading()
-extend_model_card(update_card)

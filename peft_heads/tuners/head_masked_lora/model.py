@@ -14,7 +14,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ...heads.detect import default_targets
+from ...backbones.targets import default_targets
 from ..common.classifiers import check_quantizable, quantize_task_heads, quantized_heads, settle_task_heads
 from ..common.model import VisionTuner
 from ..common.quantizer import WeightQuantizer, one_pass
@@ -54,7 +54,7 @@ class HeadMaskedLoraModel(HeadMaskedSums, HeadMaskedWeights, VisionTuner, LoraMo
         >>> from peft import get_peft_model
         >>> from peft_heads import HeadMaskedLoraConfig
 
-        >>> vit = AutoModelForImageClassification.from_pretrained("google/vit-base-patch16-224-in21k")
+        >>> vit = AutoModelForImageClassification.from_pretrained("google/vit-base-patch16-224-in21k")  # needs the Hub  # doctest: +SKIP
         >>> model = get_peft_model(vit, HeadMaskedLoraConfig(ne=1))
         ```
     """

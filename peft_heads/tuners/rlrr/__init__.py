@@ -1,7 +1,7 @@
 """RLRR: residual low-rank rescaling."""
 
-from ..._compat import delegate_config_loading, extend_model_card, extend_weight_mapping, register_tuner
-from ...adapter_folder.card import update_card
+from ..common.options import HEAD_SETTINGS, SCORER_OPTIONS, head_options
+from ..common.registry import Method, register_method
 from .config import RLRRConfig
 from .layer import RLRRConv2d, RLRRLinear, RLRRScale
 from .model import RLRRModel
@@ -9,7 +9,19 @@ from .model import RLRRModel
 
 __all__ = ["RLRRConfig", "RLRRConv2d", "RLRRLinear", "RLRRModel", "RLRRScale"]
 
-register_tuner(name="rlrr", config_cls=RLRRConfig, model_cls=RLRRModel)
-extend_weight_mapping("rlrr")
-delegate_config_loading()
-extend_model_card(update_card)
+VARIANT = ("left", "right", "residual", "rescale_weight", "norms", "patch_embedding", "init")
+
+register_method(
+    Method(
+        name="rlrr",
+        help="factors that rescale the frozen weights, norms and the patch embedding",
+        config=RLRRConfig,
+        model=RLRRModel,
+        options=("r", *VARIANT, "shift_without_bias", *head_options(RLRRConfig), *SCORER_OPTIONS),
+        grid={"r": 1},
+        shown=(*(name for name in HEAD_SETTINGS if name != "mask_seed"), "r", *VARIANT),
+        masked_parts="qv",
+        head_rows=("rlrr_left", "rlrr_shift"),
+        no_norms="the update of RLRR depends on the frozen weights, which are not read",
+    )
+)

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from ...backbones.structure import backbone_parts
-from ...heads.detect import exact_targets
+from ...backbones.structure import find_backbone
+from ...backbones.targets import exact_targets
 from ...heads.traversal import named_targets
 from ..common.standalone import StandaloneTuner
 from ..common.state import AdapterState
@@ -55,7 +55,7 @@ class RLRRModel(RLRRSums, StandaloneTuner):
         >>> from peft import get_peft_model
         >>> from peft_heads import RLRRConfig
 
-        >>> vit = AutoModelForImageClassification.from_pretrained("google/vit-base-patch16-224-in21k")
+        >>> vit = AutoModelForImageClassification.from_pretrained("google/vit-base-patch16-224-in21k")  # needs the Hub  # doctest: +SKIP
         >>> model = get_peft_model(vit, RLRRConfig())
         ```
     """
@@ -65,12 +65,12 @@ class RLRRModel(RLRRSums, StandaloneTuner):
     state_class = RLRRState
 
     def default_modules(self, peft_config: RLRRConfig) -> list[str] | str:
-        names = default_modules(self.model, peft_config, backbone_parts(self.model))
+        names = default_modules(self.model, peft_config, find_backbone(self.model))
         return names if peft_config.layers_to_transform is not None else exact_targets(names, self.model)
 
     def prepare_targets(self, peft_config: RLRRConfig, state: RLRRState, targets: list[str]) -> None:
         if peft_config.patch_embedding:
-            state.patch_embedding = backbone_parts(self.model).patch_embedding
+            state.patch_embedding = find_backbone(self.model).patch_embedding
         modules = dict(named_targets(self.model))
         for name in targets:
             check_module(name, getattr(modules[name], "base_layer", modules[name]), state.patch_embedding)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ...backbones.structure import BackboneParts, batch_norms
+from ...backbones.norms import batch_norms
+from ...backbones.structure import Backbone
 from ...heads.detect import interleaved_projections, resolve_heads
 from ...heads.layout import ProjectionLayout
 from ..common.targets import check_called, check_head_groups, module_patterns
@@ -16,7 +17,7 @@ from .config import RLRRConfig
 _MASKED = {"query", "value", "projection"}
 
 
-def default_modules(model: nn.Module, config: RLRRConfig, parts: BackboneParts) -> list[str]:
+def default_modules(model: nn.Module, config: RLRRConfig, parts: Backbone) -> list[str]:
     """Names of the modules that are adapted where `target_modules` says nothing.
 
     Raises:

@@ -13,9 +13,11 @@ from peft_heads import TaylorHeadScorer
 from peft_heads.benchmark.engine import training
 from peft_heads.benchmark.engine.run import make_spec, run, train_trunk, training_key, trunk_epochs, trunk_key
 from peft_heads.benchmark.engine.training import Training
-from peft_heads.benchmark.offline.offline import offline_specs
+from peft_heads.benchmark.offline.settings import offline_specs
+from peft_heads.benchmark.records.effective import with_warmup
 from peft_heads.benchmark.records.results import read_results
 from peft_heads.data.tasks import find_task
+from peft_heads.methods import MethodSettings
 
 
 HEADS = {"name": "head-masked-lora", "ne": 1, "criterion": "absolute", "r": 4, "adapter_bits": 1, "scale": 1}
@@ -75,10 +77,12 @@ def kill_at(monkeypatch):
 def test_when_heads_of_rlrr_are_selected():
     """When the recipe says, if any are deactivated; otherwise there is nothing to select."""
     recipe = {"head_warmup_epochs": 7}
-    assert training.method_arguments({"name": "rlrr", "ne": 1}, recipe).head_warmup_epochs == 7
-    assert training.method_arguments({"name": "rlrr", "ratio": 0.25}, recipe).head_warmup_epochs == 7
-    assert training.method_arguments({"name": "rlrr", "ne": 0}, recipe).head_warmup_epochs is None
-    assert training.method_arguments({"name": "rlrr", "ne": 1, "head_select_at": 9}, recipe).head_warmup_epochs is None
+    assert with_warmup(MethodSettings("rlrr", {"ne": 1}), recipe).get("head_warmup_epochs") == 7
+    assert with_warmup(MethodSettings("rlrr", {"ratio": 0.25}), recipe).get("head_warmup_epochs") == 7
+    assert with_warmup(MethodSettings("rlrr", {"ne": 0}), recipe).get("head_warmup_epochs") is None
+    assert (
+        with_warmup(MethodSettings("rlrr", {"ne": 1, "head_select_at": 9}), recipe).get("head_warmup_epochs") is None
+    )
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -303,9 +307,10 @@ def test_a_killed_trunk_goes_on(bench, kill_at):
         train_trunk(spec_of(bench), bench.places("killed"))
     kill_at(None)
     trunk = train_trunk(spec_of(bench), bench.places("killed"))
-    for name in ("adapter_model.safetensors", "head_scores.json"):
-        if (expected / name).exists():
-            assert (trunk / name).read_bytes() == (expected / name).read_bytes()
+    names = [name for name in ("adapter_model.safetensors", "head_scores.json") if (expected / name).exists()]
+    assert names
+    for name in names:
+        assert (trunk / name).read_bytes() == (expected / name).read_bytes()
 
 
 def test_what_runs_can_share(bench):

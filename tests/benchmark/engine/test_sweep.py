@@ -13,7 +13,7 @@ from peft_heads.benchmark.engine.sweep import Outcome, Sweep, execute, run_sweep
 from peft_heads.benchmark.engine.training import Training
 from peft_heads.benchmark.records.plans import read_plans, unfinished_choices
 from peft_heads.benchmark.records.results import Run, RunResult, find_result, read_results, write_result
-from peft_heads.benchmark.report.report import make_report
+from peft_heads.benchmark.report import make_report
 
 
 HEADS = {"name": "head-masked-lora", "r": 4, "adapter_bits": 1, "scale": [0.1, 10]}
@@ -94,7 +94,7 @@ def test_choice_by_validation(bench):
 
     # where a candidate is not finished, the best of the others is no choice: the row is not run on this task
     def lacking(spec):
-        lost = spec.method == HEADS | {"ne": 0, "scale": 0.1} and spec.task == "cifar" and spec.seed == 1
+        lost = spec.method.to_json() == HEADS | {"ne": 0, "scale": 0.1} and spec.task == "cifar" and spec.seed == 1
         return None if lost else results(spec)
 
     assert [spec for spec in final if (spec.task, spec.method["ne"]) != ("cifar", 0)] == sweep.final(lacking)

@@ -1,0 +1,133 @@
+"""Options of the command line: most are fields of a method's configuration, some stand for several."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from peft import PeftConfig
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option, `--name value`. What is left out here is read from the configuration's field of this name.
+
+    Attributes:
+        name: Name of the option.
+        type: Type of its value: `int`, `float`, `bool`, `str` or a `Literal` of strings.
+        help: One sentence that says what it does, without the default.
+        default: Value in effect where the option is not given; None if there is none.
+        instead_of: Option that says the same thing in another way; only one of the two can be given.
+        write: Returns the fields of the configuration, of the value, all settings given and the configuration's class.
+            By default the field of the option's name.
+        read: Returns the option's value of a configuration. By default that field's.
+    """
+
+    name: str
+    type: Any = None
+    help: str = ""
+    default: Any = None
+    instead_of: str | None = None
+    write: Callable[[Any, Mapping[str, Any], type[PeftConfig]], dict[str, Any]] | None = None
+    read: Callable[[PeftConfig], Any] | None = None
+
+    @property
+    def choices(self) -> tuple[str, ...] | None:
+        """Values that there are, if they are names."""
+        return typing.get_args(self.type) if typing.get_origin(self.type) is Literal else None
+
+
+def complete(option: Option, config: type[PeftConfig] | None) -> Option | None:
+    """The option with type, help and default of its field.
+
+    None for a field whose value is no single number, word or truth value: those are left to `--peft_config`.
+
+    Args:
+        option: An option of a method.
+        config: Class of the method's configuration; None if it has none.
+    """
+    if config is None:
+        return option
+    if option.read is not None:
+        return dataclasses.replace(option, default=option.read(config()))
+    field = next((f for f in fields(config) if f.name == option.name), None)
+    if field is None:
+        return option
+    kind = option.type or _kind(field, config)
+    if kind is None:
+        return None
+    text = option.help or field.metadata.get("help", "")
+    return dataclasses.replace(option, type=kind, help=text, default=getattr(config(), option.name))
+
+
+def _kind(field: dataclasses.Field, config: type[PeftConfig]) -> Any:
+    """Type of a field's value, without None; None for a type of several."""
+    if "choices" in field.metadata:  # names that may be more than the annotation knows
+        choices = field.metadata["choices"]
+        return Literal[tuple(choices() if callable(choices) else choices)]
+    hint = typing.get_type_hints(config)[field.name]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        parts = [part for part in typing.get_args(hint) if part is not type(None)]
+        hint = parts[0] if len(parts) == 1 else None
+    if typing.get_origin(hint) is Literal:
+        values = typing.get_args(hint)
+        # of numbers the configuration says itself which there are
+        return hint if all(isinstance(value, str) for value in values) else type(values[0])
+    return hint if hint in (int, float, bool, str) else None
+
+
+# How heads are selected: read when they are, and not before.
+HEAD_OPTIONS = (
+    Option("ne"),
+    Option("ratio", instead_of="ne"),
+    Option("granularity"),
+    Option("joint"),
+    Option("criterion"),
+    Option("mask_scope"),
+    Option("mask_seed"),
+)
+HEAD_SETTINGS = tuple(option.name for option in HEAD_OPTIONS)
+
+
+def head_options(config: type[PeftConfig]) -> tuple[Option, ...]:
+    """Those of `HEAD_OPTIONS` that are fields of a configuration."""
+    names = {field.name for field in fields(config)}
+    return tuple(option for option in HEAD_OPTIONS if option.name in names)
+
+
+# When heads are selected: arguments of `TaylorHeadScorer`, by which every method with heads is scored.
+SCORER_OPTIONS = (
+    Option("head_select_at", float, "When heads are selected: below 1 a share of the steps, else a step.", 0.1),
+    Option(
+        "head_warmup_epochs",
+        float,
+        "Epochs before the selection, instead of --head_select_at.",
+        instead_of="head_select_at",
+    ),
+    Option(
+        "head_window",
+        Literal["last_epoch", "all", "last_step"],
+        "The steps before the selection whose scores count.",
+        "last_epoch",
+    ),
+)
+SCORER_SETTINGS = tuple(option.name for option in SCORER_OPTIONS)
+# LoRA's, in the words of the papers: PEFT's own help says little.
+LORA_OPTIONS = (
+    Option("r", help="Rank."),
+    Option("lora_alpha", float, "LoRA's alpha; s = alpha / r.", instead_of="scale"),
+    Option("lora_dropout", help="Dropout before lora_A."),
+    Option(
+        "scale",
+        float,
+        "The papers' s, instead of --lora_alpha.",
+        write=lambda scale, settings, config: {"lora_alpha": scale * settings.get("r", config.r)},
+        read=lambda config: config.lora_alpha / config.r,
+    ),
+)
+# Scales that the papers try.
+SCALES = [0.01, 0.1, 1, 10, 100]
