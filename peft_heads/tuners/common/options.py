@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from peft import PeftConfig
 
+from .head_selection import HEAD_SELECTION
+
 
 @dataclass(frozen=True)
 class Option:
@@ -81,16 +83,8 @@ def _kind(field: dataclasses.Field, config: type[PeftConfig]) -> Any:
 
 
 # How heads are selected: read when they are, and not before.
-HEAD_OPTIONS = (
-    Option("ne"),
-    Option("ratio", instead_of="ne"),
-    Option("granularity"),
-    Option("joint"),
-    Option("criterion"),
-    Option("mask_scope"),
-    Option("mask_seed"),
-)
-HEAD_SETTINGS = tuple(option.name for option in HEAD_OPTIONS)
+HEAD_SETTINGS = (*(name for name in HEAD_SELECTION if name != "num_heads"), "mask_scope")
+HEAD_OPTIONS = tuple(Option(name, instead_of="ne" if name == "ratio" else None) for name in HEAD_SETTINGS)
 
 
 def head_options(config: type[PeftConfig]) -> tuple[Option, ...]:
