@@ -13,6 +13,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 from ..heads.detect import default_targets, task_head_names
 from ..heads.protocol import describe_masks
 from ..image_classifier import load_image_classifier
+from ..methods import scores_heads
 from ..metrics.accuracy import compute_metrics
 from ..scoring.callback import HEAT_MAP_FILE, TaylorHeadScorer
 from ..tuners import HeadMaskedLoraConfig
@@ -83,7 +84,7 @@ def fine_tune(
         eval_dataset=data["test"],
         compute_metrics=compute_metrics,
         processing_class=load_demo_processor(),
-        callbacks=[scorer] if isinstance(config, HeadMaskedLoraConfig) else [],
+        callbacks=[scorer] if scores_heads(config) else [],
     )
     trainer.remove_callback(PrinterCallback)  # the table says it better
     start = time.perf_counter()
