@@ -50,10 +50,12 @@ def method_help(name: str, prog: str) -> str:
     parser = argparse.ArgumentParser(
         prog=f"{prog} --method {name}",
         usage=f"{prog} --method {name} [--option value …]",
-        description=f"Trains {method.help}. `{prog} --help` shows the options that all methods have.",
+        description=f"Trains {method.help}. "
+        + ("" if method.options else "It has no options of its own. ")
+        + f"`{prog} --help` shows the options that all methods have.",
         add_help=False,
     )
-    group = parser.add_argument_group(f"options of {name}" if method.options else f"{name} has no options of its own")
+    group = parser.add_argument_group(f"options of {name}")
     for option in method.option_table.values():
         group.add_argument(f"--{option.name}", metavar=_metavar(option), help=_help(option).replace("%", "%%"))
     return parser.format_help()

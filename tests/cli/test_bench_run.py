@@ -76,7 +76,7 @@ def test_run(root, tmp_path, capsys):
     arguments = words(root, tmp_path / "out", more="--task cifar --method lora --scale 1 --r 4 --seed 5")
     assert main(["bench", "run", *arguments]) == 0
     (run,) = read_results(tmp_path / "out", unofficial=True)
-    assert run.spec.seed == 5 and run.spec.method == {"name": "lora", "r": 4, "scale": 1}
+    assert run.spec.seed == 5 and run.spec.method.to_json() == {"name": "lora", "r": 4, "scale": 1}
     assert f"{100 * run.result.accuracy:6.2f} %" in capsys.readouterr().out
     assert main(["bench", "run", *arguments, "--validation"]) == 0
     assert {run.spec.eval_split for run in read_results(tmp_path / "out", unofficial=True)} == {"test", "val200"}

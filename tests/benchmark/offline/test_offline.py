@@ -36,11 +36,11 @@ def test_specs():
     for test, validation in zip(specs[::2], specs[1::2], strict=True):
         assert (test.eval_split, validation.eval_split) == ("test", "val")
         assert training_key(test) == training_key(validation)
-    rates = {spec.method["name"]: spec.recipe["learning_rate"] for spec in specs}
+    rates = {spec.method.name: spec.recipe["learning_rate"] for spec in specs}
     assert rates == {"linear": 1e-2, "full": 1e-3, "lora": 1e-2, "head-masked-lora": 1e-2}
     # results say the same wherever the package lies
     assert {spec.backbone for spec in specs} == {"peft_heads/vit_strokes"}
-    masked = [spec for spec in specs if spec.method["name"] == "head-masked-lora"]
+    masked = [spec for spec in specs if spec.method.name == "head-masked-lora"]
     assert {trunk_epochs(spec) for spec in masked} == {2}
 
 
