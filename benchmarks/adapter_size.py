@@ -15,8 +15,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import ViTConfig, ViTForImageClassification
 
 from peft_heads import HeadMaskedLoraConfig, get_head_masks, pack_adapter, set_head_masks
+from peft_heads.backbones.targets import default_targets
 from peft_heads.convert.inspect import inspect_adapter
-from peft_heads.heads.detect import default_targets
 
 
 def size_of(config, ne=0):

@@ -32,7 +32,7 @@ from transformers import ViTConfig, ViTForImageClassification, get_scheduler
 
 from peft_heads import HeadMaskedLoraConfig, HeadScorer, get_head_masks, set_head_masks
 from peft_heads.adapter_folder.atomic import write_atomically
-from peft_heads.benchmark.engine.drop_path import add_drop_path, residual_branches
+from peft_heads.backbones.drop_path import add_drop_path, residual_branches
 from peft_heads.benchmark.recipes import RECIPES
 from peft_heads.data.tasks import TASKS
 from peft_heads.heads.protocol import head_layers

@@ -8,7 +8,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import ViTConfig, ViTForImageClassification
 
 from peft_heads import get_head_masks, set_head_masks
-from peft_heads.heads.detect import default_targets, task_head_names
+from peft_heads.backbones.classifier import classifier_names
+from peft_heads.backbones.targets import default_targets
 
 
 NUM_LABELS = 100
@@ -44,7 +45,7 @@ def make_images(args) -> dict[str, torch.Tensor]:
 
 def stock_lora(vit, rank: int, **options) -> LoraConfig:
     """LoRA on the projections that ours adapts, and the trained head."""
-    return LoraConfig(r=rank, target_modules=default_targets(vit), modules_to_save=task_head_names(vit), **options)
+    return LoraConfig(r=rank, target_modules=default_targets(vit), modules_to_save=classifier_names(vit), **options)
 
 
 def add_adapter(vit, config, deactivated: int = 0):

@@ -36,7 +36,7 @@ from random_vit import (
 )
 
 from peft_heads import HeadMaskedLoraConfig
-from peft_heads.heads.detect import default_targets
+from peft_heads.backbones.targets import default_targets
 
 
 FLOOR, STOCK, OURS = "floor", "stock LoRA", "head-masked"

@@ -333,7 +333,7 @@ def announce_loading(check: Callable[[nn.Module, PeftConfig, dict[str, Any], Loa
         ignore = given.get("kwargs", {}).get("ignore_mismatched_sizes", False)
         with loading_begins(Loading(mapping, ignore)) as loading:
             config = given.get("config")
-            if is_own(config) and config.source is None:
+            if is_own(config) and config.carried.source is None:
                 # a folder's own is checked when it is prepared; with another PEFT adds the adapter before it reads
                 download_kwargs, _ = cls._split_kwargs(given.get("kwargs", {}))
                 check(model, config, {"path_or_repo": os.fspath(given["model_id"]), **download_kwargs}, loading)

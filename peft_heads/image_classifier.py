@@ -204,7 +204,7 @@ def new_image_classifier(
     from transformers import AutoConfig, AutoModelForImageClassification
 
     from .adapter_folder.checkpoints import read_error
-    from .heads.detect import task_head_names
+    from .backbones.classifier import classifier_names
 
     if os.path.isfile(os.path.join(path, "adapter_config.json")):
         raise ValueError(
@@ -233,7 +233,7 @@ def new_image_classifier(
     except (OSError, ValueError, SafetensorError) as error:
         faults = [f"{file.name} ({fault})" for file in Path(path).glob("*.safetensors") if (fault := read_error(file))]
         raise ValueError(f"no image classifier in {path!r}: {', '.join(faults) or error}") from error
-    heads = tuple(f"{name}." for name in task_head_names(model))
+    heads = tuple(f"{name}." for name in classifier_names(model))
     mismatched = [key for key in mismatched_keys(info) if not key.startswith(heads)]
     if mismatched and not ignore_mismatched_sizes:
         raise ValueError(

@@ -16,7 +16,9 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from peft_heads import HeadMaskedLoraConfig, HeadScorer, TaylorHeadScorer, get_head_masks, set_head_masks
-from peft_heads.heads.detect import default_targets, resolve_heads, task_head_names
+from peft_heads.backbones.classifier import classifier_names
+from peft_heads.backbones.targets import default_targets
+from peft_heads.heads.detect import resolve_heads
 
 
 # PVT-v2, SegFormer and Hiera begin with a stage of one head, which ne=1 keeps, and says so
@@ -205,7 +207,7 @@ def test_a_second_adapter_finds_the_same(name):
     assert first.modules_to_save == second.modules_to_save
     base = model.get_base_model()
     assert default_targets(base) == default_targets(build(name))
-    assert task_head_names(base) == task_head_names(build(name)) == list(FAMILIES[name].head)
+    assert classifier_names(base) == classifier_names(build(name)) == list(FAMILIES[name].head)
 
 
 # Attention to a single key does not depend on the query (segformer's, in such small images); BEiT's last layer lies
@@ -502,7 +504,7 @@ def test_towers_for_text_are_never_adapted():
     model = hf.VisionEncoderDecoderModel(config)
     assert len(resolve_targets(model)) == 8
     assert all(name.startswith(("encoder.layers.", "encoder.encoder.")) for name in resolve_targets(model))
-    assert task_head_names(model) == ["enc_to_dec_proj"]  # new; the decoder is a pre-trained model
+    assert classifier_names(model) == ["enc_to_dec_proj"]  # new; the decoder is a pre-trained model
 
     # a vision tower without attention: nothing, rather than the text tower
     model = nn.Module()
@@ -525,7 +527,7 @@ def test_heads_of_segmentation_transformers():
         encoder_layers=1, encoder_feedforward_dim=16, dim_feedforward=16, num_attention_heads=2, num_queries=5,
     )  # fmt: skip
     model = hf.Mask2FormerForUniversalSegmentation(config)
-    assert task_head_names(model) == ["class_predictor"]
+    assert classifier_names(model) == ["class_predictor"]
     assert all(".encoder." in name and "pixel_level_module" in name for name in resolve_targets(model))
 
 
@@ -632,8 +634,8 @@ class Wrapped(nn.Module):
 
 
 def test_heads_of_a_wrapped_model():
-    assert task_head_names(Wrapped()) == ["timm_model.head", "timm_model.head_dist"]
-    assert task_head_names(Wrapped().timm_model) == ["head", "head_dist"]
+    assert classifier_names(Wrapped()) == ["timm_model.head", "timm_model.head_dist"]
+    assert classifier_names(Wrapped().timm_model) == ["head", "head_dist"]
     model = get_peft_model(Wrapped(), HeadMaskedLoraConfig(ne=1))
     assert {n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n} == {
         f"base_model.model.timm_model.{head}.modules_to_save.default.{kind}"

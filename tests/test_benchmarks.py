@@ -111,7 +111,7 @@ def test_every_script_is_run(script):
     """By the one command, and by the test above."""
     run_all = script("run_all")
     assert set(PRINTED) == set(run_all.RUNS)
-    scripts = {path.stem for path in BENCHMARKS.glob("*.py")} - {"run_all", "measure", "random_vit"}
+    scripts = {path.stem for path in BENCHMARKS.glob("*.py")} - {"run_all", "measure", "random_vit", "two_trees"}
     assert {run.script for run in run_all.RUNS.values()} == scripts
     output = Path("out")
     assert run_all.RUNS["gpu_suite"].command("cpu", output) is None
@@ -122,6 +122,17 @@ def test_every_script_is_run(script):
         "benchmarks/epoch_time.py",
         *("--device", "cuda", "--num_workers", "8"),
     ]
+
+
+@pytest.mark.slow
+def test_two_trees():
+    """Of which one may hold no package; a tree against itself."""
+    script = [sys.executable, str(BENCHMARKS / "two_trees.py"), "--rounds", "2", "--steps", "1"]
+    done = subprocess.run([*script, str(ROOT), str(ROOT)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(rf"^(.*), second to first: {NUMBER} \(range of 2", done.stdout, re.MULTILINE)) == 5
+    wrong = subprocess.run([*script, str(ROOT), str(BENCHMARKS)], capture_output=True, text=True, timeout=300)
+    assert wrong.returncode == 1 and "holds no peft_heads" in wrong.stderr
 
 
 @pytest.mark.slow

@@ -47,7 +47,12 @@ def folder_contents(model: Any, adapter_name: str = "default") -> FolderContents
         model: A `PeftModel`, its tuner, or a model into which an adapter was injected.
         adapter_name: The adapter.
     """
-    return getattr(model.peft_config[adapter_name], "adapter_files", None)
+    state = getattr(model, "adapter_states", {}).get(adapter_name)
+    if state is not None:
+        return state.contents
+    # injected into a model, without a tuner that stays
+    carried = getattr(model.peft_config[adapter_name], "carried", None)
+    return None if carried is None else carried.contents
 
 
 def set_image_processor(model: Any, image_processor: Any, adapter_name: str = "default") -> None:

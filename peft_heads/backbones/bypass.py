@@ -6,6 +6,7 @@ import ast
 import functools
 import inspect
 import textwrap
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,12 +27,14 @@ class ChildUses:
     Attributes:
         read: Those whose weight it computes with.
         called: Those that it calls.
+        called_once: Those of them that it calls at one place only.
         forwarded: Those whose `forward` it calls, past the hooks.
         passed: Those that it hands to something else, which may do either.
     """
 
     read: frozenset[str] = frozenset()
     called: frozenset[str] = frozenset()
+    called_once: frozenset[str] = frozenset()
     forwarded: frozenset[str] = frozenset()
     passed: frozenset[str] = frozenset()
 
@@ -58,7 +61,7 @@ def child_uses(module_class: type[nn.Module]) -> ChildUses:
         >>> sorted(child_uses(nn.MultiheadAttention).only_read)
         ['out_proj']
     """
-    found: dict[str, set[str]] = {"read": set(), "called": set(), "forwarded": set(), "passed": set()}
+    found: dict[str, Counter[str]] = {use: Counter() for use in ("read", "called", "forwarded", "passed")}
     for base in module_class.__mro__[: module_class.__mro__.index(nn.Module)]:
         for name, function in vars(base).items():
             if name == "__init__" or not inspect.isfunction(function):
@@ -70,8 +73,9 @@ def child_uses(module_class: type[nn.Module]) -> ChildUses:
             for use, child in _uses(tree):
                 # a method beside, which folds weights, say, is not how the module acts
                 if use != "read" or name == "forward":
-                    found[use].add(child)
-    return ChildUses(**{use: frozenset(children) for use, children in found.items()})
+                    found[use][child] += 1
+    called_once = frozenset(child for child, places in found["called"].items() if places == 1)
+    return ChildUses(**{use: frozenset(children) for use, children in found.items()}, called_once=called_once)
 
 
 def _is_bypassed(owner: nn.Module, name: str) -> bool:

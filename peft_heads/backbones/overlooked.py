@@ -6,14 +6,14 @@ import re
 
 from torch import nn
 
-from ..heads.detect import image_projections, in_image_part, resolve_heads
+from ..heads.detect import is_called_attention, resolve_heads
 from ..heads.traversal import own_modules
+from .image_part import image_projections, in_image_part
 
 
 # What stands around the letters or words that say what a projection is for: `to_kv`, `proj_q`, `Wqkv`, `qkv_conv`.
 _AFFIXES = {"to", "in", "proj", "projection", "linear", "fc", "conv", "dw", "w", "weight", "layer"}
 _ROLE = re.compile("w?([qkv]+)|(q)uer(?:y|ies)|(k)eys?|(v)alues?")
-_ATTENTION = re.compile("attention|attn", re.IGNORECASE)
 # A pooling by attention is not one of the backbone's layers (SigLIP's, timm's AttentionPoolLatent).
 _POOLING = re.compile("pool", re.IGNORECASE)
 _HEADS = ("head_dim", "num_attention_heads", "num_heads", "n_heads", "n_head", "nhead", "heads", "attention_heads")
@@ -38,12 +38,12 @@ def overlooked_attention(model: nn.Module) -> list[str]:
         around_one = any(owner.startswith(f"{name}.") for owner in owners)
         if not name or inside_one or around_one or name in owners or name.startswith(pooling):
             continue
-        if _is_attention(module):
+        if _looks_like_attention(module):
             found.append(name)
     return in_image_part(model, found, list(resolve_heads(model)))
 
 
-def _is_attention(module: nn.Module) -> bool:
+def _looks_like_attention(module: nn.Module) -> bool:
     if isinstance(module, nn.MultiheadAttention):
         return True
     modules = [name for name, child in module.named_children() if _has_matrix(child)]
@@ -52,7 +52,7 @@ def _is_attention(module: nn.Module) -> bool:
     if len(roles) > 1:
         return True
     states_heads = any(isinstance(getattr(module, name, None), int) for name in _HEADS)
-    return states_heads and bool(modules) and _ATTENTION.search(type(module).__name__) is not None
+    return states_heads and bool(modules) and is_called_attention(module)
 
 
 def _roles(name: str) -> set[str]:

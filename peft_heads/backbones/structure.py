@@ -1,135 +1,84 @@
-"""The parts of an image backbone by role: the linear layers and norms of its blocks, final norm, patch embedding.
+"""What an image backbone consists of: its blocks and their parts, final norm, patch embedding and classifier.
 
 A block is the module of a stack that owns an attention layer. A backbone without attention layers is a convolutional
-network, all of whose convolutions and linear layers are its matrices.
+network, whose matrices are all of its convolutions and linear layers.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from torch import nn
 
-from ..heads.detect import FUSED_PROJECTIONS, PROJECTION_ROLES, backbone_name, image_projections, task_head_names
+from ..heads.detect import owns_projections
 from ..heads.traversal import named_targets, own_modules
-
-
-# Networks that compute an attention layer's position bias (SwinV2): linear layers, but none of the block's.
-_POSITION_NETWORKS = re.compile(r"(^|\.)[^.]*(position|rel_pos|cpb)[^.]*\.")
-# Modules that call a layer, then the batch norm, and nothing between.
-_BEFORE_BATCH_NORM = {
-    (module, "convolution"): "normalization"
-    for module in (
-        *("ResNetConvLayer", "ResNetShortCut", "RegNetConvLayer", "RegNetShortCut"),
-        *("MobileViTConvLayer", "MobileViTV2ConvLayer", "HGNetV2ConvLayer"),
-        *("MobileNetV1ConvLayer", "MobileNetV2ConvLayer"),
-    )
-} | {("LevitConvEmbeddings", "convolution"): "batch_norm", ("MLPLayerWithBN", "linear"): "batch_norm"}
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+from .blocks import POSITION_NETWORKS, Block, find_blocks, is_inside
+from .classifier import classifier_names
+from .image_part import backbone_name
+from .norms import is_norm
 
 
 @dataclass(frozen=True)
-class BackboneParts:
-    """Module names, by role, in the model's order.
+class Backbone:
+    """An image backbone, by the names of its modules in the model.
 
     Attributes:
-        matrices: Linear layers of the blocks (query, key, value, attention output, MLP); of a convolutional network all
-            convolutions and linear layers.
-        norms: Norms of the blocks, and the final one; of a convolutional network all layer norms.
-        patch_embedding: The projection of the patches; None if there is none.
+        blocks: The blocks in the model's order; empty for a convolutional network.
+        matrices: Linear layers of the blocks (query, key, value, attention output, MLP); for a convolutional network,
+            all convolutions and linear layers.
+        norms: Norms of the blocks, and those after them; for a convolutional network, all layer norms.
+        final_norm: Last norm after the blocks; None if there is none.
+        patch_embedding: Projection of the patches; None if there is none.
+        classifiers: Modules that a task trains from scratch, part of the backbone or beside it.
     """
 
-    matrices: tuple[str, ...]
-    norms: tuple[str, ...]
-    patch_embedding: str | None
+    blocks: tuple[Block, ...] = ()
+    matrices: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
+    final_norm: str | None = None
+    patch_embedding: str | None = None
+    classifiers: tuple[str, ...] = ()
 
 
-def backbone_parts(model: nn.Module) -> BackboneParts:
-    """Find the parts of the image backbone of a model, plain or with adapters in it; all empty if none is recognised."""
+def find_backbone(model: nn.Module) -> Backbone:
+    """Find the image backbone of a model, plain or with adapters in it; all fields are empty if none is recognised."""
     modules = {name: getattr(module, "base_layer", module) for name, module in named_targets(model)}
-    heads = tuple(f"{name}." for name in task_head_names(model))
-    modules = {name: module for name, module in modules.items() if not f"{name}.".startswith(heads)}
-    projections = list(image_projections(model))
-    if not projections:
+    classifiers = tuple(classifier_names(model))
+    modules = {name: m for name, m in modules.items() if not any(f"{name}.".startswith(f"{c}.") for c in classifiers)}
+    blocks = find_blocks(model)
+    if not blocks:
         # attention layers that are there but not recognised (quantised, say) do not make it a convolutional network
-        return BackboneParts((), (), None) if _looks_like_attention(model) else _convolutional(model, modules)
+        has_attention = any(owns_projections(module) for _, module in own_modules(model))
+        return Backbone(classifiers=classifiers) if has_attention else _convolutional(model, modules, classifiers)
 
-    blocks = dict.fromkeys(_block_of(name) for name in projections)
-    inside = {name: module for name, module in modules.items() if any(name.startswith(f"{b}.") for b in blocks)}
     order = list(modules)
-    last = max(order.index(name) for name in inside)
+    inside = {name: module for name, module in modules.items() if any(is_inside(name, block.name) for block in blocks)}
+    first, last = (at(map(order.index, inside)) for at in (min, max))
     backbone = backbone_name(model)
-    tower = f"{backbone}." if all(name.startswith(f"{backbone}.") for name in projections) else ""
-    first = min(order.index(name) for name in inside)
+    tower = f"{backbone}." if all(block.name.startswith(f"{backbone}.") for block in blocks) else ""
     # an attention pooling (SigLIP's) is not the backbone's, and not called by every model that has one
-    pooling = tuple(f"{n}." for n, m in own_modules(model) if any(map(_is_attention, m.children())))
+    pooling = tuple(f"{n}." for n, m in own_modules(model) if any(map(_is_torch_attention, m.children())))
     after = [name for name in order[last + 1 :] if is_norm(modules[name]) and not name.startswith(pooling)]
-    return BackboneParts(
-        tuple(name for name, m in inside.items() if isinstance(m, nn.Linear) and not _POSITION_NETWORKS.search(name)),
-        (*(name for name, module in inside.items() if is_norm(module)), *_within(tower, after)),
-        _patch_embedding(modules, order[:first], tower),
+    after = _within(tower, after)
+    return Backbone(
+        blocks=blocks,
+        matrices=tuple(n for n, m in inside.items() if isinstance(m, nn.Linear) and not POSITION_NETWORKS.search(n)),
+        norms=(*(name for name, module in inside.items() if is_norm(module)), *after),
+        final_norm=after[-1] if after else None,
+        patch_embedding=_patch_embedding(modules, order[:first], tower),
+        classifiers=classifiers,
     )
 
 
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module normalises its input by the input's own statistics, and scales it per channel.
-
-    Those without parameters, and batch normalisation, whose statistics are the data set's, are not meant.
-    """
-    return (
-        "Norm" in type(module).__name__
-        and not isinstance(module, _BATCH_NORMS)
-        and any(True for _ in module.parameters(recurse=False))
-    )
-
-
-def batch_norms(model: nn.Module) -> list[str]:
-    """Names of the batch normalisations of a model, whose running statistics move while it trains."""
-    return [name for name, module in named_targets(model) if isinstance(module, _BATCH_NORMS)]
-
-
-def following_batch_norm(model: nn.Module, name: str) -> str | None:
-    """Name of the batch norm to which the output of a layer goes, and nowhere else; None if none is known."""
-    parent, _, child = name.rpartition(".")
-    norm_name = _BEFORE_BATCH_NORM.get((type(model.get_submodule(parent)).__name__, child))
-    norm = getattr(model.get_submodule(parent), norm_name or "", None)
-    norm = getattr(norm, "original_module", norm)  # of one that is trained in full
-    return f"{parent}.{norm_name}" if getattr(norm, "running_mean", None) is not None else None
-
-
-def _looks_like_attention(model: nn.Module) -> bool:
-    """Whether any module owns projections by name, whatever they are."""
-    for _, module in own_modules(model):
-        names = [name for name, _ in module.named_children()]
-        if (
-            FUSED_PROJECTIONS.keys() & set(names)
-            or len({PROJECTION_ROLES[n] for n in names if n in PROJECTION_ROLES}) > 1
-        ):
-            return True
-    return False
-
-
-def _convolutional(model: nn.Module, modules: dict[str, nn.Module]) -> BackboneParts:
+def _convolutional(model: nn.Module, modules: dict[str, nn.Module], classifiers: tuple[str, ...]) -> Backbone:
     backbone = backbone_name(model)
     prefix = f"{backbone}." if backbone else ""
     modules = {name: module for name, module in modules.items() if name.startswith(prefix)}
-    return BackboneParts(
-        tuple(name for name, module in modules.items() if isinstance(module, (nn.Conv2d, nn.Linear))),
-        tuple(name for name, module in modules.items() if isinstance(module, nn.LayerNorm) and is_norm(module)),
-        None,
+    return Backbone(
+        matrices=tuple(name for name, module in modules.items() if isinstance(module, (nn.Conv2d, nn.Linear))),
+        norms=tuple(name for name, module in modules.items() if isinstance(module, nn.LayerNorm) and is_norm(module)),
+        classifiers=classifiers,
     )
-
-
-def _block_of(projection: str) -> str:
-    """The module of a stack that an attention layer's projection lies in.
-
-    Example:
-        >>> _block_of("swin.encoder.layers.0.blocks.1.attention.q_proj")
-        'swin.encoder.layers.0.blocks.1'
-    """
-    match = re.match(r"(.*\.\d+)\.", projection)
-    return match.group(1) if match else projection.rpartition(".")[0].rpartition(".")[0]
 
 
 def _patch_embedding(modules: dict[str, nn.Module], before: list[str], tower: str) -> str | None:
@@ -141,7 +90,7 @@ def _patch_embedding(modules: dict[str, nn.Module], before: list[str], tower: st
     return None
 
 
-def _is_attention(module: nn.Module) -> bool:
+def _is_torch_attention(module: nn.Module) -> bool:
     return isinstance(module, nn.MultiheadAttention)
 
 

@@ -10,7 +10,8 @@ import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
-from ..heads.detect import default_targets, task_head_names
+from ..backbones.classifier import classifier_names
+from ..backbones.targets import default_targets
 from ..heads.protocol import describe_masks
 from ..image_classifier import load_image_classifier
 from ..methods import scores_heads
@@ -41,7 +42,7 @@ class Result:
 def demo_configs(ne: int) -> dict[str, tuple[str, PeftConfig]]:
     """`{folder name: (name in the table, configuration)}` of the runs that are compared."""
     model = load_demo_model()
-    lora = LoraConfig(r=RANK, target_modules=default_targets(model), modules_to_save=task_head_names(model))
+    lora = LoraConfig(r=RANK, target_modules=default_targets(model), modules_to_save=classifier_names(model))
     criteria = {"taylor": ("Taylor", "absolute"), "random": ("random", "random"), "front": ("front", "front")}
     return {"lora": ("LoRA", lora)} | {
         folder: (f"head-masked LoRA, {name}", HeadMaskedLoraConfig(r=RANK, ne=ne, criterion=criterion))

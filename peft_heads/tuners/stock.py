@@ -13,8 +13,9 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from ..backbones.structure import backbone_parts
-from ..heads.detect import default_targets, exact_targets, task_head_names
+from ..backbones.classifier import classifier_names
+from ..backbones.structure import find_backbone
+from ..backbones.targets import default_targets, exact_targets
 from ..heads.traversal import named_targets
 from .common.options import LORA_OPTIONS, SCALES, SCORER_OPTIONS, Option
 from .common.registry import Method
@@ -66,7 +67,7 @@ def default_modules(model: nn.Module, config_class: type, settings: Mapping[str,
     Query and value projections and the classifier; LN tuning gets the norms.
     """
     fields = {f.name for f in dataclasses.fields(config_class)}
-    defaults = {"modules_to_save": task_head_names(model)}
+    defaults = {"modules_to_save": classifier_names(model)}
     if "target_modules" in fields and settings.get("target_modules") is None:
         defaults["target_modules"] = _default_targets(model, config_class)
     if "feedforward_modules" in fields:  # IA3 wants to be told that none of its targets is an MLP layer
@@ -78,7 +79,7 @@ def _default_targets(model: nn.Module, config_class: type) -> list[str] | str:
     if not issubclass(config_class, LNTuningConfig):
         warn_of_overlooked(model)
         return default_targets(model)
-    norms = backbone_parts(model).norms
+    norms = find_backbone(model).norms
     if not norms:
         raise ValueError(f"LN_TUNING trains norms, but no layer norm was recognised in {type(model).__name__}")
     return exact_targets(list(norms), model)
@@ -100,7 +101,7 @@ def check_targets(model: nn.Module, config: PeftConfig) -> None:
 
 
 def _train_the_classifier_alone(model: nn.Module) -> nn.Module:
-    classifiers = task_head_names(model)
+    classifiers = classifier_names(model)
     if not classifiers:
         raise ValueError(f"--method linear: {type(model).__name__} has no classification head")
     model.requires_grad_(False)

@@ -4,17 +4,43 @@ import warnings
 
 import backbones
 import pytest
+import tiny
 import torch
 import transformers as hf
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from peft_heads import HeadMaskedLoraConfig
-from peft_heads.backbones.classifier import is_loss, label_sized_modules
-from peft_heads.heads.detect import task_head_names
+from peft_heads.backbones.classifier import classifier_names, is_loss, label_sized_modules
 
 
 SWIN = {**backbones._UPERNET_SWIN, "embed_dim": 8}
+
+
+def test_the_classifier_beside_the_backbone():
+    assert classifier_names(tiny.make("vit")) == ["classifier"]
+    assert classifier_names(hf.ViTModel(tiny.make("vit").config, add_pooling_layer=False)) == []
+    assert classifier_names(tiny.make("vit", num_labels=0)) == []  # nn.Identity
+
+
+def test_classifiers_that_cannot_be_wrapped_whole():
+    model = nn.Module()
+    model.head = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2), nn.ReLU()])  # is never called itself
+    assert classifier_names(model) == ["head.0", "head.1"]
+
+    model = nn.Module()
+    model.block = nn.ModuleDict({"subhead": nn.Linear(2, 2)})  # ends with "head"
+    model.head = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    assert classifier_names(model) == ["head.0"]
+    model.block = nn.Linear(2, 2)
+    assert classifier_names(model) == ["head"]
+
+
+def test_a_trained_classifier_is_found_again():
+    model = get_peft_model(
+        tiny.make("vit"), LoraConfig(target_modules=tiny.now(["q_proj"]), modules_to_save=["classifier"])
+    )
+    assert classifier_names(model.get_base_model()) == ["classifier"]
 
 
 def perceiver(num_labels=3, d_latents=32):
@@ -58,17 +84,17 @@ def rt_detr():
 )
 def test_a_classifier_inside_the_backbone(make, expected):
     model = make()
-    assert set(task_head_names(model)) == expected
+    assert set(classifier_names(model)) == expected
     model = get_peft_model(model, HeadMaskedLoraConfig(ne=0))
     trained = {name for name, param in model.named_parameters() if param.requires_grad and "lora_" not in name}
     assert trained == {
         f"base_model.model.{n}.modules_to_save.default.{p}" for n in expected for p in ("weight", "bias")
     }
-    assert set(task_head_names(model.get_base_model())) == expected  # for a second adapter
+    assert set(classifier_names(model.get_base_model())) == expected  # for a second adapter
 
 
 def test_all_classifiers_of_a_detector():
-    names = task_head_names(rt_detr())
+    names = classifier_names(rt_detr())
     assert {"model.enc_score_head", "model.denoising_class_embed"} <= set(names)
     assert {f"model.decoder.class_embed.{i}" for i in range(2)} <= set(names) or {"class_embed.0"} <= set(names)
 
@@ -78,7 +104,7 @@ def test_random_numbers_are_left_alone():
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    assert task_head_names(model) == ["backbone.new"]
+    assert classifier_names(model) == ["backbone.new"]
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -131,7 +157,7 @@ def test_a_warning_where_none_is_found():
 
 def test_a_warning_where_peft_cannot_train_it():
     with pytest.warns(UserWarning, match=r"backbone\.prompts of Labelled depend on the number of labels, but PEFT"):
-        assert task_head_names(Labelled(Config())) == []
+        assert classifier_names(Labelled(Config())) == []
 
 
 def test_a_model_that_cannot_be_built_again():
@@ -147,6 +173,6 @@ def test_what_is_a_loss():
 def test_timm_s_own_word():
     model = backbones.FusedViT((6,))
     model.fc, model.head = model.head, nn.Identity()
-    assert task_head_names(model) == []
+    assert classifier_names(model) == []
     model.get_classifier = lambda: model.fc
-    assert task_head_names(model) == ["fc"]
+    assert classifier_names(model) == ["fc"]

@@ -3,11 +3,12 @@ from backbones import FAMILIES, FusedViT
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from peft_heads.backbones.structure import _within, backbone_parts, batch_norms, is_norm
+from peft_heads.backbones.norms import batch_norms, is_norm
+from peft_heads.backbones.structure import _within, find_backbone
 
 
 def test_vit():
-    parts = backbone_parts(tiny.make("vit"))
+    parts = find_backbone(tiny.make("vit"))
     linear = ["attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2"]
     blocks = [tiny.now(f"vit.layers.{i}.") for i in range(2)]
     assert set(parts.matrices) == {tiny.now(f"vit.layers.{i}.{name}") for i in range(2) for name in linear}
@@ -17,14 +18,14 @@ def test_vit():
 
 
 def test_adapters_are_looked_through():
-    expected = backbone_parts(tiny.make("swin"))
+    expected = find_backbone(tiny.make("swin"))
     targets = tiny.now(["q_proj", "fc1", "layernorm"])[:2]
     model = get_peft_model(tiny.make("swin"), LoraConfig(target_modules=targets, modules_to_save=["classifier"]))
-    assert backbone_parts(model.get_base_model()) == expected
+    assert find_backbone(model.get_base_model()) == expected
 
 
 def test_a_text_tower_is_left_out():
-    parts = backbone_parts(FAMILIES["clip"].make())
+    parts = find_backbone(FAMILIES["clip"].make())
     names = (*parts.matrices, *parts.norms, parts.patch_embedding)
     assert all(name.startswith("vision_model.") for name in names)
     # the norm before the blocks is neither theirs nor the final one
@@ -33,7 +34,7 @@ def test_a_text_tower_is_left_out():
 
 def test_a_backbone_alone():
     """Its final norm and patch embedding stand beside the stack of blocks."""
-    parts = backbone_parts(FAMILIES["dinov3"].make())
+    parts = find_backbone(FAMILIES["dinov3"].make())
     assert parts.norms[-1] == "norm" and parts.patch_embedding == "embeddings.patch_embeddings"
 
 
@@ -43,12 +44,12 @@ def test_another_tower_behind_is_left_out():
 
 
 def test_the_network_of_a_position_bias_is_no_part_of_a_block():
-    parts = backbone_parts(FAMILIES["swinv2"].make())
+    parts = find_backbone(FAMILIES["swinv2"].make())
     assert len(parts.matrices) == 3 * 6 and not any("position" in name for name in parts.matrices)
 
 
 def test_nothing_is_found_in_what_is_no_backbone():
-    parts = backbone_parts(nn.Sequential(nn.Embedding(2, 2)))
+    parts = find_backbone(nn.Sequential(nn.Embedding(2, 2)))
     assert (parts.matrices, parts.norms, parts.patch_embedding) == ((), (), None)
 
 
@@ -64,4 +65,4 @@ def test_every_norm_of_a_block_counts():
     """One that RLRR cannot adapt is found, so that it can be said."""
     vit = FusedViT((6, 6))
     vit.blocks[1].norm = nn.RMSNorm(24)
-    assert backbone_parts(vit).norms == ("blocks.0.norm", "blocks.1.norm")
+    assert find_backbone(vit).norms == ("blocks.0.norm", "blocks.1.norm")

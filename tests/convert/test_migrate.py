@@ -92,7 +92,7 @@ def test_ours_load_under_any_name(name, tmp_path):
     # saved again, it has the names of this version and needs nothing more
     model.save_pretrained(tmp_path, selected_adapters=["default"])
     again = PeftModel.from_pretrained(base(name), tmp_path)
-    again.peft_config["default"].source = None
+    again.peft_config["default"].carried.source = None
     assert torch.equal(logits(again), logits(model))
     assert migrate_names(tmp_path, name) == {}
 

@@ -13,7 +13,7 @@ from peft_heads.heads.layout import HeadLayout, ProjectionLayout
     "module",
     [
         "heads.layout",
-        "backbones.structure",
+        "backbones.blocks",
         "heads.protocol",
         "backbones.renames",
         "heads.scores",

@@ -3,7 +3,7 @@ import tiny
 from peft import get_peft_model
 
 from peft_heads import HeadMaskedLoraConfig, RLRRConfig
-from peft_heads.heads import resolve, traversal
+from peft_heads.heads import detect, traversal
 from peft_heads.heads.traversal import named_targets, own_modules
 
 
@@ -55,8 +55,8 @@ def test_the_effort_does_not_grow_with_the_adapters(kind, monkeypatch, tmp_path)
             yield entry
 
     monkeypatch.setattr(traversal, "_walk", counting)
-    attention = resolve._attention_layouts
-    monkeypatch.setattr(resolve, "_attention_layouts", lambda module: visited.append("") or attention(module))
+    attention = detect._attention_layouts
+    monkeypatch.setattr(detect, "_attention_layouts", lambda module: visited.append("") or attention(module))
     get_peft_model(tiny.make("vit"), CONFIGS[kind]()).save_pretrained(tmp_path)
     model = get_peft_model(tiny.make("vit"), CONFIGS[kind](), adapter_name="first")
 

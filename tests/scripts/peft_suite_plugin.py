@@ -47,6 +47,7 @@ def pytest_configure(config):
 
 
 def stand_in_for_lora(ne: int) -> None:
+    from peft_heads.tuners.common import model as common_model
     from peft_heads.tuners.head_masked_lora import layer, model
 
     config_class = model.HeadMaskedLoraConfig
@@ -89,7 +90,7 @@ def stand_in_for_lora(ne: int) -> None:
     layer.HeadMask.__init__ = count_mask
     model.default_targets = lambda base_model: []
     model.unknown_architecture = lambda base_model: ValueError("Please specify `target_modules` in `peft_config`")
-    model.task_head_names = lambda base_model: []
+    common_model.classifier_names = lambda base_model: []
 
 
 def pytest_collection_modifyitems(config, items):

@@ -21,6 +21,7 @@ from transformers import AutoConfig, Trainer
 
 from ...adapter_folder.atomic import write_atomically
 from ...adapter_folder.checkpoints import last_complete_checkpoint
+from ...backbones.drop_path import has_drop_path
 from ...data.augmentation import Augmentation
 from ...data.preprocessing import Preprocessing
 from ...data.tasks import OFFLINE, Task
@@ -29,7 +30,6 @@ from ...tuners.common.options import HEAD_SETTINGS
 from ..recipes import Recipe
 from ..records.effective import with_warmup
 from ..records.results import Environment, Run, RunResult, RunSpec, find_result, write_result
-from .drop_path import has_drop_path
 from .training import Places, Training, checkpoint_of
 
 

@@ -19,6 +19,8 @@ from torch import nn
 from transformers import AutoConfig, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from ...adapter_folder.score_files import SCORES_FILE
+from ...backbones.classifier import classifier_names
+from ...backbones.drop_path import CONFIG_FIELD, add_drop_path, residual_branches
 from ...data import image_folders
 from ...data.augmentation import Augmentation
 from ...data.cache import open_images
@@ -28,7 +30,6 @@ from ...data.preprocessing import Preprocessing
 from ...data.tasks import OFFLINE, find_task
 from ...data.trees import Split, load_split
 from ...demo.model import DEMO_MODEL_PATH
-from ...heads.detect import task_head_names
 from ...heads.protocol import get_head_masks
 from ...image_classifier import new_image_classifier, quiet_loading
 from ...methods import apply_method, has_scored_heads, pack_trained
@@ -38,7 +39,6 @@ from ..records.effective import with_warmup
 from ..records.environment import describe_environment
 from ..records.results import CONTENT, Environment, RunResult, RunSpec
 from .callbacks import Clock, EpochEnds
-from .drop_path import CONFIG_FIELD, add_drop_path, residual_branches
 
 
 @dataclass(frozen=True)
@@ -289,7 +289,7 @@ def random_mask_seed(spec: RunSpec) -> int:
 def saved_bytes(model: nn.Module) -> tuple[int, int]:
     """Bytes of what is saved of a trained model: (adapter, or what else was trained; classification head)."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    heads = tuple(f"{name}." for name in task_head_names(base))
+    heads = tuple(f"{name}." for name in classifier_names(base))
     if hasattr(model, "peft_config"):
         tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     else:

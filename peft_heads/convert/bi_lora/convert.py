@@ -19,9 +19,10 @@ from ...adapter_folder.atomic import new_folder, write_atomically, write_togethe
 from ...adapter_folder.labels import write_labels
 from ...adapter_folder.settings import read_settings
 from ...adapter_folder.weights_file import find_weights, read_infos, read_weights
+from ...backbones.targets import default_targets
 from ...functional.packing import PackedWeight, pack_module, unpack_module
 from ...functional.quantization import BITS
-from ...heads.detect import default_targets, resolve_heads
+from ...heads.detect import resolve_heads
 from ...image_classifier import fetch_adapter
 from ...tuners import HeadMaskedLoraConfig, pack_adapter
 from ...tuners.common.classifiers import default_labels

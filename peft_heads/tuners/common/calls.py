@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -11,13 +10,12 @@ from torch import nn
 
 from ..._compat import run_while_tracing
 from ...backbones.bypass import child_uses
-from ...heads.detect import FUSED_PROJECTIONS, NUM_HEADS_ATTRIBUTES, PROJECTION_ROLES
+from ...heads.detect import is_attention
 from ...heads.traversal import own_modules
 
 
 # Modules that hold others, which the module around them calls one by one.
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-_ATTENTION = re.compile("attention|attn", re.IGNORECASE)
 
 
 def watch_calls(model: nn.Module) -> None:
@@ -108,13 +106,13 @@ class CallNote:
 
 
 def _watch(owner_name: str, owner: nn.Module, layers: dict[str, BaseTunerLayer]) -> None:
-    uses, is_attention = child_uses(type(owner)), _is_attention(owner)
+    uses, must_call_all = child_uses(type(owner)), is_attention(owner)
     check = next((hook for hook in owner._forward_hooks.values() if isinstance(hook, CallCheck)), None)
     for name, layer in layers.items():
         child = name.removeprefix(f"{owner_name}.")
         if child in uses.forwarded:  # past the layer's hooks
             continue
-        if not is_attention and child not in uses.read | uses.passed:
+        if not must_call_all and child not in uses.read | uses.passed:
             continue
         if check is None:
             check = CallCheck(owner_name)
@@ -122,15 +120,6 @@ def _watch(owner_name: str, owner: nn.Module, layers: dict[str, BaseTunerLayer])
         check.expect(child)
         note = CallNote(check, child)
         note.handle = layer.register_forward_pre_hook(note)
-
-
-def _is_attention(module: nn.Module) -> bool:
-    names = {name for name, _ in module.named_children()}
-    return (
-        _ATTENTION.search(type(module).__name__) is not None
-        or bool(names & FUSED_PROJECTIONS.keys())
-        or (len(names & PROJECTION_ROLES.keys()) > 1 and any(hasattr(module, name) for name in NUM_HEADS_ATTRIBUTES))
-    )
 
 
 def _owner_of(name: str, modules: dict[str, nn.Module]) -> str:

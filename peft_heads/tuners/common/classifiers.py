@@ -72,6 +72,12 @@ def quantize_task_heads(model: nn.Module, adapter_name: str, bits: int) -> None:
         head.quantizer = WeightQuantizer(bits)
 
 
+def quantized_heads(model: nn.Module, adapter_name: str) -> list[QuantizedLinear]:
+    """The layers that the adapter trains in full and that have few bits."""
+    trained = [wrapper.modules_to_save for _, wrapper in _wrappers(model) if adapter_name in wrapper.modules_to_save]
+    return [heads[adapter_name] for heads in trained if isinstance(heads[adapter_name], QuantizedLinear)]
+
+
 def settle_task_heads(model: nn.Module) -> nn.Module:
     """Make ordinary linear layers of quantised heads that have become the model's own; returns the model."""
     for module in model.modules():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,10 +14,11 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
+from ...heads.layout import ProjectionLayout
 from ...heads.traversal import own_modules
 from .classifiers import head_owners
 from .head_mask import HeadMaskedLayer
-from .model import LabelledTuner
+from .labels import LabelledTuner
 
 
 def check_weights(existing: Container[str], adapters: Sequence[str], weights: Sequence[float]) -> None:
@@ -29,6 +30,21 @@ def check_weights(existing: Container[str], adapters: Sequence[str], weights: Se
         raise ValueError(f"one weight per adapter is needed; got {len(adapters)} adapters, {len(weights)} weights")
     if not all(_is_finite(weight) for weight in weights):
         raise ValueError(f"weights must be finite numbers, one per adapter; got {weights}")
+
+
+def check_same_heads(name: str, layouts: Iterable[ProjectionLayout], said_by: str = "other heads (num_heads)") -> None:
+    """Raise ValueError unless all summands have the same heads in a layer.
+
+    Args:
+        name: The layer.
+        layouts: Its heads as the summands have them.
+        said_by: What differs, and which options say it.
+    """
+    found = set(layouts)
+    if len(found) > 1:
+        raise ValueError(
+            f"adapters with {said_by} cannot be combined; in {name} they have {' and '.join(map(str, found))}"
+        )
 
 
 def is_copy(adapters: Sequence[str], weights: Sequence[float]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftConfig
@@ -18,36 +19,59 @@ from ...adapter_folder.settings import check_patterns, read_settings
 from .setting_types import check_types, refusal
 
 
+@dataclass
+class Carried:
+    """What a configuration carries from one call of PEFT's to the next, although it is no setting.
+
+    All else of a run is in the tuner's `adapter_states`.
+
+    Attributes:
+        source: Place that the configuration was read from, as arguments of `hf_hub_download`; None once the tuner has
+            read it. `PeftConfig.from_pretrained` alone is told it, before there is a tuner.
+        is_stock: Whether that place holds stock LoRA.
+        chosen: Values of options that were not given and that a model's parts have answered, by option. PEFT reads the
+            answers in the configuration that the user holds, which may serve for another model.
+        contents: What `save_pretrained` writes beside the configuration. `PeftModel.save_pretrained` calls it last, and
+            tells it nothing of the model; so the tuner puts it here when it collects the weights.
+    """
+
+    source: dict[str, Any] | None = None
+    is_stock: bool = False
+    chosen: dict[str, Any] = field(default_factory=dict)
+    contents: FolderContents = field(default_factory=FolderContents)
+
+
 class AdapterFolderConfig:
     """Mixed into a PEFT configuration, before it: model card, labels and image processor come and go with it.
 
-    The attributes are no fields, hence not saved.
-
     Attributes:
-        adapter_files: What `save_pretrained` writes beside the configuration, filled when the weights are collected.
         card: What the model card says of the method.
-        chosen: Values of options that were not given and that a model's parts have answered, by option.
-        is_stock: Whether it was read from a folder of stock LoRA.
-        source: Where a saved configuration comes from, as arguments of `hf_hub_download`; None once it was read.
+        carried: The one attribute that is no setting; it is no field, hence not saved.
     """
 
     card: CardText
-    adapter_files: FolderContents
-    chosen: dict[str, Any]
-    source: dict[str, Any] | None
-    is_stock: bool = False
+    carried: Carried
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.adapter_files = FolderContents()
-        self.source = None
-        self.chosen = {}
+        self.carried = Carried()
         check_patterns(vars(self))
+
+    @property
+    def noted_settings(self) -> dict[str, bool]:
+        """Settings that are noted among the weights, because they change what these mean and show in none of them."""
+        return {}
 
     def choose(self, option: str, value: Any) -> None:
         """Answer an option that was not given from the model's parts; for another model it is chosen anew."""
         setattr(self, option, value)
-        self.chosen[option] = copy.copy(value)
+        self.carried.chosen[option] = copy.copy(value)
+
+    def forget_choices(self) -> None:
+        """Ask again for the options that were answered from another model's parts, unless they were set since."""
+        for option, value in self.carried.chosen.items():
+            if getattr(self, option) == value:
+                setattr(self, option, None)
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """Save the configuration and, beside it, the model card, the labels and the image processor.
@@ -56,7 +80,7 @@ class AdapterFolderConfig:
         outside PEFT can write files of its own.
         """
         super().save_pretrained(save_directory, **kwargs)
-        write_contents(save_directory, self, self.adapter_files)
+        write_contents(save_directory, self, self.carried.contents)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
@@ -69,8 +93,8 @@ class AdapterFolderConfig:
         except Exception as error:  # PEFT checks no types: whatever a wrong one leads to
             raise refusal(os.path.join(pretrained_model_name_or_path, subfolder or ""), error) from error
         if isinstance(config, AdapterFolderConfig):
-            config.source = source_of(cls, pretrained_model_name_or_path, subfolder, kwargs)
-            config.adapter_files.labels_in_file = find_labels(**config.source)
+            config.carried.source = source_of(cls, pretrained_model_name_or_path, subfolder, kwargs)
+            config.carried.contents.labels_in_file = find_labels(**config.carried.source)
         return config
 
 

@@ -1,270 +1,162 @@
-"""What the tuners of our methods have in common: labels and trained heads that follow the active adapter."""
+"""What the tuners of our methods have in common: everything that does not depend on the method."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+import copy
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
-import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..._compat import current_loading
-from ...adapter_folder.contents import FolderContents
-from ...heads.protocol import read_masks
-from ...heads.traversal import own_modules
+from ..._compat import current_loading, expand_all_linear
+from ...backbones.classifier import classifier_names
+from ...heads.traversal import named_targets
 from .calls import watch_calls
-from .classifiers import (
-    check_mixed_batch,
-    default_labels,
-    fit_task_heads,
-    get_labels,
-    head_owners,
-    set_labels,
-    show_heads,
-    shown_heads,
-    trained_heads,
-)
+from .copies import adding, check_weights, copy_adapter, copy_heads, is_copy
 from .folder_config import AdapterFolderConfig
-from .head_mask import masked_layers
+from .labels import LabelledTuner
 from .saved_folder import check_folder, modules_in_file
-from .saved_keys import BASE, follow_file
+from .saved_keys import follow_file
+from .saved_weights import SavedWeights
 from .setting_types import refusal
+from .state import AdapterState
+from .targets import module_patterns, warn_of_overlooked
 
 
-def merged_layers(model: nn.Module) -> list[BaseTunerLayer]:
-    """The layers into which adapters have been merged."""
-    return [layer for _, layer in own_modules(model) if isinstance(layer, BaseTunerLayer) and layer.merged]
+class VisionTuner(SavedWeights, LabelledTuner):
+    """Mixed into a PEFT tuner, before it: a template whose gaps a method fills.
 
-
-def merged_adapters(model: nn.Module) -> list[str]:
-    """Names of the adapters that have been merged into any layer."""
-    return list(dict.fromkeys(name for layer in merged_layers(model) for name in layer.merged_adapters))
-
-
-def _who(adapter_name: str | None) -> str:
-    return "the base model" if adapter_name is None else f"adapter {adapter_name!r}"
-
-
-class LabelledTuner:
-    """Mixed into a PEFT tuner, before it.
+    A method says which modules it adapts (`default_modules`) and what becomes of one: a tuner built on one of PEFT's
+    has that tuner's `_create_new_module`, another is a [`StandaloneTuner`] with `create_layer`. What the file of an
+    adapter holds is said by [`SavedWeights`]. The other hooks do nothing here; they are for what is particular to a
+    method.
 
     Attributes:
-        base_labels: Labels of the base model.
-        adapter_labels: Labels of the adapters that have trained heads, by adapter.
+        adapter_states: What is known of each adapter beside its settings, by adapter.
     """
 
-    base_labels: dict[int, str] | None
-    adapter_labels: dict[str, dict[int, str] | None]
-    _labels_of: str | None  # the adapter whose labels the model's configuration shows
+    adapter_states: dict[str, AdapterState]
+    # Options of the configuration that have other values while a copy of an adapter is made.
+    while_copied: ClassVar[dict[str, Any]] = {}
+    state_class: ClassVar[type[AdapterState]] = AdapterState
+    _new_adapter: str  # the adapter that is being added
 
-    def begin_adapter(self, peft_config: AdapterFolderConfig) -> None:
-        """To be called when a new adapter's configuration is prepared."""
-        if not hasattr(self, "base_labels"):
-            self.base_labels = get_labels(self.model)
-            self.adapter_labels = {}
-            self._labels_of = None
+    # Adding an adapter
+
+    def default_modules(self, peft_config: AdapterFolderConfig) -> list[str] | str:
+        """The modules that are adapted where `target_modules` says nothing.
+
+        Full names if `layers_to_transform` is given, else anything that PEFT takes for `target_modules`.
+        """
+        raise NotImplementedError
+
+    def check_config(self, peft_config: AdapterFolderConfig) -> None:
+        """Raise ValueError if the configuration, whose options are complete now, does not fit the model."""
+
+    def prepare_targets(self, peft_config: AdapterFolderConfig, state: AdapterState, targets: list[str]) -> None:
+        """Find and check what the new layers need to know (their heads, say), before anything is replaced."""
+
+    def begin_adapter(self, peft_config: AdapterFolderConfig) -> AdapterState:
+        """The state of a new adapter, of which nothing is known yet."""
+        if "adapter_states" not in vars(self):
+            self.adapter_states = {}
+        self.begin_labels()
+        state = self.adapter_states[self._new_adapter] = self.state_class()
+        # what another model has left in a configuration that serves a second time is not this one's
+        state.contents.labels_in_file = peft_config.carried.contents.labels_in_file
+        peft_config.carried.contents = state.contents
         if sum(config is peft_config for config in self.peft_config.values()) == 1:
-            # what another model has left in a configuration that serves a second time is not this one's
-            peft_config.adapter_files = FolderContents(labels_in_file=peft_config.adapter_files.labels_in_file)
-            for option, value in peft_config.chosen.items():
-                if getattr(peft_config, option) == value:
-                    setattr(peft_config, option, None)
+            peft_config.forget_choices()
+        return state
 
-    def follow_folder(self, peft_config: AdapterFolderConfig) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        self._new_adapter = adapter_name
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            vars(self).get("adapter_states", {}).pop(adapter_name, None)
+            raise
+        watch_calls(model)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.adapter_states.pop(adapter_name, None)
+
+    def _prepare_adapter_config(self, peft_config: AdapterFolderConfig, model_config: dict) -> AdapterFolderConfig:
+        state = self.begin_adapter(peft_config)
+        self._follow_folder(peft_config)
+        if peft_config.target_modules is None and not getattr(peft_config, "target_parameters", None):
+            peft_config.choose("target_modules", self._default_targets(peft_config))
+            warn_of_overlooked(self.model)
+        if peft_config.modules_to_save is None:
+            peft_config.choose("modules_to_save", classifier_names(self.model) or None)
+        self.check_config(peft_config)
+        peft_config = super()._prepare_adapter_config(peft_config, model_config)
+        expand_all_linear(peft_config, self.model)
+        targets = [n for n, _ in named_targets(self.model) if self._check_target_module_exists(peft_config, n)]
+        self.prepare_targets(peft_config, state, targets)
+        return peft_config
+
+    def _follow_folder(self, peft_config: AdapterFolderConfig) -> None:
         """Let a configuration that was read from a folder fit the model, before anything is changed.
 
         Raises:
             ValueError: The folder is being loaded, and its files contradict each other or do not fit the model.
         """
-        if peft_config.source is None:
+        source, loading = peft_config.carried.source, current_loading()
+        if source is None:
             return
-        loading = current_loading()
         try:
             follow_file(peft_config, self.model)
             if loading is not None:
                 peft_config.modules_to_save = modules_in_file(peft_config)
-                check_folder(type(self), self.model, peft_config, peft_config.source, loading)
+                check_folder(type(self), self.model, peft_config, source, loading)
                 loading.checked.append(peft_config)
         except OSError:  # of the network
             raise
         except Exception as error:  # PEFT checks no types: whatever a wrong one leads to
-            raise refusal(peft_config.source["path_or_repo"], error) from error
-        peft_config.source = None  # read; the folder may be gone when the configuration serves again
+            raise refusal(source["path_or_repo"], error) from error
+        peft_config.carried.source = None  # read; the folder may be gone when the configuration serves again
 
-    @classmethod
-    def own_tensors(cls, model: nn.Module, config: AdapterFolderConfig, adapter_name: str) -> dict[str, torch.Tensor]:
-        """What PEFT saves of an adapter, by the keys of its file, without what is trained in full."""
-        state_dict = super()._get_adapter_state_dict(model, config, adapter_name, model.state_dict(), [])
-        return {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in state_dict.items()}
+    def _default_targets(self, peft_config: AdapterFolderConfig) -> set[str] | str | None:
+        names = self.default_modules(peft_config)
+        if names and getattr(peft_config, "layers_to_transform", None) is not None:
+            names = self._in_layers(peft_config, names)
+        return names if isinstance(names, str) else set(names) or None
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        watch_calls(model)
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Set the active adapter(s); the model's labels become those of the adapter, or of the first of them."""
-        self._remember_labels()
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
-        self._show_labels()
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        self._remember_labels()
-        super().delete_adapter(adapter_name)
-        self.adapter_labels.pop(adapter_name, None)
-        self._show_labels()
-
-    def disable_adapter_layers(self) -> None:
-        self._remember_labels()
-        super().disable_adapter_layers()
-        self._labels_of = None
-        set_labels(self.model, self.base_labels)
-
-    def enable_adapter_layers(self) -> None:
-        super().enable_adapter_layers()
-        if self._labels_of is None:
-            self._show_labels()
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As PEFT's.
-
-        Raises:
-            ValueError: An adapter does not exist; or the model would act by the projections of the merged adapters and
-                by the trained head of another, or of none.
-        """
-        names = self._names_to_merge(adapter_names)
-        shown = shown_heads(self.model)
-        for module_name, trained in trained_heads(self.model, [*merged_adapters(self.model), *names]).items():
-            if shown[module_name] not in (trained or [None]):
-                expected = " or ".join(map(_who, trained or [None]))
-                raise ValueError(
-                    f"merging {', '.join(names)} would leave the model with the {module_name} of {_who(shown[module_name])} "
-                    f"(expected that of {expected}); call set_adapter({names[-1]!r}) first"
-                )
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-
-    @contextmanager
-    def unloading(self, merge: bool, adapter_names: list[str] | None) -> Iterator[list[str]]:
-        """While the tuner is taken off: trained heads and labels are those of the adapters that are merged.
-
-        Without a merge they are the active adapter's, as PEFT has it, or the base model's where adapters are disabled.
-        Should it fail, heads and labels are as they were.
-
-        Args:
-            merge: Whether adapters are merged.
-            adapter_names: Which; None means the active ones.
-
-        Yields:
-            The adapters to merge.
-
-        Raises:
-            ValueError: An adapter does not exist, or two of them have trained the same module.
-        """
-        names = self._names_to_merge(adapter_names) if merge else []
-        merged, shown, labels_of = merged_adapters(self.model), shown_heads(self.model), self._labels_of
-        disabled = labels_of is None
-        labels = get_labels(self.model)
-        self._remember_labels()
-        try:
-            if names:
-                show_heads(self.model, head_owners(self.model, [*merged, *names]))
-                self._show_labels([*merged, *names])
-            elif disabled:
-                for layer in merged_layers(self.model):
-                    layer.unmerge()
-                show_heads(self.model, dict.fromkeys(shown))
-            yield names
-        except BaseException:
-            show_heads(self.model, shown)
-            self._labels_of = labels_of
-            set_labels(self.model, labels)
-            raise
-        self.base_labels, self.adapter_labels = None, {}  # the model has its own now
-
-    def _names_to_merge(self, adapter_names: list[str] | None) -> list[str]:
-        if isinstance(adapter_names, str):
-            raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}")
-        names = list(self.active_adapters if adapter_names is None else adapter_names)
-        unknown = [name for name in names if name not in self.peft_config]
-        if unknown:
+    def _in_layers(self, peft_config: AdapterFolderConfig, names: list[str]) -> list[str]:
+        """Those of the blocks that `layers_to_transform` counts, which PEFT asks about the ends of names alone."""
+        by_ending = copy.copy(peft_config)
+        by_ending.target_modules = {name.rpartition(".")[2] for name in names}
+        modules = dict(self.model.named_modules())
+        found = [n for n in names if n not in modules or self._check_target_module_exists(by_ending, n)]
+        if not found:
+            pattern = f" with layers_pattern={peft_config.layers_pattern}" if peft_config.layers_pattern else ""
             raise ValueError(
-                f"there is no adapter {', '.join(map(repr, unknown))} to merge; the model has "
-                f"{', '.join(self.peft_config) or 'none'}"
+                f"layers_to_transform={peft_config.layers_to_transform}{pattern}: no block of "
+                f"{type(self.model).__name__} has such a number; it has {module_patterns(names)}"
             )
-        return names
+        return found
 
-    def _remember_labels(self) -> None:
-        """Before others are shown: the model's labels may have been renamed since the adapter's were."""
-        shown = self.peft_config.get(self._labels_of)
-        if shown is not None and shown.modules_to_save:
-            self.adapter_labels[self._labels_of] = get_labels(self.model)
+    # Sums of adapters
 
-    def _show_labels(self, adapter_names: list[str] | None = None) -> None:
-        """Let the model's configuration name the classes of the adapter whose head it uses, of these or the active ones."""
-        names = [name for name in adapter_names or self.active_adapters if name in self.peft_config]
-        with_head = [name for name in names if self.peft_config[name].modules_to_save]
-        self._labels_of = next(iter(with_head or names), None)
-        shown = self.peft_config.get(self._labels_of)
-        if shown is not None:
-            own = self.adapter_labels.get(self._labels_of) if shown.modules_to_save else None
-            set_labels(self.model, own or self.base_labels)
+    def check_combination(self, adapters: Sequence[str], weights: Sequence[float], **options: Any) -> None:
+        """Raise ValueError unless the adapters can be summed, or one of them copied."""
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names"):
-            check_mixed_batch(self.model, kwargs["adapter_names"], self.peft_config)
-        with super()._enable_peft_forward_hooks(*args, **kwargs):
-            yield
+    def create_sum(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, **options: Any) -> None:
+        """Add the weighted sum of adapters, without the modules that they train in full."""
+        raise NotImplementedError
 
-    @staticmethod
-    def describe_for_files(model: nn.Module, config: AdapterFolderConfig, adapter_name: str) -> None:
-        """Note in the configuration what is written beside an adapter's weights.
-
-        Args:
-            model: The model with the adapter in it, with a PeftModel around it or without.
-            config: The adapter's configuration.
-            adapter_name: The adapter.
-        """
-        layers = {name.removeprefix(BASE): layer for name, layer in masked_layers(model, adapter_name)}
-        base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        config.adapter_files.masks = read_masks(layers, adapter_name)
-        config.adapter_files.model_class = type(base_model).__name__
-        tuner = getattr(model, "base_model", None)
-        if getattr(tuner, "_labels_of", adapter_name) == adapter_name:
-            config.adapter_files.id2label = get_labels(base_model)
-        else:
-            config.adapter_files.id2label = tuner.adapter_labels.get(adapter_name)
-
-    @staticmethod
-    def take_heads_and_labels(
-        model: nn.Module, config: AdapterFolderConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
-    ) -> None:
-        """Give the adapter's trained heads the sizes, and the model the labels, of a file that is being loaded.
-
-        Heads of another size keep theirs, and the model its labels, if PEFT was told to `ignore_mismatched_sizes`.
-
-        Args:
-            model: The model with the adapter in it, with a PeftModel around it or without.
-            config: The adapter's configuration.
-            adapter_name: The adapter.
-            state_dict: The weights, by the names they have in the model.
-        """
-        # with the weights they come into force, once: labels that are given later are not overwritten
-        labels, config.adapter_files.labels_in_file = config.adapter_files.labels_in_file, None
-        tuner = getattr(model, "base_model", None)
-
-        def show(labels: dict[int, str]) -> None:
-            if not isinstance(tuner, LabelledTuner):  # injected, without a PeftModel around it
-                set_labels(model, labels)
-                return
-            tuner.adapter_labels[adapter_name] = labels
-            if tuner._labels_of == adapter_name:
-                tuner._show_labels()
-
-        def show_resized(num_labels: int) -> None:
-            show(labels if len(labels or {}) == num_labels else default_labels(num_labels))
-
-        resized = fit_task_heads(model, adapter_name, state_dict, call=show_resized)
-        if labels and not resized and isinstance(tuner, LabelledTuner):
-            show(labels)
+    def combine(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, **options: Any) -> None:
+        """What `add_weighted_adapter` does: an exact copy of one adapter with weight 1, or a sum; undone if it fails."""
+        if adapter_name in self.peft_config:
+            return  # as PEFT's LoRA does
+        check_weights(self.peft_config, adapters, weights)
+        self.check_combination(adapters, weights, **options)
+        self._remember_labels()
+        if is_copy(adapters, weights):
+            copy_adapter(self, adapters[0], adapter_name, **self.while_copied)
+            return
+        with adding(self, adapter_name):
+            self.create_sum(adapters, weights, adapter_name, **options)
+            copy_heads(self, adapters, adapter_name)

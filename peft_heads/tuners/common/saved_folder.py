@@ -78,7 +78,7 @@ def check_folder(
             raise FileNotFoundError(f"{folder} has no weights of an adapter: neither {' nor '.join(NAMES)} is there")
         return  # PEFT says what is wrong with a repository
     try:
-        infos, labels = read_infos(path), config.adapter_files.labels_in_file
+        infos, labels = read_infos(path), config.carried.contents.labels_in_file
         trial, config = try_adapter(tuner, model, config)
         keys = keys_in_model(infos, trial, loading.key_mapping)
         infos = {keys[key]: info for key, info in infos.items()}
@@ -88,9 +88,10 @@ def check_folder(
             infos,
             places,
             frozen={name.replace(".base_layer.", ".") for name, _ in _frozen(trial)},
-            targets=config.target_modules,
             # of stock LoRA PEFT drops what belongs to no module, and we warn
-            foreign={module_of(key) for key in infos} - set(dict(named_targets(trial))) if config.is_stock else (),
+            foreign={module_of(key) for key in infos} - set(dict(named_targets(trial)))
+            if config.carried.is_stock
+            else (),
             packable=[name for name, layer in trial.named_modules() if hasattr(layer, "lora_quantizer")],
             packed_heads=[f"{name}.weight" for name in heads],
             # those of the layers that the adapter has: whether they deactivate anything is seen later
@@ -119,11 +120,11 @@ def check_before_writing(
     base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = copy.copy(config)
     try:
-        if config.source is not None:
+        if config.carried.source is not None:
             config.modules_to_save = modules_in_file(config)
-        config.source = source
+        contents = FolderContents(labels_in_file=find_labels(**source))
+        config.carried = replace(config.carried, source=source, contents=contents)
         follow_file(config, base_model)
-        config.adapter_files = FolderContents(labels_in_file=find_labels(**source))
         check_folder(PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type], base_model, config, source, loading)
     except OSError:
         raise
@@ -145,7 +146,12 @@ def try_adapter(tuner: type, model: nn.Module, config: AdapterFolderConfig) -> t
     config = copy.copy(config)
     for field in fields(config):
         setattr(config, field.name, copy.deepcopy(getattr(config, field.name)))
-    config.source, config.inference_mode, config.init_lora_weights = None, False, False
+    labels = config.carried.contents.labels_in_file
+    contents, chosen = FolderContents(labels_in_file=labels), dict(config.carried.chosen)
+    config.carried = replace(config.carried, source=None, chosen=chosen, contents=contents)
+    config.inference_mode, config.init_lora_weights = False, False
+    if getattr(config, "velora_config", None):  # its random start normalises numbers, which a skeleton has not
+        config.velora_config.init_type = "batch_average"
     skeleton = skeleton_of(model)
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")  # the real adapter is going to warn
@@ -205,7 +211,6 @@ def check_infos(
     places: dict[str, Place],
     *,
     frozen: Iterable[str],
-    targets: Any = None,
     packable: Iterable[str] = (),
     packed_heads: Iterable[str] = (),
     spare_masks: Iterable[str] = (),
@@ -218,7 +223,6 @@ def check_infos(
         infos: What is in the file, by the names of the model.
         places: What should be.
         frozen: Names of the base model's weights.
-        targets: The configuration's `target_modules`; a token embedding among them is saved whole by PEFT.
         packable: Modules whose factors may be packed.
         spare_masks: Modules that may have a mask for which the adapter has no place.
         packed_heads: Keys of weights that may be packed where they stand.
@@ -234,7 +238,7 @@ def check_infos(
     for key in packed_heads:
         if key in infos and infos[key].dtype == torch.uint8:
             places[key] = Place(None, torch.uint8)
-    known = {key for key in infos if is_settings_key(key) or _is_targeted_embedding(key, targets)}
+    known = {key for key in infos if is_settings_key(key) or _is_embedding(key)}
     known |= {key for key in infos if any(part in key for part in TRAINING_ONLY)}
     known |= {key for key in infos if is_mask_key(key) and module_of(key) in set(spare_masks)}
     surplus = [key for key in infos if key not in places and key not in known and module_of(key) not in foreign]
@@ -300,14 +304,9 @@ def _no_place(surplus: list[str], frozen: set[str], all_masks: int) -> str:
     )
 
 
-def _is_targeted_embedding(key: str, targets: Any) -> bool:
-    """Whether the key is of a token embedding that the adapter targets: PEFT saves it with the adapter."""
-    module = module_of(key)
-    if module.rpartition(".")[2] not in EMBEDDING_LAYER_NAMES:
-        return False
-    if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
-    return any(module == target or module.endswith(f".{target}") for target in targets or ())
+def _is_embedding(key: str) -> bool:
+    """Whether PEFT may have saved the key because of `save_embedding_layers`: no adapter has a place for it."""
+    return module_of(key).rpartition(".")[2] in EMBEDDING_LAYER_NAMES
 
 
 def _others(keys: list[str]) -> str:

@@ -13,7 +13,8 @@ from torch import nn
 
 from ...adapter_folder.weights_file import find_weights, read_infos
 from ...backbones.renames import match_renamed
-from ...heads.detect import matches_pattern, shortest_names
+from ...backbones.targets import shortest_names
+from ...heads.detect import matches_pattern
 from ...heads.traversal import named_targets
 from .registry import parameter_prefixes
 from .saved_settings import is_settings_key
@@ -130,7 +131,7 @@ def follow_file(config: PeftConfig, model: nn.Module) -> None:
     Raises:
         ValueError: Modules that are trained in full have other names in the file.
     """
-    keys = saved_keys(**config.source)
+    keys = saved_keys(**config.carried.source)
     adapted = list(dict.fromkeys(module_of(key) for key in keys if is_adapter_key(key)))
     trained = list(dict.fromkeys(module_of(key) for key in keys if not is_adapter_key(key)))
     in_full = tuple(config.modules_to_save or ())  # the ends of names
@@ -141,5 +142,5 @@ def follow_file(config: PeftConfig, model: nn.Module) -> None:
         raise ValueError(
             f"the adapter trains modules whose names transformers has changed: {module_patterns(moved)} (now "
             f"{module_patterns(renamed[name] for name in moved)}); rewrite the adapter with `peft-heads migrate "
-            f"{config.source['path_or_repo']}`"
+            f"{config.carried.source['path_or_repo']}`"
         )

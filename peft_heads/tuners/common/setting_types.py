@@ -48,8 +48,8 @@ def fits(value: Any, hint: Any, is_number: bool = False) -> bool:
         return any(fits(value, part, is_number) for part in parts)
     if is_dataclass(hint):
         return isinstance(value, dict)
-    if origin is Literal:
-        return value in parts
+    if origin is Literal:  # PEFT's annotations do not list all of its words
+        return value in parts or (type(value) is str and any(isinstance(part, str) for part in parts))
     if hint is type(None):
         return value is None
     if hint in (bool, str):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from ...heads.traversal import own_modules
-from ..common.copies import heads_of_sum
+from ..common.copies import check_same_heads, heads_of_sum, is_copy
 from .config import FULL_PRECISION, HeadMaskedLoraConfig
 from .layer import HeadMaskedLinear, HeadMaskVariant
 
@@ -18,6 +19,75 @@ from .layer import HeadMaskedLinear, HeadMaskVariant
 # Types of combination that are linear in the update or in its factors. The others drop single entries of these.
 LINEAR = ("linear", "cat", "svd")
 _NEEDS_EQUAL_RANKS = ("linear", "ties", "dare_ties", "dare_linear", "magnitude_prune")
+
+
+class HeadMaskedSums:
+    """The sums of adapters, mixed into the tuner."""
+
+    # an initialisation could change the base weight a second time
+    while_copied: ClassVar[dict[str, Any]] = {"init_lora_weights": False}
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        **options: Any,
+    ) -> None:
+        """Combine adapters linearly, as [`peft.LoraModel.add_weighted_adapter`] does, which see for the other arguments.
+
+        One adapter with weight 1 gives an exact copy: rank, scaling, masks, biases, DoRA's magnitudes, the modules that
+        it trains in full, and their labels. This is where head-masked LoRA deviates from stock LoRA, also with `ne=0`:
+        stock LoRA gives another adapter with rsLoRA, `lora_bias`, DoRA or `rank_pattern`, and the base model's
+        classifier.
+
+        The update of a sum of several, biases included, is the sum of the updates: exactly with `"cat"`, and with
+        `"svd"` if `svd_rank` suffices; `"linear"` adds the factors, `(Σ √(w s) B)(Σ √(w s) A)`, which is less exact by
+        nature. A head is active in the sum where it is in any of the summands. A module that one of them has trained in
+        full, such as the classifier, is copied.
+
+        Args:
+            adapters: Names of the summands.
+            weights: One number for each.
+            adapter_name: Name of the sum; nothing is done if it exists. It is not trained until it is set active.
+            combination_type: As PEFT has it.
+            svd_rank: As PEFT has it; a copy has its adapter's rank.
+            options: As PEFT has them.
+
+        Raises:
+            ValueError: The adapters cannot be combined. Nothing has changed then.
+        """
+        options |= {"combination_type": combination_type, "svd_rank": svd_rank}
+        self.combine(adapters, weights, adapter_name, **options)
+
+    def check_combination(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        combination_type: str,
+        svd_rank: int | None,
+        **options: Any,
+    ) -> None:
+        if is_copy(adapters, weights):
+            check_copy(self.peft_config, adapters[0])
+        else:
+            check_sum(self, self.peft_config, adapters, combination_type)
+        _, rank, _ = self._check_add_weighted_adapter(adapters, combination_type, svd_rank)
+        if len(adapters) > 1:
+            check_ranks(self, adapters, combination_type, rank)
+
+    def create_sum(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, **options: Any) -> None:
+        clear_deactivated(self.model, adapters)
+        configs = {name: self.peft_config[name] for name in adapters}
+        try:
+            for name in configs:
+                self.peft_config[name] = summand_config(self.model, configs, adapters, name)
+            super().add_weighted_adapter(adapters, weights, adapter_name, **options)
+        finally:
+            self.peft_config.update(configs)
+        complete_sum(self.model, adapters, weights, adapter_name)
 
 
 def check_copy(configs: dict[str, HeadMaskedLoraConfig], adapter: str) -> None:
@@ -77,12 +147,9 @@ def check_sum(
                     f"adapter {name!r} cannot be combined: in {module_name} it is a {type(inner).__name__}, whose update "
                     "is more than lora_B times lora_A"
                 )
-        layouts = {layer.head_layout[name] for name in here if name in getattr(layer, "head_layout", ())}
-        if len(layouts) > 1:
-            raise ValueError(
-                f"adapters with other heads (num_heads) or other parts of a fused projection (fused_parts) "
-                f"cannot be combined; in {module_name} they have {' and '.join(map(str, layouts))}"
-            )
+        layouts = [layer.head_layout[name] for name in here if name in getattr(layer, "head_layout", ())]
+        said_by = "other heads (num_heads) or other parts of a fused projection (fused_parts)"
+        check_same_heads(module_name, layouts, said_by)
 
 
 def check_ranks(model: nn.Module, adapters: Sequence[str], combination_type: str, rank: int) -> None:

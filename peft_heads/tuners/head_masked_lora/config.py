@@ -11,10 +11,8 @@ from peft.utils import PeftType
 
 from ..._compat import add_peft_type
 from ...functional.quantization import BITS
-from ...heads.layout import ProjectionLayout
 from ..common.folder_config import AdapterFolderConfig, check_file, source_of
 from ..common.head_selection import HeadSelectionConfig
-from ..common.quantizer import WeightQuantizer
 from ..common.setting_types import check_choice
 from .card import CARD
 
@@ -104,7 +102,7 @@ class HeadMaskedLoraConfig(HeadSelectionConfig, AdapterFolderConfig, LoraConfig)
             initialised as by LoRA (`True` or `"gaussian"`), `lora_B` by a normal with deviation 0.001 cut off at
             ±0.002, since zeros have no deviation. Passes without gradients see every change of the weights. Passes
             with gradients see one that was written through `.data` from the next optimizer step, or change of mode
-            (`model.train()`, `model.eval()`), on; before that call `model.peft_config[adapter_name].quantizer.forget()`.
+            (`model.train()`, `model.eval()`), on; before that call `model.forget_codes(adapter_name)`.
         classifier_bits (`int`):
             The same for the weight of the trained classification head; its bias stays in full precision.
         bottleneck_dropout (`float`):
@@ -145,10 +143,6 @@ class HeadMaskedLoraConfig(HeadSelectionConfig, AdapterFolderConfig, LoraConfig)
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = add_peft_type("HEAD_MASKED_LORA")
-        # Not a field, hence not saved: `{module name: heads}` of the model's projections, filled when the model is known.
-        self.head_layouts: dict[str, ProjectionLayout] = {}
-        # The one quantiser that all layers of the adapter share, while it is on a model.
-        self.quantizer: WeightQuantizer | None = None
         check_choice(self, "mask_scope", MASK_SCOPES)
         if not isinstance(self.fused_parts, str) or self.fused_parts not in FUSED_PARTS:
             raise ValueError(f"fused_parts must be one of {', '.join(FUSED_PARTS)}; got {self.fused_parts!r}")
@@ -193,11 +187,6 @@ class HeadMaskedLoraConfig(HeadSelectionConfig, AdapterFolderConfig, LoraConfig)
         return self.quantizes or self.bottleneck_dropout > 0
 
     @property
-    def freezes_rows(self) -> bool:
-        """Whether rows of any projection of the model, targeted or not, are out of bounds: parts of a fused one."""
-        return not all(layout.covers_all_rows for layout in self.head_layouts.values())
-
-    @property
     def changes_base_weight(self) -> str | None:
         """The option by which a part of the pre-trained weight is in the adapter instead of in the model, if any."""
         init = self.init_lora_weights
@@ -237,8 +226,8 @@ class HeadMaskedLoraConfig(HeadSelectionConfig, AdapterFolderConfig, LoraConfig)
         # None would be read as "find the classification head", which a stock adapter then does not hold
         lora.modules_to_save = lora.modules_to_save or []
         config = cls(ne=0, fused_parts="qkv", **{name: getattr(lora, name) for name in names})
-        config.is_stock = True
-        config.source = source_of(cls, model_id, kwargs.pop("subfolder", None), kwargs)
+        config.carried.is_stock = True
+        config.carried.source = source_of(cls, model_id, kwargs.pop("subfolder", None), kwargs)
         return config
 
     def check_compatible(self, freezes_rows: bool = False) -> None:

@@ -48,8 +48,8 @@ def prepare(
             all the others; a larger weight it puts into a layer of the old rank.
     """
     if is_own(config):
-        if config.source is not None:
-            check_before_writing(getattr(model, "_orig_mod", model), config, config.source, Loading())
+        if config.carried.source is not None:
+            check_before_writing(getattr(model, "_orig_mod", model), config, config.carried.source, Loading())
         state_dict, _ = split_settings(state_dict)
     layers = list(_layers(model, adapter_name))
     if not layers:

@@ -135,26 +135,50 @@ class HeadMaskedLinear(HeadMaskedLayer, Linear):
         "classifier_bits",
     )
 
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: HeadMaskedLoraConfig,
+        *,
+        layout: ProjectionLayout | None = None,
+        quantizer: WeightQuantizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.head_layout: dict[str, ProjectionLayout] = {}
+        self.lora_quantizer: dict[str, WeightQuantizer] = {}
+        self.expect_adapter(adapter_name, layout, quantizer)
+        super().__init__(base_layer, adapter_name, config=config, **kwargs)
+
+    def expect_adapter(
+        self, adapter_name: str, layout: ProjectionLayout | None, quantizer: WeightQuantizer | None
+    ) -> None:
+        """To be called before `update_layer` adds an adapter, to which PEFT passes no arguments of ours.
+
+        Args:
+            adapter_name: The adapter.
+            layout: Heads of the projection; None if it has none.
+            quantizer: The quantiser of the adapter's factors; None if they are in full precision.
+        """
+        if layout is not None:
+            self.head_layout[adapter_name] = layout
+        if quantizer is not None:
+            self.lora_quantizer[adapter_name] = quantizer
+
     def update_layer(
         self, adapter_name: str, r: int, lora_alpha: int, config: HeadMaskedLoraConfig, **kwargs: Any
     ) -> None:
-        """Add an adapter. Its heads are `config.head_layouts[target_name]`; without an entry it has none here."""
+        """Add an adapter that `expect_adapter` has announced."""
         if not hasattr(self, "lora_head_mask"):  # the parent's __init__ comes here to create the first adapter
             self.lora_head_mask = nn.ModuleDict({})
-            self.head_layout: dict[str, ProjectionLayout] = {}
             self.lora_bottleneck_dropout = nn.ModuleDict({})
-            self.lora_quantizer: dict[str, WeightQuantizer] = {}
             self.classifier_bits: dict[str, int] = {}
             # rows of the base weight and bias that a merge has overwritten, per merged adapter
             self._overwritten_rows: dict[str, list[torch.Tensor]] = {}
-        layout = config.head_layouts.get(kwargs.get("target_name"))
-        if layout is not None:
-            self.head_layout[adapter_name] = layout
-            if config.masks_heads or not layout.covers_all_rows:
-                self.lora_head_mask[adapter_name] = HeadMask(layout.num_heads)
+        layout = self.head_layout.get(adapter_name)
+        if layout is not None and (config.masks_heads or not layout.covers_all_rows):
+            self.lora_head_mask[adapter_name] = HeadMask(layout.num_heads)
         self.classifier_bits[adapter_name] = config.classifier_bits
-        if config.quantizes:
-            self.lora_quantizer[adapter_name] = config.quantizer
         if config.bottleneck_dropout > 0:
             self.lora_bottleneck_dropout[adapter_name] = nn.Dropout(config.bottleneck_dropout)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
@@ -164,9 +188,14 @@ class HeadMaskedLinear(HeadMaskedLayer, Linear):
         if adapter_name in self.lora_quantizer and init_lora_weights is not False:
             nn.init.trunc_normal_(self.lora_B[adapter_name].weight, std=UP_STD, a=-UP_LIMIT, b=UP_LIMIT)
 
+    @property
+    def freezes_rows(self) -> bool:
+        """Whether rows are out of bounds for any adapter: those of a fused projection's other parts."""
+        return not all(layout.covers_all_rows for layout in self.head_layout.values())
+
     def resolve_lora_variant(self, *, config: HeadMaskedLoraConfig, **kwargs) -> LoraVariant | None:
         inner = super().resolve_lora_variant(config=config, **kwargs)
-        ours = config.masks_heads or config.freezes_rows or config.changes_lora
+        ours = config.masks_heads or self.freezes_rows or config.changes_lora
         return HeadMaskVariant(inner, config.mask_scope) if ours else inner
 
     # k-bit adapters

@@ -8,9 +8,50 @@ from torch import nn
 from ...functional.sharding import whole_entry
 from ...heads.traversal import own_modules
 from ..common.classifiers import QuantizedLinear
-from ..common.head_mask import check_saved_masks, masked_layers
+from ..common.head_mask import check_saved_masks, deactivates, masked_layers
 from .config import HeadMaskedLoraConfig
 from .layer import HeadMaskedLinear
+from .packed import is_packed, read_packed, write_packed
+
+
+class HeadMaskedWeights:
+    """What the file of an adapter holds, mixed into the tuner."""
+
+    @classmethod
+    def zero_inactive_rows(cls, model, adapter_name, state_dict, model_state_dict):
+        make_plain_lora(model, adapter_name, state_dict, model_state_dict)
+
+    @classmethod
+    def check_masks(cls, model, config, adapter_name, state_dict):
+        check_state_dict(model, config, adapter_name, state_dict)
+
+    @classmethod
+    def encode(cls, model, config, adapter_name, state_dict, model_state_dict):
+        config.packed = is_packed(model, adapter_name, model_state_dict)
+        if config.packed:
+            write_packed(model, adapter_name, state_dict, model_state_dict)
+            is_noted = config.mask_scope == "head"
+        else:  # otherwise its weights are those of stock LoRA
+            is_noted = config.has_few_bits or deactivates(state_dict)
+        return config.noted_settings if is_noted else {}
+
+    @classmethod
+    def decode(cls, model, config, adapter_name, state_dict):
+        state_dict, config.packed = read_packed(model, adapter_name, state_dict)
+        return state_dict
+
+    @classmethod
+    def settings_without_meaning(cls, state_dict):
+        return () if deactivates(state_dict) else ("mask_scope=head",)
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(cls, peft_model, peft_config, *args, **kwargs):
+        if peft_config.masks_heads:
+            raise ValueError(
+                "path_initial_model_for_weight_conversion undoes an initialisation that changed the base weights; "
+                "with head masks there is none, and the file would carry no masks: save without it"
+            )
+        return super()._convert_state_dict_for_initial_model(peft_model, peft_config, *args, **kwargs)
 
 
 def make_plain_lora(

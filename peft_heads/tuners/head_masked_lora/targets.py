@@ -60,6 +60,29 @@ def find_head_layouts(
     return layouts
 
 
+def needs_masks(config: HeadMaskedLoraConfig, layout: ProjectionLayout | None) -> bool:
+    """Whether the adapter must leave rows of a projection alone: deactivated heads, or parts of a fused one."""
+    return layout is not None and (config.masks_heads or not layout.covers_all_rows)
+
+
+def check_plain_lora(
+    name: str, layer: nn.Module, config: HeadMaskedLoraConfig, layout: ProjectionLayout | None
+) -> None:
+    """Raise ValueError if PEFT's own LoRA layer, which is all that a module can get, would not do what is asked for."""
+    if needs_masks(config, layout):
+        raise ValueError(
+            f"{name} is a {type(layer).__name__} with weights of type {type(layer.weight).__name__}, "
+            "for which head masks are not implemented (expected torch.nn.Linear); load the model without "
+            "quantization, exclude the module, or pass ne=0 (on a fused projection with fused_parts=qkv)"
+        )
+    if config.changes_lora:
+        raise ValueError(
+            f"{name} is a {type(layer).__name__}, for which adapter_bits={config.adapter_bits} and "
+            f"bottleneck_dropout={config.bottleneck_dropout} are not implemented (expected torch.nn.Linear); "
+            "exclude the module, or pass adapter_bits=32, bottleneck_dropout=0"
+        )
+
+
 def _check_parameters(config: HeadMaskedLoraConfig, layouts: dict[str, ProjectionLayout]) -> None:
     unmasked = [
         parameter

@@ -43,14 +43,16 @@ class RLRRLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, **kwargs)
 
-    def update_layer(self, adapter_name: str, config: RLRRConfig, target_name: str = "", **kwargs: Any) -> None:
-        """Add an adapter."""
+    def update_layer(
+        self, adapter_name: str, config: RLRRConfig, layout: ProjectionLayout | None = None, **kwargs: Any
+    ) -> None:
+        """Add an adapter. `layout`: the heads of the base layer that it may deactivate; None if there are none."""
         self.rlrr_variant[adapter_name] = config.variant
-        self.create_parameters(adapter_name, config, target_name)
+        self.create_parameters(adapter_name, config, layout)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def create_parameters(self, adapter_name: str, config: RLRRConfig, target_name: str) -> None:
+    def create_parameters(self, adapter_name: str, config: RLRRConfig, layout: ProjectionLayout | None) -> None:
         raise NotImplementedError
 
     def adapted_forward(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:

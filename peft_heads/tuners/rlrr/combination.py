@@ -2,14 +2,60 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
 import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from ...heads.traversal import own_modules
+from ..common.copies import check_same_heads, heads_of_sum, is_copy
 from .base_layer import RLRRLayer
 from .config import RLRRConfig
 from .layer import RLRRLinear
+
+
+class RLRRSums:
+    """The sums of adapters, mixed into the tuner."""
+
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+        """Combine adapters linearly, as the paper does: every factor, shift and scale by itself.
+
+        `Ŝ_out Ŝ_in = (Σ w_i S_out^i)(Σ w_i S_in^i)` and `f̂ = Σ w_i f^i`. Of norms and the patch embedding, of which the
+        paper says nothing, the changes are summed: `γ̂ = 1 + Σ w_i (γ^i - 1)`, `β̂ = Σ w_i β^i`, so that an adapter that
+        changes nothing adds nothing there. To the factors' product it does add: one with `S_out = 0` alone changes
+        nothing, but its `S_in` meets the `S_out` of the others. A head is active in the sum where it is in any of the
+        summands. The trained classification head, which only one of them may have, is copied. One adapter with weight 1
+        gives an exact copy.
+
+        Args:
+            adapters: Names of the summands.
+            weights: One number for each.
+            adapter_name: Name of the sum; nothing is done if it exists.
+
+        Raises:
+            ValueError: The adapters cannot be combined.
+        """
+        self.combine(adapters, weights, adapter_name)
+
+    def check_combination(self, adapters: Sequence[str], weights: Sequence[float]) -> None:
+        if not is_copy(adapters, weights):
+            check_summands(self.model, self.peft_config, adapters)
+
+    def create_sum(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        self.peft_config[adapter_name] = dataclasses.replace(
+            self.peft_config[adapters[0]],
+            target_modules=modules_of(self.model, adapters),
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+            modules_to_save=heads_of_sum(self.peft_config, adapters),
+        )
+        self.inject_adapter(self.model, adapter_name)
+        for _, layer in own_modules(self.model):
+            if isinstance(layer, RLRRLayer) and layer.has_adapter(adapter_name):
+                sum_into(layer, adapters, weights, adapter_name)
 
 
 def check_summands(model: nn.Module, configs: dict[str, RLRRConfig], adapters: list[str]) -> None:
@@ -30,12 +76,7 @@ def check_summands(model: nn.Module, configs: dict[str, RLRRConfig], adapters: l
             )
     for name, layer in own_modules(model):
         if isinstance(layer, RLRRLinear):
-            layouts = {layer.head_layout[a] for a in adapters if a in layer.rlrr_head_mask}
-            if len(layouts) > 1:
-                raise ValueError(
-                    f"adapters with other heads (num_heads) cannot be combined; in {name} they have "
-                    f"{' and '.join(map(str, layouts))}"
-                )
+            check_same_heads(name, [layer.head_layout[a] for a in adapters if a in layer.rlrr_head_mask])
 
 
 def modules_of(model: nn.Module, adapters: list[str]) -> set[str]:

@@ -9,7 +9,6 @@ from peft import PeftConfig
 
 from ..._compat import add_peft_type
 from ...functional.rescaling import Rescaling
-from ...heads.layout import ProjectionLayout
 from ..common.folder_config import AdapterFolderConfig
 from ..common.head_selection import HeadSelectionConfig
 from ..common.setting_types import check_choice
@@ -106,10 +105,6 @@ class RLRRConfig(HeadSelectionConfig, AdapterFolderConfig, PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = add_peft_type("RLRR")
-        # Not fields, hence not saved: the heads of the model's q and v, and which module is the patch embedding; filled
-        # when the model is known.
-        self.head_layouts: dict[str, ProjectionLayout] = {}
-        self.patch_embedding_name: str | None = None
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...backbones.structure import following_batch_norm
+from ...backbones.norms import following_batch_norm
 from ...heads.detect import PROJECTION_ROLES
 from ...heads.traversal import own_modules
 from .base_layer import RLRRLayer

@@ -11,6 +11,7 @@ from torch import nn
 
 from ...functional.rescaling import Change, ConvolutionOperation, LinearOperation, delta, rescaled_operation
 from ...functional.sharding import on_gradient
+from ...heads.layout import ProjectionLayout
 from ..common.head_mask import HeadMask, HeadMaskedLayer
 from .base_layer import RLRRLayer
 from .config import RLRRConfig
@@ -41,7 +42,7 @@ class RLRRLinear(HeadMaskedLayer, RLRRLayer):
     def operation(self) -> LinearOperation:
         return LinearOperation()
 
-    def create_parameters(self, adapter_name: str, config: RLRRConfig, target_name: str) -> None:
+    def create_parameters(self, adapter_name: str, config: RLRRConfig, layout: ProjectionLayout | None) -> None:
         rows, columns = self.operation.matrix(self.get_base_layer().weight.detach()).shape
         if config.left:
             self.rlrr_left[adapter_name] = nn.Parameter(torch.empty(rows, config.r))
@@ -49,7 +50,6 @@ class RLRRLinear(HeadMaskedLayer, RLRRLayer):
             self.rlrr_right[adapter_name] = nn.Parameter(torch.empty(config.r, columns))
         if config.shift_without_bias or self.frozen_bias() is not None:
             self.rlrr_shift[adapter_name] = nn.Parameter(torch.zeros(self.get_base_layer().weight.shape[0]))
-        layout = config.head_layouts.get(target_name)
         if layout is not None:
             self.head_layout[adapter_name] = layout
             if config.masks_heads:
@@ -176,7 +176,7 @@ class RLRRScale(RLRRLayer):
     A layer norm does so by its own weight and bias, at no cost per token.
     """
 
-    def create_parameters(self, adapter_name: str, config: RLRRConfig, target_name: str) -> None:
+    def create_parameters(self, adapter_name: str, config: RLRRConfig, layout: ProjectionLayout | None) -> None:
         channels = self.get_base_layer().weight.shape[0]
         self.rlrr_scale_delta[adapter_name] = nn.Parameter(torch.zeros(channels))
         if config.shift_without_bias or self.frozen_bias() is not None:

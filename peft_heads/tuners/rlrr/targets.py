@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ...backbones.structure import BackboneParts, batch_norms
+from ...backbones.norms import batch_norms
+from ...backbones.structure import Backbone
 from ...heads.detect import interleaved_projections, resolve_heads
 from ...heads.layout import ProjectionLayout
 from ..common.targets import check_called, check_head_groups, module_patterns
@@ -16,7 +17,7 @@ from .config import RLRRConfig
 _MASKED = {"query", "value", "projection"}
 
 
-def default_modules(model: nn.Module, config: RLRRConfig, parts: BackboneParts) -> list[str]:
+def default_modules(model: nn.Module, config: RLRRConfig, parts: Backbone) -> list[str]:
     """Names of the modules that are adapted where `target_modules` says nothing.
 
     Raises:
@@ -36,13 +37,13 @@ def default_modules(model: nn.Module, config: RLRRConfig, parts: BackboneParts) 
     return names
 
 
-def check_module(name: str, module: nn.Module, config: RLRRConfig) -> str:
+def check_module(name: str, module: nn.Module, patch_embedding: str | None) -> str:
     """What a target becomes: `"linear"`, `"convolution"` or `"scale"`.
 
     Args:
         name: Its name.
         module: The module, without adapters around it.
-        config: The configuration; says which module is the patch embedding.
+        patch_embedding: Name of the patch embedding, if its output is scaled and shifted.
 
     Raises:
         ValueError: RLRR is not defined for it.
@@ -60,7 +61,7 @@ def check_module(name: str, module: nn.Module, config: RLRRConfig) -> str:
         return "scale"
     is_plain = type(module) in (nn.Linear, nn.Conv2d) and type(weight.data) is torch.Tensor
     if is_plain and weight.dtype.is_floating_point:
-        if name == config.patch_embedding_name and config.patch_embedding:
+        if name == patch_embedding:
             return "scale"
         return "linear" if isinstance(module, nn.Linear) else "convolution"
     if isinstance(module, (nn.Linear, nn.Conv2d)):

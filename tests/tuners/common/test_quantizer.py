@@ -109,10 +109,7 @@ def test_with_gradients_forget_is_what_it_takes():
     model, other = make(), make(seed=1)
     model(tiny.images()), other(tiny.images())
     through_data(model, other)
-    model.peft_config["default"].quantizer.forget()
-    for module in model.modules():
-        if hasattr(module, "quantizer"):
-            module.quantizer.forget()
+    model.forget_codes("default")
     assert torch.equal(model(tiny.images()).logits, other(tiny.images()).logits)
 
 

@@ -7,8 +7,10 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora.config import VeloraConfig
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from peft_heads import HeadMaskedLoraConfig, RLRRConfig, get_head_masks, load_image_classifier, set_head_masks
 from peft_heads.convert.inspect import inspect_adapter
@@ -319,3 +321,41 @@ def test_said_to_be_stock_lora(tmp_path, config):
     edit(tmp_path, peft_type="LORA")
     with pytest.raises(ValueError, match="which no adapter of type LORA has"):
         load_image_classifier(tmp_path)
+
+
+class Embedded(nn.Module):
+    """A model with a token embedding by the name that PEFT knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed_tokens, self.lin0 = nn.Embedding(10, 8), nn.Linear(8, 8)
+
+    def forward(self, tokens):
+        return self.lin0(self.embed_tokens(tokens))
+
+
+def test_embeddings_that_peft_saves_with_the_adapter(tmp_path):
+    """`save_embedding_layers=True` writes them whether they are targeted or not; loading puts them into the model."""
+    model = get_peft_model(Embedded(), HeadMaskedLoraConfig(ne=0, target_modules=["lin0"], modules_to_save=[]))
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    saved = torch.ones(10, 8)
+    edit(tmp_path, lambda weights: weights.update({"base_model.model.embed_tokens.weight": saved}))
+    loaded = PeftModel.from_pretrained(Embedded(), tmp_path)
+    assert torch.equal(loaded.base_model.model.embed_tokens.weight, saved)
+
+
+def test_the_random_start_of_velora(tmp_path):
+    """It normalises numbers, which the skeleton has not on which a folder is tried."""
+    config = HeadMaskedLoraConfig(velora_config=VeloraConfig(num_groups=4, init_type="random"))
+    model = save(tmp_path, config)
+    loaded = PeftModel.from_pretrained(tiny.make("vit"), tmp_path)
+    ours, theirs = get_peft_model_state_dict(model), get_peft_model_state_dict(loaded)
+    assert ours.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in ours.items())
+    assert any("velora" in key for key in ours)
+
+
+def test_an_initialisation_that_peft_s_annotation_does_not_list(tmp_path):
+    """PEFT takes lora_ga for `init_lora_weights`, whatever the field's type says."""
+    save(tmp_path, HeadMaskedLoraConfig(ne=0))
+    edit(tmp_path, init_lora_weights="lora_ga")
+    PeftModel.from_pretrained(tiny.make("vit"), tmp_path)

@@ -14,7 +14,7 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_heads import RLRRConfig, get_head_masks
-from peft_heads.backbones.structure import backbone_parts
+from peft_heads.backbones.structure import find_backbone
 
 
 def resnet():
@@ -169,7 +169,7 @@ def test_default_targets_by_name():
     _, model = create("swin")
     roles = {re.sub(r"\d+", "*", name) for name in itertools.chain(*kinds(model).values())}
     block = "swin.encoder.layers.*.blocks.*."
-    parts = backbone_parts(MAKERS["swin"]())
+    parts = find_backbone(MAKERS["swin"]())
     assert roles == {re.sub(r"\d+", "*", n) for n in (*parts.matrices, *parts.norms, parts.patch_embedding)}
     # neither the patches' merging nor the norm of the embeddings
     assert not any("downsample" in role or role == "swin.embeddings.norm" for role in roles)

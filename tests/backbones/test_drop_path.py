@@ -6,7 +6,7 @@ import tiny
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
-from peft_heads.benchmark.engine.drop_path import add_drop_path, has_drop_path, residual_branches
+from peft_heads.backbones.drop_path import add_drop_path, has_drop_path, residual_branches
 
 
 def test_branches_are_the_last_layers_of_attention_and_mlp():
