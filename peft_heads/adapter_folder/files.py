@@ -8,10 +8,10 @@ from pathlib import Path
 from peft.utils import CONFIG_NAME
 
 from .labels import LABELS_FILE
+from .ordinary import check_ordinary
 from .score_files import HEAT_MAP_FILE, SCORES_FILE
 from .settings import MAX_JSON_BYTES
 from .weights_file import NAMES as WEIGHTS_FILES
-from .weights_file import check_ordinary
 
 
 CARD_FILE, PROCESSOR_FILE = "README.md", "preprocessor_config.json"

@@ -11,8 +11,8 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from .atomic import write_atomically
+from .ordinary import check_ordinary
 from .settings import read_json
-from .weights_file import check_ordinary
 
 
 # Not config.json: transformers takes a folder that has one for a full checkpoint and no longer for an adapter.

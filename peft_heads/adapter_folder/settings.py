@@ -10,7 +10,7 @@ from typing import Any
 
 from peft.utils import CONFIG_NAME
 
-from .weights_file import check_ordinary
+from .ordinary import check_ordinary
 
 
 # Small files are read whole; the largest real one, labels of 22,000 classes, has about a megabyte.

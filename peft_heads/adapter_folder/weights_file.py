@@ -14,6 +14,8 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from .ordinary import check_ordinary
+
 
 # In PEFT's order.
 NAMES = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
@@ -56,13 +58,6 @@ def find_weights(path_or_repo: str, subfolder: str | None = None, **download_kwa
         except (EntryNotFoundError, LocalEntryNotFoundError):
             continue
     return None
-
-
-def check_ordinary(path: Path) -> None:
-    """Raise ValueError for what is there and no ordinary file: a folder, or a pipe or a device, which may never end."""
-    if path.exists() and not path.is_file():
-        kind = "a folder" if path.is_dir() else "no ordinary file (a pipe or a device)"
-        raise ValueError(f"{path} is {kind}; expected a file of an adapter")
 
 
 def read_infos(path: Path) -> dict[str, TensorInfo]:

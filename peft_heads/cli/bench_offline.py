@@ -40,7 +40,7 @@ def run(argv: list[str]) -> int:
     from ..benchmark.engine.run import clear_trunks
     from ..benchmark.engine.sweep import Outcome, execute
     from ..benchmark.engine.training import Places
-    from ..benchmark.offline.offline import OFFLINE_TASKS, SEEDS, offline_settings, offline_specs
+    from ..benchmark.offline.settings import OFFLINE_TASKS, SEEDS, offline_settings, offline_specs
     from ..benchmark.recipes import RECIPES
     from ..benchmark.records.effective import describe_settings, effective_method
     from ..benchmark.records.results import read_results
@@ -97,7 +97,7 @@ def report(runs: list, folder: Path) -> None:
     from ..benchmark.offline.evidence import make_records, write_records
     from ..benchmark.offline.evidence_plots import plot_differences
     from ..benchmark.offline.evidence_tables import FOR_SCALE, evidence_tables
-    from ..benchmark.report.report import make_report
+    from ..benchmark.report import make_report
     from ..benchmark.report.tables import to_csv, to_markdown, to_text
     from ..data.tasks import OFFLINE
     from ..scoring.plotting import figure_bytes

@@ -30,7 +30,7 @@ def run(argv: list[str]) -> int:
 
     from ..adapter_folder.atomic import write_atomically
     from ..benchmark.records.plans import read_plans
-    from ..benchmark.report.report import make_report
+    from ..benchmark.report import make_report
 
     files = make_report(runs, args.suite, read_plans(args.results))
     if args.output_dir is None:

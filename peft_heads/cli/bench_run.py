@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..data.image_folders import SUITE, folder_task, folder_tasks
-from ..data.tasks import TASKS, Task, find_task
+from ..data.loading import find_tasks
+from ..data.suites import SUITES
 
 
 def run(argv: list[str]) -> int:
@@ -102,7 +102,7 @@ def sweep(argv: list[str]) -> int:
         )
     if _is_main() and outcome.runs:
         from ..adapter_folder.atomic import write_atomically
-        from ..benchmark.report.report import make_report, summarize
+        from ..benchmark.report import make_report, summarize
 
         files = make_report(outcome.runs.values(), args.suite, sweep.choices())
         folder = places.work.parent / "report"
@@ -125,17 +125,16 @@ def _prepare(args: argparse.Namespace, settings: dict[str, Any]):
     # First of all: a process that is not told its device takes itself for the only one, on a CPU.
     use_cpu = args.use_cpu or not torch.accelerator.is_available()
     PartialState(cpu=use_cpu)
-    tasks = find_tasks(args)
-    few_shot = args.suite == "fewshot"
+    has_shots = bool(SUITES[args.suite].shots)
     sweep = Sweep(
-        tasks,
+        find_tasks(args.data_root, args.suite, args.task),
         read_method(args),
         read_recipe(args),
         args.model_name_or_path,
         seeds=tuple(args.seed),
         search_seeds=tuple(getattr(args, "search_seed", (0,))),
-        shots=tuple(args.shots) if few_shot else (None,),
-        list_seeds=tuple(args.list_seed) if few_shot else (None,),
+        shots=tuple(args.shots) if has_shots else (None,),
+        list_seeds=tuple(args.list_seed) if has_shots else (None,),
         **settings,
     )
     places = Places(
@@ -156,15 +155,6 @@ def _queue(args: argparse.Namespace, sweep):
 
     name = args.study_name or default_study_name(sweep.plan())
     return SharedQueue(args.storage, name, args.output_dir, args.take_over)
-
-
-def find_tasks(args: argparse.Namespace) -> tuple[Task, ...]:
-    """The tasks that were named, or all of the suite."""
-    if args.suite == SUITE:
-        named = [folder_task(args.data_root, name) for name in args.task]
-        return tuple(named or folder_tasks(args.data_root))
-    named = [find_task(name, args.suite) for name in args.task]
-    return tuple(named or (task for task in TASKS if task.suite == args.suite))
 
 
 def _check_single(args: argparse.Namespace) -> None:

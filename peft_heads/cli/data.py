@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import textwrap
 
-from ..data.tasks import SUITES, find_task
+from ..data.suites import SUITES
 
 
 def run(argv: list[str]) -> int:
@@ -20,7 +20,10 @@ def run(argv: list[str]) -> int:
     )
     check.add_argument("root", metavar="ROOT", help="the folder that holds one folder per task")
     check.add_argument(
-        "--suite", choices=(*SUITES, "folder"), default="vtab", help="default: vtab; folder: images of your own"
+        "--suite",
+        choices=[name for name, suite in SUITES.items() if not suite.generated],
+        default="vtab",
+        help="default: vtab; folder: images of your own",
     )
     check.add_argument("--task", nargs="+", default=[], metavar="TASK", help="only these (default: all of the suite)")
     check.add_argument(
@@ -48,15 +51,9 @@ def run(argv: list[str]) -> int:
 
 def check_trees(root: str, suite: str, names: list[str], image_range: list[float] | None) -> int:
     from ..data.deep_images import check_image_range
-    from ..data.image_folders import SUITE, check_folders
-    from ..data.trees import check_tree
+    from ..data.loading import check_tasks
 
-    image_range = check_image_range(image_range)
-    if suite == SUITE:
-        reports = check_folders(root, names, image_range)
-    else:
-        tasks = list(dict.fromkeys(find_task(name, suite) for name in names))
-        reports = check_tree(root, suite, tasks, image_range)
+    reports = check_tasks(root, suite, names, check_image_range(image_range))
     for report in reports:
         print("\n".join(describe(report)))
     in_order = sum(not report.faults for report in reports)

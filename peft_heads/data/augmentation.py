@@ -11,15 +11,15 @@ import torch
 
 @dataclass(frozen=True)
 class Augmentation:
-    """`augment(images)`, in the order of the attributes; `to_dict()` belongs into every result.
+    """Random changes of images, made in the order of the attributes; `to_dict()` belongs in every result.
 
-    It draws from torch's global generator, which a DataLoader seeds in each of its workers, anew for every image.
+    Every image has changes of its own, drawn from torch's global generator, which a DataLoader seeds in each worker.
 
     Attributes:
-        random_crop: `size` x `size` from anywhere in the image (`Preprocessing(crop="random")`).
-        flip: Left and right are exchanged in half the images.
-        color_jitter: Brightness, contrast and saturation are multiplied by 1 ± this at most.
-        rand_augment: (n, m): n operations of RandAugment with magnitude m, of 30.
+        random_crop: Whether to cut `size` x `size` from anywhere in the image (see `Preprocessing(crop="random")`).
+        flip: Whether to mirror half of the images.
+        color_jitter: Largest relative change of brightness, contrast and saturation.
+        rand_augment: (n, m), the number of RandAugment's operations and their magnitude, out of 30.
         size: Height and width of the result.
 
     Raises:
@@ -43,7 +43,7 @@ class Augmentation:
             raise ValueError("colour jitter and RandAugment need kornia: pip install 'peft-heads[augment]'")
 
     def __call__(self, images: list[torch.Tensor]) -> torch.Tensor:
-        """uint8 images (3, H, W), on any device, to float32 values in [0, 1] (images, 3, size, size)."""
+        """Turn uint8 images (3, H, W), on any device, into float32 values in [0, 1] (images, 3, size, size)."""
         return torch.stack([self._augment(image) for image in images])
 
     def to_dict(self) -> dict:
@@ -66,16 +66,16 @@ class Augmentation:
         return image
 
 
-# What the papers do for training. VTAB-1K: nothing.
+# The papers' augmentations for training. For VTAB-1K they have none.
 FEW_SHOT = {"color_jitter": 0.4, "rand_augment": (2, 9)}
 FGVC = {"random_crop": True, "flip": True}
 
 
 def random_crop(image: torch.Tensor, size: int) -> torch.Tensor:
-    """A part (…, size, size) of an image (…, H, W), every place equally likely.
+    """A random part (…, size, size) of an image (…, H, W); every place is equally likely.
 
     Raises:
-        ValueError: the image is smaller.
+        ValueError: The image is smaller.
     """
     height, width = image.shape[-2:]
     if min(height, width) < size:

@@ -1,4 +1,4 @@
-"""Images as the model's input, for a DataLoader: from the cache, or decoded whenever they are asked for."""
+"""Images as the model's input, for a DataLoader: read from the cache, or decoded at every access."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import datasets
 import numpy as np
 import torch
 
-from .cache_entry import CacheEntry, checksum
-from .image_store import cache_entries, cache_size, cached_entry, clean_cache, made_again, read_pixels
+from .cache_entry import CacheEntry
+from .image_store import cache_entries, cache_size, cached_entry, clean_cache, read_pixels, remake_entry
 from .preprocessing import Preprocessing
-from .trees import Split
+from .splits import Split
 
 
 __all__ = [
@@ -31,8 +31,8 @@ class _Images(torch.utils.data.Dataset):
     """Examples `{"pixel_values": float32 (3, size, size), "labels": int}`.
 
     Attributes:
-        labels: The class of every image.
-        preprocessing: As given.
+        labels: Class of every image.
+        preprocessing: Preprocessing that was given.
     """
 
     def __init__(
@@ -44,12 +44,12 @@ class _Images(torch.utils.data.Dataset):
     ):
         """
         Args:
-            source: A split, or a dataset with columns `image` and `label` (class indices).
-            augment: From a list of uint8 images (3, H, W) to float values in [0, 1] (images, 3, size, size), before
-                the normalisation; see `augmentation`.
+            source: Split, or dataset with columns `image` and `label` (class indices).
+            augment: Function from a list of uint8 images (3, H, W) to float values in [0, 1] (images, 3, size, size),
+                applied before the normalisation; see `augmentation`.
 
         Raises:
-            ValueError: `preprocessing` leaves a random crop to do and there is no `augment`, or labels are text.
+            ValueError: `preprocessing` leaves the crop to an augmentation and there is none, or labels are text.
         """
         if preprocessing.crop == "random" and augment is None:
             raise ValueError("crop='random' leaves the cropping to an augmentation: give augment, or crop='center'")
@@ -104,11 +104,12 @@ class CachedImages(_Images):
     ):
         """
         Args:
-            cache_dir: Default: `PEFT_HEADS_CACHE` of the environment, or `~/.cache/peft_heads/images`.
-            workers: Threads that decode, if it has to be done; default: those of `ThreadPoolExecutor`.
+            cache_dir: Folder of the cache; default: `PEFT_HEADS_CACHE` of the environment, or
+                `~/.cache/peft_heads/images`.
+            workers: Number of threads that decode; default: that of `ThreadPoolExecutor`.
 
         Raises:
-            ValueError: As for all images; or one cannot be decoded, or `cache_dir` cannot be written.
+            ValueError: As above; or an image cannot be decoded, or `cache_dir` cannot be written.
             FileNotFoundError: A file is gone.
         """
         super().__init__(source, preprocessing, augment=augment)
@@ -121,40 +122,22 @@ class CachedImages(_Images):
             cache_dir=cache_dir,
             workers=workers,
         )
-        self._mapped = None
-        self._open()  # now, so that the entry may be deleted meanwhile
+        self.entry.open()
 
     def pixels(self, index: int) -> np.ndarray:
-        if self._mapped is None:
-            self._open()
-        image = self._read(index)
+        image = self.entry.image(index)
         if image is None:
-            self.entry = made_again(self.entry, self.rows, self.preprocessing, self._fingerprint)
-            self._open()
-            image = self._read(index)
+            self.entry = remake_entry(self.entry, self.rows, self.preprocessing, self._fingerprint)
+            image = self.entry.image(index)
         if image is None:
             raise ValueError(
                 f"the image cache's entry {self.entry.path} is damaged, and again after it was made again: check the disk"
             )
         return image
 
-    def _open(self) -> None:
-        self._mapped, self._offsets = self.entry.pixels(), self.entry.offsets()
-
-    def _read(self, index: int) -> np.ndarray | None:
-        """None if it is not what was written."""
-        begin, end = self._offsets[index : index + 2]
-        image, shape = np.array(self._mapped[begin:end]), self.entry.shapes[index]
-        if checksum(image, shape) != self.entry.checksums[index]:
-            return None
-        return image.reshape(3, *shape)
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_mapped": None}  # worker processes map the file themselves
-
 
 class StreamedImages(_Images):
-    """Images that are decoded whenever they are asked for; the values are those of `CachedImages`, bit for bit.
+    """Images that are decoded at every access; the values are those of `CachedImages`, bit for bit.
 
     Raises (on access):
         ValueError: An image cannot be decoded; the message names its file.
@@ -172,7 +155,12 @@ def open_images(
     augment: Callable[[list[torch.Tensor]], torch.Tensor] | None = None,
     cache_dir: str | os.PathLike | None = None,
 ) -> CachedImages | StreamedImages:
-    """From the cache, but test images streamed (those of VTAB-1K alone are 58 GB at 224 x 224), unless `cache` says."""
+    """Images from the cache, except test images, which are streamed: those of VTAB-1K are 58 GB at 224 x 224.
+
+    Args:
+        cache: Whether to cache; overrides that choice.
+        source, preprocessing, augment, cache_dir: As for `CachedImages`.
+    """
     if cache is None:
         cache = not (isinstance(source, Split) and source.name == "test")
     if cache:
@@ -188,6 +176,6 @@ def _title(source: Split | datasets.Dataset) -> str:
 
 
 def _fingerprint(rows: datasets.Dataset) -> str:
-    """Of a dataset that comes from no list: its files by name; bytes are in the cache's key themselves."""
+    """The fingerprint of a dataset without a list: the names of its files. (Bytes are in the cache's key anyway.)"""
     paths = [image["path"] or "" for image in rows["image"]]
     return hashlib.sha256("\n".join(paths).encode()).hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,11 @@ class CacheEntry:
     """A complete entry.
 
     Attributes:
-        path: Its folder.
-        size: In bytes.
-        shapes: (H, W) of its images (images, 2).
-        checksums: Of its images, in the order of the shapes.
-        description: What it holds.
+        path: Folder of the entry.
+        size: Size in bytes.
+        shapes: (H, W) of the images (images, 2).
+        checksums: Checksums of the images, in the order of the shapes.
+        description: Name of the images, for people.
     """
 
     path: Path
@@ -31,22 +32,37 @@ class CacheEntry:
     checksums: tuple[int, ...]
     description: str
 
-    def pixels(self) -> np.memmap:
+    def open(self) -> None:
+        """Map the pixels into memory now instead of at the first image: the entry may be deleted meanwhile."""
+        self._pixels  # noqa: B018
+
+    def image(self, index: int) -> np.ndarray | None:
+        """The pixels of an image, uint8 (3, H, W); None if they are not what was written."""
+        begin, end = self._offsets[index : index + 2]
+        image, shape = np.array(self._pixels[begin:end]), self.shapes[index]
+        return image.reshape(3, *shape) if checksum(image, shape) == self.checksums[index] else None
+
+    def is_damaged(self) -> bool:
+        """Whether any image is not what was written; reads all of them."""
+        try:
+            self.open()
+        except (OSError, ValueError):  # gone, or empty
+            return len(self.shapes) > 0
+        return any(self.image(index) is None for index in range(len(self.shapes)))
+
+    @cached_property
+    def _pixels(self) -> np.memmap:
         """All pixels, mapped into memory, read-only (bytes,)."""
         return np.memmap(self.path / PIXELS, dtype=np.uint8, mode="r")
 
-    def offsets(self) -> np.ndarray:
-        """Where each image begins, and the end (images + 1,)."""
+    @cached_property
+    def _offsets(self) -> np.ndarray:
+        """The beginning of each image, and the end of the last (images + 1,)."""
         return np.concatenate([[0], np.cumsum(3 * self.shapes.prod(axis=1))])
 
-    def is_damaged(self) -> bool:
-        """Whether an image is not what was written; all are read."""
-        try:
-            pixels, offsets = self.pixels(), self.offsets()
-        except (OSError, ValueError):  # gone, or empty
-            return len(self.shapes) > 0
-        ends = zip(offsets[:-1], offsets[1:], self.shapes, self.checksums, strict=True)
-        return any(checksum(pixels[begin:end], shape) != expected for begin, end, shape, expected in ends)
+    def __getstate__(self) -> dict:
+        """Without the mapped file, which every worker process maps itself."""
+        return {name: value for name, value in self.__dict__.items() if name != "_pixels"}
 
 
 def checksum(pixels: np.ndarray, shape: tuple[int, int]) -> int:
@@ -55,7 +71,7 @@ def checksum(pixels: np.ndarray, shape: tuple[int, int]) -> int:
 
 
 def read_entry(path: Path) -> CacheEntry | None:
-    """None if there is no complete entry."""
+    """The entry in a folder; None if it is not complete."""
     try:
         content = json.loads((path / ENTRY).read_text(encoding="utf-8"))
         shapes = np.asarray(content["shapes"], dtype=np.int64).reshape(-1, 2)

@@ -1,4 +1,4 @@
-"""Whether a data set has one image and one class per row, in the columns that were named; each message says the way out."""
+"""Checks that a data set has one image and one class per row, in the named columns; each message says the way out."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check_labels(split: str, rows: datasets.Dataset, label_column: str) -> None:
 
 
 def check_same_labels(data: datasets.DatasetDict, label_column: str) -> None:
-    """A separate validation split must speak of the classes that are trained."""
+    """Raise ValueError unless the validation split, if there is one, has the classes of the training split."""
     if not {"train", "validation"} <= set(data):
         return
     features = {split: data[split].features[label_column] for split in ("train", "validation")}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import stat
 import threading
 import warnings
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import datasets
 import PIL.Image
 import PIL.ImageOps
 
+from ..adapter_folder.ordinary import check_regular
 from .deep_images import check_image_range, eight_bits, is_deep
 
 
@@ -22,11 +22,11 @@ _alpha_was_said = False  # in this process
 
 
 def decode_image(image, image_range: tuple[float, float] | None = None) -> PIL.Image.Image:
-    """An image in RGB mode, 8 bits per channel, the right way up (EXIF); transparency is dropped, with one warning.
+    """An image in RGB mode, 8 bits per channel, the right way up (EXIF). Transparency is dropped, with one warning.
 
     Args:
-        image: A path; a row of a `datasets.Image` column that is not decoded, `{"path": …, "bytes": …}`; or an image of
-            Pillow, which is right way up already. (Of 16-bit colours Pillow's image has 8 bits left: give the path.)
+        image: Path; or row of a `datasets.Image` column that is not decoded, `{"path": …, "bytes": …}`; or one of
+            Pillow's images, which is taken the way up it is. (Of 16-bit colours it has only 8 bits: give the path.)
         image_range: (LOW, HIGH), the values that become black and white in images of more than 8 bits per channel;
             what lies outside is clipped. Without it unsigned 16-bit values are divided by 257. Images of 8 bits are
             taken as they are.
@@ -53,10 +53,10 @@ def decode_image(image, image_range: tuple[float, float] | None = None) -> PIL.I
 
 
 def check_values(path: str, image_range: tuple[float, float] | None = None) -> None:
-    """Decode a file whose values need a look: one of more than 8 bits per channel.
+    """Check the values of a file with more than 8 bits per channel, which takes decoding it.
 
     Raises:
-        ValueError: As of `decode_image`, without the file's name.
+        ValueError: As for `decode_image`, without the file's name.
         OSError, SyntaxError: The file is damaged.
     """
     with PIL.Image.open(path) as picture:
@@ -65,24 +65,11 @@ def check_values(path: str, image_range: tuple[float, float] | None = None) -> N
 
 
 def name_of(image) -> str:
-    """The name, for messages, of an image as `decode_image` takes it."""
+    """The name, for messages, of an image that `decode_image` accepts."""
     if isinstance(image, (str, os.PathLike)):
         return os.fspath(image)
     name = image["path"] if isinstance(image, dict) else getattr(image, "filename", None)
     return name or "(without a file name)"
-
-
-def check_regular(path: str | os.PathLike) -> os.stat_result:
-    """What the system says about a file; a pipe or a device could be read without end.
-
-    Raises:
-        ValueError: It is not a regular file.
-        OSError: There is none.
-    """
-    info = os.stat(path)
-    if not stat.S_ISREG(info.st_mode):
-        raise ValueError("is not a regular file")
-    return info
 
 
 class NamingImage(datasets.Image):
@@ -97,14 +84,14 @@ class NamingImage(datasets.Image):
         return image.convert(self.mode) if self.mode else image
 
     def __eq__(self, other) -> bool:
-        """Data sets with both kinds may be joined."""
+        """Equal to `datasets.Image`, so that data sets with either feature can be joined."""
         return isinstance(other, datasets.Image) and (self.mode, self.decode) == (other.mode, other.decode)
 
     __hash__ = None
 
 
 def _decode(image, image_range) -> PIL.Image.Image:
-    """With 8 bits per channel, the right way up."""
+    """The image with 8 bits per channel, the right way up."""
     if isinstance(image, (str, os.PathLike)):
         image = {"path": os.fspath(image), "bytes": None}
     if not isinstance(image, dict):
@@ -136,7 +123,7 @@ def _opener(image: dict) -> Callable[[], PIL.Image.Image]:
 
 
 def _is_transparent(picture: PIL.Image.Image) -> bool:
-    """Whether a pixel is not opaque."""
+    """Whether any pixel is not opaque."""
     if not picture.has_transparency_data:
         return False
     if picture.getbands()[-1] not in ("A", "a"):

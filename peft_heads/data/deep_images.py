@@ -20,7 +20,7 @@ import PIL.Image
 
 FULL = 65535  # white in 16 bits
 TWELVE_BITS = 4096  # values of cameras and scanners are often 12 bits wide, in files that have 16
-ROWS = 256  # that are converted at a time: float64 takes four times the room of 16 bits
+ROWS = 256  # converted at a time: float64 takes four times the memory of 16 bits
 BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 UNSIGNED, SIGNED = (1,), (2,)
 # Unpackers of Pillow keep the more significant of two bytes. In the other byte order that is the less significant one.
@@ -28,7 +28,7 @@ OTHER_BYTE = {";16B": ";16L", ";16L": ";16B", ";16N": ";16B" if sys.byteorder ==
 
 
 def check_image_range(image_range: Any) -> tuple[float, float] | None:
-    """`image_range` as two numbers, or None.
+    """`image_range` as two plain numbers, or None.
 
     Raises:
         ValueError: It is not two finite numbers, the lower first.
@@ -43,7 +43,7 @@ def check_image_range(image_range: Any) -> tuple[float, float] | None:
 
 
 def is_deep(picture: PIL.Image.Image) -> bool:
-    """Whether an image has more than 8 bits per channel, or signed ones; its header says so, nothing is decoded."""
+    """Whether an image has more than 8 bits per channel, or signed ones. The header says so; nothing is decoded."""
     return _is_grey(picture) or _is_colour(picture) or _is_signed_byte(picture)
 
 
@@ -55,7 +55,7 @@ def eight_bits(
     """A deep image (`is_deep`), not loaded yet, with 8 bits per channel: mode L, RGB, … instead of I;16, I, F, ….
 
     Args:
-        reopen: Opens the same file once more, for the less significant bytes of colours; None if that is impossible.
+        reopen: Function that opens the same file once more, for the less significant bytes of colours; None if that is impossible.
         image_range: (LOW, HIGH), the values that become 0 and 255; what lies outside is clipped. Without it unsigned
             values of 16 bits are divided by 257.
 
@@ -89,12 +89,13 @@ def eight_bits(
 
 
 def to_bytes(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Numbers as uint8 of the same shape: `low` becomes 0, `high` 255, linearly, and what lies outside is clipped."""
+    """Numbers as uint8 of the same shape: `low` becomes 0 and `high` 255, linearly; what lies outside is clipped."""
     scaled = (values.astype(np.float64) - low) * 255 / (float(high) - float(low))
     return np.rint(np.clip(scaled, 0, 255)).astype(np.uint8)
 
 
 def _range_of_format(picture: PIL.Image.Image, values: np.ndarray, white: int | None) -> tuple[int, int]:
+    """The values of black and white, where the format leaves no doubt about them."""
     if white is not None and white != FULL:
         return 0, white  # the file says it
     found = f"from {values.min():g} to {values.max():g}" if values.size else "of none"
@@ -121,7 +122,7 @@ def _declared_white(picture: PIL.Image.Image) -> int | None:
 
 
 def _grey_values(picture: PIL.Image.Image, white: int | None) -> np.ndarray:
-    """(H, W)"""
+    """The grey values of the file (H, W)."""
     unsigned = _tags(picture).get(BITS) == (32,) and _tags(picture).get(SAMPLE_FORMAT, UNSIGNED) == UNSIGNED
     signed_byte = _is_signed_byte(picture)
     values = np.asarray(picture)
@@ -135,7 +136,7 @@ def _grey_values(picture: PIL.Image.Image, white: int | None) -> np.ndarray:
 
 
 def _colour_values(picture: PIL.Image.Image, reopen, image_range, white: int) -> tuple[np.ndarray, int]:
-    """(H, W, C), put together of two passes that see one byte of each value, and what is white."""
+    """The colour values of the file (H, W, C), put together from two passes that see one byte each, and white's."""
     try:
         if reopen is None:
             raise ValueError("it was opened elsewhere")
@@ -180,7 +181,7 @@ def _is_grey(picture: PIL.Image.Image) -> bool:
 
 
 def _is_colour(picture: PIL.Image.Image) -> bool:
-    """16 bits per channel that Pillow would cut to 8: the recipe for reading them says so."""
+    """Whether there are 16 bits per channel that Pillow would cut to 8: its recipe for reading them says so."""
     if _is_grey(picture):
         return False
     arguments = [argument for tile in getattr(picture, "tile", ()) for argument in _arguments(tile)]
@@ -195,7 +196,7 @@ def _is_signed_byte(picture: PIL.Image.Image) -> bool:
 
 
 def _arguments(tile: Any) -> tuple:
-    """Of Pillow's decoder; plugins of others may have plain tuples."""
+    """The arguments of a tile's decoder; plugins for Pillow may have plain tuples."""
     return tile[3] if isinstance(tile[3], tuple) else (tile[3],)
 
 

@@ -1,4 +1,4 @@
-"""Image files of a tree: each must exist, be an image, and lie in the task's folder; and what they hold."""
+"""Image files of a tree: each must exist, be an image, and lie in the task's folder. And hashes of their contents."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import PIL.Image
 
-from .decoding import check_regular, check_values
+from ..adapter_folder.ordinary import check_regular
+from .decoding import check_values
 from .deep_images import check_image_range
-from .lists import LEAVES
+from .formats import LEAVES
 
 
 # What the common formats begin with: Pillow knows them all, but takes ten times as long to say so.
@@ -27,7 +28,7 @@ CHUNK = 1 << 20
 
 
 class ImageFile(NamedTuple):
-    """Size in bytes and format ("JPEG", "PNG", …, by the file's content) of a usable file."""
+    """A usable file: its path, its size in bytes, and its format ("JPEG", "PNG", …, by its content)."""
 
     path: str
     size: int
@@ -35,23 +36,23 @@ class ImageFile(NamedTuple):
 
 
 class ImageFolder:
-    """The files that the lists of one task's folder name.
+    """The image files in one task's folder.
 
-    Links are followed as long as they stay in the folder; the folder itself may be one.
+    Links are followed as long as they stay in the folder; the folder itself may be a link.
     """
 
     def __init__(self, folder: str | Path, image_range: tuple[float, float] | None = None):
-        """`image_range`: of images of more than 8 bits, see `decode_image`."""
+        """`image_range`: black and white in images of more than 8 bits, see `decode_image`."""
         self.image_range = check_image_range(image_range)
         self.folder = os.path.abspath(folder)
         self.real = os.path.realpath(folder)
-        self._inside: dict[str, bool] = {}  # per parent folder, for tasks have up to 73,728 images in one
+        self._inside: dict[str, bool] = {}  # by parent folder, since tasks have up to 73,728 images in one
 
     def file(self, base: str, image: str) -> ImageFile:
-        """Look at one file.
+        """Check one file.
 
         Raises:
-            ValueError: what is wrong with it, for a sentence that begins with its path.
+            ValueError: It cannot be used; the message continues a sentence that begins with the path.
         """
         if LEAVES.search(image):
             raise ValueError("leaves the task's folder (absolute, or with ..)")
@@ -73,7 +74,7 @@ class ImageFolder:
             raise ValueError(f"cannot be read ({error})") from error
 
     def below(self, folder: str) -> Iterator[str]:
-        """The files at any depth in a folder, as paths from the task's folder with /, sorted; hidden ones are passed over.
+        """The files at any depth in a folder, as paths from the task's folder with /, sorted; hidden ones are skipped.
 
         Raises:
             ValueError: A linked folder leads out of the task's folder, or round in a circle.
@@ -91,16 +92,16 @@ class ImageFolder:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is none of the user's images: `.ipynb_checkpoints`, `__MACOSX`, …"""
+    """Whether the system, not the user, has put a file or folder there: `.ipynb_checkpoints`, `__MACOSX`, …"""
     return name.startswith(".") or name in HIDDEN
 
 
 def files_below(folder: str | os.PathLike, home: str) -> Iterator[str]:
-    """The paths of everything but folders at any depth in a folder, without what is hidden; linked folders are followed.
+    """The paths of all files at any depth in a folder. Hidden ones are skipped, and linked folders are followed.
 
     Args:
-        folder: Where to look.
-        home: The real path of the folder that a linked folder must lie in.
+        folder: Folder to search.
+        home: Real path of the folder in which linked folders must lie.
 
     Raises:
         ValueError: A linked folder lies elsewhere, or holds itself.
@@ -134,7 +135,8 @@ def content_hashes(paths: Iterable[str]) -> list[bytes]:
     """The SHA-256 of every file, in order. A file is read again only if its size, times or place on the disk changed.
 
     Raises:
-        ValueError: One is gone, cannot be read, or is not a regular file.
+        ValueError: A file cannot be read, or is not a regular file.
+        FileNotFoundError: A file is gone.
     """
     with ThreadPoolExecutor() as pool:
         return list(pool.map(_content_hash, paths))
@@ -150,13 +152,13 @@ def _content_hash(path: str) -> bytes:
 
 
 def _state(info: os.stat_result) -> int:
-    """Another number whenever a file may have changed; the time of change (`ctime`) is not the user's to set."""
+    """A number that differs whenever a file may have changed: no user can set the time of change (`ctime`)."""
     return hash((info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns))
 
 
 @cache
 def _hash_of(path: str, state: int) -> bytes:
-    """A sweep asks for the same files thousands of times."""
+    """The hash of a file; kept, because a sweep asks for the same files thousands of times."""
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while chunk := file.read(CHUNK):
@@ -187,7 +189,7 @@ def _format(path: str, state: int, image_range: tuple[float, float] | None) -> s
 
 @cache
 def _check_values(path: str, state: int, image_range: tuple[float, float] | None) -> None:
-    """Raises ValueError, for a sentence that begins with the path."""
+    """Raise ValueError if values cannot be used; the message continues a sentence that begins with the path."""
     try:
         check_values(path, image_range)
     except Exception as error:  # Pillow raises whatever comes up in a damaged file

@@ -1,26 +1,22 @@
-"""A data set of your own as a task: `<root>/<task>/{train,val,test}/<class>/` with images in them."""
+"""A folder of images as a task: `<root>/<task>/{train,val,test}/<class>/` with images in them."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-import datasets
-
-from .contents import Content
 from .files import ImageFolder, is_hidden
-from .lists import Row
+from .formats import Row
+from .splits import Content, Split, TaskReport, make_report, make_split, summary
+from .suites import FOLDER, SUITES
 from .tasks import Task
-from .trees import Split, TaskReport, summary
 
 
-SUITE = "folder"
-SPLITS = ("train", "val", "test")
 LAYOUT = "image folder"
 
 
 def folder_tasks(root: str | os.PathLike) -> list[Task]:
-    """The folders below `root` that have a folder `train`.
+    """The tasks below `root`: its folders that have a folder `train`.
 
     Raises:
         FileNotFoundError: `root` is not a folder, or there is none in it.
@@ -36,7 +32,7 @@ def folder_tasks(root: str | os.PathLike) -> list[Task]:
 
 
 def folder_task(root: str | os.PathLike, name: str) -> Task:
-    """The row of a task whose classes are the folders in its `train`.
+    """The task of a folder, whose classes are the folders in its `train`.
 
     Raises:
         FileNotFoundError: There is no such folder.
@@ -48,22 +44,23 @@ def folder_task(root: str | os.PathLike, name: str) -> Task:
     classes = class_folders(train)
     if len(classes) < 2:
         raise ValueError(f"{train} has {len(classes)} folders of classes; at least two are needed")
-    return Task(name, SUITE, SUITE, len(classes), {})
+    return Task(name, FOLDER, FOLDER, len(classes), {})
 
 
 def class_folders(split: Path) -> list[str]:
+    """The names of the folders in a split's folder, sorted; hidden ones are skipped."""
     return sorted(path.name for path in split.iterdir() if path.is_dir() and not is_hidden(path.name))
 
 
 def load_folder_split(
     root: str | os.PathLike, task: Task, split: str, image_range: tuple[float, float] | None = None
 ) -> Split:
-    """A split of such a task. Hidden files and folders are passed over; links are followed in the task's folder.
+    """A split of such a task. Hidden files and folders are skipped; links are followed within the task's folder.
 
     Every file is looked at and read, for its fingerprint; only those of more than 8 bits per channel are decoded.
 
     Args:
-        image_range: What is black and white in images of more than 8 bits, see `decode_image`.
+        image_range: Black and white in images of more than 8 bits, see `decode_image`.
 
     Raises:
         FileNotFoundError: There is no such split.
@@ -73,19 +70,7 @@ def load_folder_split(
     names, content = _read(Path(root) / task.name, split, image_range)
     if content.faults:
         raise ValueError(f"{Path(root) / task.name / split} cannot be used: {summary(content.faults)}")
-    features = datasets.Features(
-        {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=names)},
-    )
-    columns = {"image": [file.path for file in content.files], "label": [row.label for row in content.rows]}
-    return Split(
-        task,
-        split,
-        datasets.Dataset.from_dict(columns, features=features),
-        layout=LAYOUT,
-        image_format="+".join(sorted(content.formats())),
-        fingerprint=content.fingerprint(),
-        content_fingerprint=content.content_fingerprint(),
-    )
+    return make_split(task, split, content, [row.label for row in content.rows], names, LAYOUT)
 
 
 def check_folders(
@@ -102,7 +87,7 @@ def check_folders(
 
 def _check(home: Path, task: Task, image_range: tuple[float, float] | None) -> TaskReport:
     contents, faults, notes = {}, [], []
-    for split in SPLITS:
+    for split in SUITES[FOLDER].splits:
         if not (home / split).is_dir():
             notes.append(f"there is no folder {split}")
             continue
@@ -111,16 +96,15 @@ def _check(home: Path, task: Task, image_range: tuple[float, float] | None) -> T
             faults += contents[split].faults
         except ValueError as error:
             faults.append(str(error))
-    formats = {name for content in contents.values() for name in content.formats()}
-    images = {split: len(content.rows) for split, content in contents.items()}
-    return TaskReport(task, home, LAYOUT, "+".join(sorted(formats)), images, tuple(notes), tuple(faults))
+    return make_report(task, home, LAYOUT, contents, notes, faults)
 
 
 def _read(home: Path, split: str, image_range: tuple[float, float] | None) -> tuple[list[str], Content]:
     """The classes, and the files with their faults."""
     folder = home / split
     if not folder.is_dir():
-        raise FileNotFoundError(f"{home.name} has no folder {folder} (splits of {SUITE!r}: {', '.join(SPLITS)})")
+        splits = ", ".join(SUITES[FOLDER].splits)
+        raise FileNotFoundError(f"{home.name} has no folder {folder} (splits of {FOLDER!r}: {splits})")
     names = class_folders(home / "train")
     others = sorted(set(class_folders(folder)) - set(names))
     if others:

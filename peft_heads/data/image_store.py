@@ -2,8 +2,8 @@
 
 An entry is a folder named after the key, with `pixels.bin` (uint8, one image after another, each (3, H, W)) and
 `entry.json`, which has a checksum of every image. The key covers everything that changes pixels, the files' contents
-above all. Entries are written beside and renamed; while one process makes an entry, others that want it wait. Every
-image is compared with its checksum whenever it is read; a damaged entry is made again.
+above all. An entry is written under another name and renamed when it is complete; while one process makes an entry,
+others that need it wait. Every image is compared with its checksum whenever it is read; a damaged entry is made again.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from .preprocessing import Preprocessing
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
-CHUNK = 64  # images that are decoded, then written
-# an entry, or with an underscore one that was not finished (see `new_folder`)
+CHUNK = 64  # images decoded before they are written
+# an entry or, with an underscore, an unfinished one (see `new_folder`)
 FOLDER_NAME = re.compile(r"([0-9a-f]{64})|_([0-9a-f]{64})\..+")
 
 
 def read_pixels(image, preprocessing: Preprocessing) -> np.ndarray:
-    """An image of a column that is not decoded, uint8 (3, H, W).
+    """Decode and resize an image of a column that is not decoded: uint8 (3, H, W).
 
     Raises:
         ValueError: It cannot be decoded or resized; the message names its file.
@@ -59,10 +59,10 @@ def default_cache_dir() -> Path:
 
 
 def pixel_key(rows: datasets.Dataset, preprocessing: Preprocessing, fingerprint: str) -> str:
-    """sha256 (hexadecimal) of everything that changes the pixels of the column `image`, which is not decoded.
+    """The sha256 (hexadecimal) of everything that changes the pixels of the column `image`, which is not decoded.
 
-    That is the list (`fingerprint`), content and time of every file, or the bytes themselves, the preprocessing without
-    the normalisation, Pillow's version and that of the entry's format.
+    These are the list (`fingerprint`), content and time of every file (or the bytes themselves), the preprocessing
+    without the normalisation, and the versions of Pillow and of the entry's format.
 
     Raises:
         ValueError, FileNotFoundError: A file cannot be read, or is gone.
@@ -93,14 +93,14 @@ def cached_entry(
     cache_dir: str | os.PathLike | None = None,
     workers: int | None = None,
 ) -> CacheEntry:
-    """The entry of these images, made if there is none.
+    """The entry of these images; it is made if there is none.
 
     Args:
-        rows: With a column `image` that is not decoded.
-        fingerprint: Of the list that the rows come from.
-        description: For people who ask what takes up their disk.
-        cache_dir: The folder of entries; default `default_cache_dir()`.
-        workers: Threads that decode; default: those of `ThreadPoolExecutor`.
+        rows: Data set with a column `image` that is not decoded.
+        fingerprint: Fingerprint of the list that the rows come from.
+        description: Name of the images, for people who ask what takes up their disk.
+        cache_dir: Folder of the entries; default `default_cache_dir()`.
+        workers: Number of threads that decode; default: that of `ThreadPoolExecutor`.
 
     Raises:
         ValueError: An image cannot be decoded (the message names its file), or `cache_dir` cannot be written.
@@ -113,7 +113,7 @@ def cached_entry(
     if entry is not None:
         return entry
     with _locked(target) as alone:
-        entry = read_entry(target)  # of the process that was waited for
+        entry = read_entry(target)  # made by the process that this one has waited for
         if entry is None:
             if target.exists():
                 _warn_of_damage(target, description)
@@ -123,16 +123,16 @@ def cached_entry(
     return entry
 
 
-def made_again(
+def remake_entry(
     damaged: CacheEntry,
     rows: datasets.Dataset,
     preprocessing: Preprocessing,
     fingerprint: str,
     workers: int | None = None,
 ) -> CacheEntry:
-    """The entry in place of one that has a damaged image, with one warning; another process may have made it meanwhile.
+    """Make an entry again that has a damaged image, with one warning, unless another process has done so meanwhile.
 
-    Args and errors as of `cached_entry`; and ValueError if the images are no longer those of the entry.
+    Arguments and errors as for `cached_entry`; and ValueError if the images are no longer those of the entry.
     """
     target = damaged.path
     with _locked(target) as alone:
@@ -146,21 +146,21 @@ def made_again(
 
 
 def cache_entries(cache_dir: str | os.PathLike | None = None) -> list[CacheEntry]:
-    """The complete entries, in the order of their descriptions."""
+    """The complete entries, sorted by their descriptions."""
     entries = filter(None, map(read_entry, _folders(cache_dir)))
     return sorted(entries, key=lambda entry: (entry.description, entry.path))
 
 
 def cache_size(cache_dir: str | os.PathLike | None = None) -> int:
-    """Bytes in the cache, unfinished entries included."""
+    """The size of the cache in bytes, unfinished entries included."""
     return sum(map(folder_size, _folders(cache_dir)))
 
 
 def clean_cache(cache_dir: str | os.PathLike | None = None) -> int:
-    """Delete all entries but those that are being made; gives the number of bytes.
+    """Delete all entries except those that are being made; returns the number of bytes that were freed.
 
-    Only what the cache has written is touched, whatever else is in the folder. A process that has an entry open goes
-    on reading it (not on Windows).
+    Only what the cache has written is deleted, whatever else is in the folder. A process that has an entry open can
+    still read it (not on Windows).
     """
     freed = 0
     for path in _folders(cache_dir):
@@ -180,7 +180,7 @@ def _warn_of_damage(target: Path, description: str) -> None:
 
 
 def _remove(target: Path, alone: bool) -> None:
-    """An entry that is damaged, and what processes that were killed have left of it, if no other can be at work."""
+    """Delete a damaged entry, and what killed processes have left of it if no other process can be at work."""
     for path in _folders(target.parent):
         if path == target or (alone and _key(path) == target.name):
             shutil.rmtree(path)
@@ -210,7 +210,7 @@ def _write_entry(
 def _write_pixels(
     images, preprocessing: Preprocessing, path: Path, workers: int | None
 ) -> tuple[list[tuple[int, int]], list[int]]:
-    """The images' shapes and checksums."""
+    """Write all images into one file; returns their shapes and checksums."""
     shapes, checksums = [], []
     with open(path, "wb") as file, ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(images), CHUNK):
@@ -239,7 +239,10 @@ def _lock_file(target: Path) -> Path:
 
 @contextlib.contextmanager
 def _locked(target: Path, wait: bool = True) -> Iterator[bool]:
-    """One process at a time; the lock of a process that is killed is free again. False: nothing can be locked here."""
+    """Let one process at a time work on an entry; yields False where files cannot be locked.
+
+    The lock of a process that is killed is free again.
+    """
     lock = filelock.FileLock(_lock_file(target))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -36,25 +36,25 @@ def load_image_dataset(
     cache_dir: str | None = None,
     token: str | None = None,
 ) -> datasets.DatasetDict:
-    """Load the splits "train" and "validation", those that there are, and check their columns and labels.
+    """Load the splits "train" and "validation", as far as they exist, and check their columns and labels.
 
     Images are decoded on access by `decode_image`: RGB, and errors name the file.
 
     Args:
-        dataset_name: A dataset of the Hub, a local folder that `load_dataset` can read, or a folder written by
+        dataset_name: Dataset of the Hub, local folder that `load_dataset` can read, or folder written by
             `save_to_disk` (nothing is ever written into it).
-        dataset_config_name: The configuration of a Hub dataset.
+        dataset_config_name: Configuration of a Hub dataset.
         train_dir, validation_dir: Image folders with one sub-folder per class, instead of `dataset_name`.
         train_val_split: Share of the training images set aside (drawn with `seed`) where the data has no
             "validation" split; 0 or None sets nothing aside.
-        max_train_samples, max_eval_samples: Keep that many images, drawn with `seed`.
-        image_range: (LOW, HIGH), what is black and white in images of more than 8 bits, see `decode_image`. Give it to
-            `ImageTransform` as well.
+        max_train_samples, max_eval_samples: Number of images to keep, drawn with `seed`.
+        image_range: (LOW, HIGH), the values of black and white in images of more than 8 bits, see `decode_image`. Give
+            it to `ImageTransform` as well.
 
     Raises:
-        ValueError: contradictory arguments, wrong columns, or labels that cannot be trained on; folders that are links
-            and lead elsewhere, or images at different depths.
-        FileNotFoundError: nothing to load under that name.
+        ValueError: Arguments contradict each other, columns are wrong, or labels cannot be trained on; folders are
+            links that lead elsewhere, or images lie at different depths.
+        FileNotFoundError: There is nothing to load under that name.
     """
     check_image_range(image_range)
     if dataset_name and (train_dir or validation_dir):
@@ -97,14 +97,14 @@ def load_image_processor(
     image_range: tuple[float, float] | None = None,
     **kwargs,
 ):
-    """The checkpoint's image processor with the PIL backend: results do not depend on torchvision being there.
+    """The checkpoint's image processor with the PIL backend, so that results do not depend on torchvision.
 
-    Code that comes with it runs only with `trust_remote_code=True`; nobody is asked.
+    Code that comes with the checkpoint runs only with `trust_remote_code=True`; nobody is asked.
 
     Args:
-        do_normalize: Overrides the checkpoint's own setting; it is saved with the processor.
-        image_range: (LOW, HIGH), what is black and white in images of more than 8 bits, for [`ImageTransform`]; it is
-            saved with the processor, which does nothing with it.
+        do_normalize: Whether to normalise, instead of the checkpoint's own setting; saved with the processor.
+        image_range: (LOW, HIGH), the values of black and white in images of more than 8 bits, for [`ImageTransform`];
+            saved with the processor, which does not use it.
 
     Raises:
         FileNotFoundError: There is no image processor that can be read.
@@ -128,7 +128,7 @@ def load_image_processor(
 
 
 def image_range_of(processor) -> tuple[float, float] | None:
-    """What is black and white in images of more than 8 bits, as it was saved with an image processor; None: nothing.
+    """The values of black and white in images of more than 8 bits, as saved with an image processor, or None.
 
     Raises:
         ValueError: It is not two numbers.
@@ -137,10 +137,10 @@ def image_range_of(processor) -> tuple[float, float] | None:
 
 
 class ImageTransform:
-    """For `Dataset.with_transform`: a batch of images and labels to `pixel_values` (C, H, W) and `labels` (class index).
+    """For `Dataset.with_transform`: turns images and labels into `pixel_values` (C, H, W) and `labels` (class index).
 
-    The image processor does everything as the checkpoint was made for (resize, rescale, normalise). There is no
-    random augmentation. Images that `datasets` has not decoded (`datasets.Image(decode=False)`) are decoded here; only
+    The image processor does what the checkpoint was trained with (resize, rescale, normalise). There is no random
+    augmentation. Images that `datasets` has not decoded (`datasets.Image(decode=False)`) are decoded here; only
     so, or after `load_image_dataset`, an error names the file and 16-bit colours are read in full.
 
     Raises:
@@ -157,9 +157,9 @@ class ImageTransform:
     ):
         """
         Args:
-            names: The class names in order, needed where the label column holds strings.
-            image_range: (LOW, HIGH), what is black and white in images of more than 8 bits, see `decode_image`. Default:
-                the processor's (`processor.image_range`); if given it is written there, so that it is saved with it.
+            names: Class names in order, needed where the label column holds strings.
+            image_range: (LOW, HIGH), the values of black and white in images of more than 8 bits, see `decode_image`.
+                Default: `processor.image_range`; if given it is written there, and so saved with the processor.
         """
         if image_range is not None:
             processor.image_range = list(check_image_range(image_range))
@@ -188,7 +188,7 @@ class ImageTransform:
 
 
 def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
-    """Stack to `pixel_values` (batch, C, H, W) and `labels` (batch,), int64."""
+    """Stack examples to `pixel_values` (batch, C, H, W) and `labels` (batch,), int64."""
     return {
         "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
         "labels": torch.tensor([example["labels"] for example in examples], dtype=torch.int64),

@@ -23,17 +23,17 @@ FILTERS = {name.lower(): value for name, value in PIL.Image.Resampling.__members
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What is done to every image; `to_dict()` belongs into every result.
+    """What is done to every image; `to_dict()` belongs in every result.
 
     Attributes:
         size: Height and width of the model's input, in pixels.
-        resize: "squash" resizes to a square whatever the aspect ratio; "shorter_side" keeps the ratio.
-        resize_size: Length that `resize` gives the square's or the shorter side. Default: `size` for "squash" (nothing
+        resize: Way of resizing: "squash" to a square whatever the aspect ratio; "shorter_side" keeps the ratio.
+        resize_size: Length of the square's or the shorter side after resizing. Default: `size` for "squash" (nothing
             is left to crop), `size * 256 // 224` for "shorter_side".
-        crop: What becomes `size` x `size` of a larger image: its "center", or, with "random", nothing yet: the image
-            stays as large as it is, for the random crop of `augmentation` to choose from.
-        filter: One of Pillow's: "nearest", "box", "bilinear", "hamming", "bicubic" or "lanczos".
-        normalization: "none" (values in [0, 1]), "imagenet", "half" (mean and deviation 0.5), or "checkpoint" with
+        crop: Part of a larger image that becomes `size` x `size`: its "center"; or "random": the image stays as large
+            as it is, and the random crop of `augmentation` chooses.
+        filter: Filter of Pillow: "nearest", "box", "bilinear", "hamming", "bicubic" or "lanczos".
+        normalization: Way of normalising: "none" (values in [0, 1]), "imagenet", "half" (mean and deviation 0.5), or "checkpoint" with
             that model's own `mean` and `std`, one value per channel.
         image_range: (LOW, HIGH), the values that become black and white in images of more than 8 bits per channel, see
             `decode_image`; None takes unsigned 16-bit values as they are, and refuses others.
@@ -79,7 +79,7 @@ class Preprocessing:
 
     @classmethod
     def from_processor(cls, processor, **settings) -> Preprocessing:
-        """With the checkpoint's own normalisation and `image_range`; "none" if it does not normalise."""
+        """The preprocessing with a checkpoint's own normalisation and `image_range`; "none" if it does not normalise."""
         settings = {"image_range": getattr(processor, "image_range", None)} | settings
         if not getattr(processor, "do_normalize", False):
             return cls(normalization="none", **settings)
@@ -93,10 +93,10 @@ class Preprocessing:
         return self.size if self.resize == "squash" else self.size * 256 // 224
 
     def pixels(self, image: PIL.Image.Image) -> np.ndarray:
-        """An image in RGB mode as uint8 (3, H, W); H = W = `size` unless `crop` is "random".
+        """Resize and crop an image in RGB mode to uint8 (3, H, W); H = W = `size` unless `crop` is "random".
 
         Raises:
-            ValueError: It is so long and narrow that it would become too large (`shorter_side`).
+            ValueError: It is so long and narrow that it would become too large ("shorter_side").
         """
         width = height = self.resized
         if self.resize == "shorter_side":
@@ -108,7 +108,7 @@ class Preprocessing:
         return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8, or float values in [0, 1] (…, 3, H, W), to the model's `pixel_values`, float32."""
+        """Turn uint8, or float values in [0, 1] (…, 3, H, W), into the model's `pixel_values`, float32."""
         if images.dtype == torch.uint8:
             images = images.to(torch.float32).div_(255)
         if self.normalization == "none":
@@ -118,19 +118,19 @@ class Preprocessing:
 
     @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and deviation per channel that `normalize` takes for values in [0, 1]."""
+        """Mean and deviation per channel with which `normalize` changes values in [0, 1]."""
         return NORMALIZATIONS.get(self.normalization) or (self.mean, self.std)
 
     def pixel_settings(self) -> dict:
-        """What `pixels` depends on, for the key of a cache."""
+        """The settings on which `pixels` depends, for the key of a cache."""
         settings = self.to_dict()
         names = ("size", "resize", "resize_size", "crop", "filter", "image_range")
         return {name: settings[name] for name in names if name in settings}
 
     def to_dict(self) -> dict:
-        """All settings as plain values, defaults filled in; mean and std always, whatever they are called.
+        """All settings as plain values, defaults filled in, and always with mean and std.
 
-        `image_range` is left out where there is none: results of before it have no such setting, and stay the same runs.
+        `image_range` is left out where there is none: earlier results do not have it, and must stay the same runs.
         """
         mean, std = self.statistics
         settings = {**asdict(self), "resize_size": self.resized, "mean": list(mean), "std": list(std)}
@@ -139,7 +139,7 @@ class Preprocessing:
 
 
 def resized_by_shorter_side(size: tuple[int, int], shorter: int) -> tuple[int, int]:
-    """Width and height of an image, resized so that the shorter side has `shorter` pixels.
+    """Width and height of an image after resizing, so that the shorter side has `shorter` pixels.
 
     Raises:
         ValueError: That is more than `PIL.Image.MAX_IMAGE_PIXELS`: a line of 20,000 x 1 would take gigabytes.

@@ -1,4 +1,4 @@
-"""The tasks as rows of data: VTAB-1K, the five few-shot sets, the five fine-grained ones (FGVC), our six offline ones."""
+"""The tasks as rows of data: VTAB-1K, five few-shot sets, five fine-grained ones (FGVC), and six of our own."""
 
 from __future__ import annotations
 
@@ -8,15 +8,8 @@ from dataclasses import dataclass, field
 
 
 OFFLINE = "offline"
-SUITES = ("vtab", "fewshot", "fgvc")  # those that are read from published trees
 SHOTS = (1, 2, 4, 8, 16)
 LIST_SEEDS = (0, 1, 2)  # each few-shot training list was drawn three times
-SPLITS = {
-    "vtab": ("train800", "val200", "train800val200", "test"),
-    "fewshot": ("train", "val", "test"),
-    "fgvc": ("train", "val", "test"),
-    OFFLINE: ("train", "val", "test"),
-}
 
 
 @dataclass(frozen=True)
@@ -24,12 +17,12 @@ class Task:
     """One classification task. `dataclasses.replace(task, sizes=…)` describes a smaller tree of the same layout.
 
     Attributes:
-        name: As its folder is called.
-        suite: One of `SUITES`, or "offline".
-        group: "natural", "specialized" or "structured" in VTAB-1K and offline; the suite elsewhere.
-        num_classes: Labels run from 0 to one less.
-        sizes: Published images per split. The training lists of "fewshot" are not here: `size` knows them.
-        aliases: Other spellings of the folder. Case, hyphens, underscores and spaces never matter.
+        name: Name of its folder.
+        suite: Name of its suite, a key of `suites.SUITES`.
+        group: "natural", "specialized" or "structured" in VTAB-1K and offline; elsewhere the suite.
+        num_classes: Number of classes; labels run from 0 to one less.
+        sizes: Published number of images per split. Few-shot training lists are not in it: `size` knows them.
+        aliases: Other spellings of the folder's name. Case, hyphens, underscores and spaces never matter.
     """
 
     name: str
@@ -39,13 +32,9 @@ class Task:
     sizes: Mapping[str, int] = field(hash=False)
     aliases: tuple[str, ...] = ()
 
-    @property
-    def splits(self) -> tuple[str, ...]:
-        return SPLITS[self.suite]
-
     def size(self, split: str, shots: int | None = None) -> int | None:
-        """Published images of a split; None if they are not known."""
-        if self.suite == "fewshot" and split == "train" and shots is not None:
+        """The published number of images of a split, or of a training list with so many `shots`; None if unknown."""
+        if split == "train" and shots is not None:
             return shots * self.num_classes
         return self.sizes.get(split)
 
@@ -54,14 +43,16 @@ class Task:
 
 
 def find_task(name: str, suite: str) -> Task:
-    """The row of a task by its name or an alias.
+    """The task of a name or an alias.
 
     Raises:
-        ValueError: no such suite, or no such task in it; the message has names that come close.
+        ValueError: There is no such suite, or no such task in it; the message suggests similar names.
     """
     rows = [task for task in TASKS if task.suite == suite]
     if not rows:
-        raise ValueError(f"unknown suite {suite!r}; there are {', '.join(SPLITS)}")
+        raise ValueError(
+            f"unknown suite {suite!r}; there are {', '.join(dict.fromkeys(task.suite for task in TASKS))}"
+        )
     for task in rows:
         if task.is_called(name):
             return task

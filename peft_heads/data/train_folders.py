@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 
 from .._compat import image_suffixes
-from .decoding import check_regular
+from ..adapter_folder.ordinary import check_regular
 from .files import HIDDEN, files_below
 
 
@@ -44,10 +44,10 @@ def load_folders(folders: dict[str, str | None], cache_dir: str | None) -> datas
 
 
 def image_files(folder: str) -> list[str]:
-    """The images and lists of metadata at any depth, sorted; what is hidden is passed over.
+    """The images and lists of metadata at any depth, sorted; hidden ones are skipped.
 
     Raises:
-        ValueError: A linked folder leads out, or what is called like an image is a pipe, a device or a broken link.
+        ValueError: A linked folder leads out, or something named like an image is a pipe, a device or a broken link.
     """
     suffixes = image_suffixes()
     found = []
@@ -64,7 +64,7 @@ def image_files(folder: str) -> list[str]:
 
 
 def check_depths(folder: str, images: list[str]) -> None:
-    """Raise ValueError unless the folder that an image lies in can only be its class."""
+    """Raise ValueError where it is not clear which folder is an image's class."""
     parts = [Path(path).relative_to(folder).parts for path in images]
     shallow, deep = min(parts, key=len, default=()), max(parts, key=len, default=())
     one = "there should be one sub-folder per class, with its images in it and no folders (cat/1.png, dog/2.png)"
@@ -80,7 +80,7 @@ def check_depths(folder: str, images: list[str]) -> None:
 
 
 def why_no_labels(folder: str | None) -> str:
-    """For a message: what in a folder of images keeps `datasets` from taking the sub-folders as labels."""
+    """The end of a message: what keeps `datasets` from taking the sub-folders as labels."""
     if folder is None or not os.path.isdir(folder):
         return ""
     images = image_files(folder)
@@ -95,13 +95,13 @@ def why_no_labels(folder: str | None) -> str:
 
 
 def _is_read_otherwise(folder: str) -> bool:
-    """Whether it has linked folders, which `datasets` leaves out, or folders that it reads and we pass over."""
+    """Whether `datasets` would read other images: it leaves out linked folders, and reads folders that we skip."""
     found = ((path, name) for path, names, _ in os.walk(folder) for name in names)
     return any(name in HIDDEN or os.path.islink(os.path.join(path, name)) for path, name in found)
 
 
 def _as_datasets(images: dict[str, list[str]]) -> datasets.DatasetDict:
-    """What `datasets` makes of images: the folder that one lies in is its class, one folder alone is none."""
+    """What `datasets` makes of images: the folder of an image is its class, unless there is only one folder."""
     classes = {split: [os.path.basename(os.path.dirname(path)) for path in paths] for split, paths in images.items()}
     names = sorted({name for found in classes.values() for name in found})
     data = datasets.DatasetDict()

@@ -19,7 +19,7 @@ def grey_digits():
 
 
 def load_digits_dataset(seed=0):
-    """Return a `DatasetDict` with splits `train` (1,000 images) and `test` (797), stratified by digit.
+    """A `DatasetDict` with splits `train` (1,000 images) and `test` (797), stratified by digit.
 
     Columns: `image`, a PIL image in RGB mode of 8x8 pixels with bright strokes on black (enlarging is left to the
     model's image processor), and `label`, a `ClassLabel` named "0" to "9". `seed` fixes which images fall into

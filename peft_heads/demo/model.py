@@ -1,4 +1,4 @@
-"""Loaders of the demo model: a small ViT with 12 heads, pre-trained on synthetic strokes and shipped in this package."""
+"""Loaders of the demo model, a small ViT with 12 heads that ships with the package, pre-trained on synthetic strokes."""
 
 from pathlib import Path
 
@@ -30,6 +30,6 @@ def load_demo_model(num_labels=10, random_weights=False, seed=0, path=DEMO_MODEL
 
 
 def load_demo_processor(path=DEMO_MODEL_PATH):
-    """Load the image processor: resizes to 32x32 pixels and normalises to [-1, 1], giving (batch, 3, 32, 32)."""
+    """Load the image processor: resizes to 32x32 pixels and normalises to [-1, 1], shape (batch, 3, 32, 32)."""
     with quiet_loading():
         return load_image_processor(path, local_files_only=True)

@@ -1,9 +1,9 @@
 """The images of the offline suite: digits, and five generated tasks in the spirit of VTAB-1K's structured ones.
 
-Grey images of 32 x 32 pixels (the digits, real scans, 8 x 8), in the form of image folders. Nothing is downloaded; a
-task's images are drawn from a seed of their own. As in VTAB-1K's structured tasks there are weak hints beside what is
-asked for (more shapes have more ink, distant ones lie nearer to the edges), and labels of measured values blur at their
-borders. Lengths are in pixels, angles in radians, x to the right, y down.
+Grey images of 32 x 32 pixels (the digits, real scans, 8 x 8), as image folders. Nothing is downloaded; a
+task's images are drawn from a seed of their own. As in VTAB-1K's structured tasks, there are weak cues beside the one
+that is asked for (more shapes have more ink, distant ones lie nearer to the edges), and classes of measured values blur
+at their borders. Lengths are in pixels, angles in radians, x to the right, y down.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def write_offline_task(root: str | os.PathLike, name: str) -> Path:
     """Write `<root>/<name>/{train,val,test}/<class>/<index>.png`, unless it is there; complete or not at all.
 
     Args:
-        root: Folder for the tasks.
-        name: A task of the suite.
+        root: Folder of the tasks.
+        name: Name of a task of the suite.
 
     Raises:
         ValueError: There is no such task.
@@ -44,7 +44,7 @@ def write_offline_task(root: str | os.PathLike, name: str) -> Path:
     task = find_task(name, OFFLINE)
     folder = Path(root) / task.name
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder.parent / f".{task.name}.lock"):  # of several processes one draws
+    with filelock.FileLock(folder.parent / f".{task.name}.lock"):  # one of several processes writes it
         if not folder.exists():
             _write(task, folder)
     return folder
@@ -66,7 +66,7 @@ def draw_task(task: Task, seed: int = SEED) -> dict[str, tuple[np.ndarray, np.nd
     splits = {}
     for split, size in task.sizes.items():
         generator = np.random.default_rng([seed, zlib.crc32(f"{task.name} {split}".encode())])
-        # as many images of every class as can be
+        # as equal numbers of images per class as possible
         labels = generator.permutation(np.arange(size) % task.num_classes)
         images = np.stack([_photograph(_DRAWINGS[task.name](label, generator), generator) for label in labels])
         splits[split] = images, labels
@@ -85,13 +85,13 @@ def _digits(task: Task, seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def _photograph(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Grey levels (SIZE, SIZE) in [0, 1] to uint8, with a contrast and noise of their own."""
+    """Grey levels (SIZE, SIZE) in [0, 1] to uint8, with random contrast and noise."""
     image = image * generator.uniform(0.6, 1.0) + generator.normal(0, 0.08, image.shape)
     return np.rint(255 * image.clip(0, 1)).astype(np.uint8)
 
 
 def _count(label: int, generator: np.random.Generator) -> np.ndarray:
-    """One to eight discs, squares and rings apart from each other, though corners and noise may bridge the gap."""
+    """One to eight separate discs, squares and rings; corners and noise may bridge a gap."""
     places: list[tuple[float, float, float]] = []
     image = np.zeros((SIZE, SIZE))
     while len(places) <= label:
@@ -112,7 +112,7 @@ def _location(label: int, generator: np.random.Generator) -> np.ndarray:
 
 
 def _orientation(label: int, generator: np.random.Generator) -> np.ndarray:
-    """An ellipse or a bar at one of eight angles of half a turn."""
+    """An ellipse or a bar in one of eight ranges of angles, which divide half a turn."""
     angle = math.pi * (label + generator.uniform(0, 1)) / 8
     x, y = generator.uniform(10, SIZE - 10, 2)
     length = generator.uniform(6, 10)
@@ -124,7 +124,7 @@ def _orientation(label: int, generator: np.random.Generator) -> np.ndarray:
 
 
 def _distance(label: int, generator: np.random.Generator) -> np.ndarray:
-    """Two shapes, six classes of the distance of their centres, from 7 to 25 pixels."""
+    """Two shapes whose centres are 7 to 25 pixels apart, in six classes."""
     while True:
         distance = 7 + 3 * (label + generator.uniform(0, 1))
         x, y, turn = generator.uniform(4, SIZE - 4), generator.uniform(4, SIZE - 4), generator.uniform(0, 2 * math.pi)
@@ -136,7 +136,7 @@ def _distance(label: int, generator: np.random.Generator) -> np.ndarray:
 
 
 def _textures(label: int, generator: np.random.Generator) -> np.ndarray:
-    """Ten kinds of filtered noise: five bands of frequency, each with its stripes standing or lying down."""
+    """Ten kinds of filtered noise: five frequency bands, each with vertical or horizontal stripes."""
     kind, lying = label % TEXTURE_KINDS, label >= TEXTURE_KINDS
     frequency = np.fft.fftfreq(SIZE) * SIZE  # cycles per image
     fx, fy = np.meshgrid(frequency, frequency)
@@ -150,7 +150,7 @@ def _textures(label: int, generator: np.random.Generator) -> np.ndarray:
 
 
 def _shape(generator: np.random.Generator, x: float, y: float, radius: float) -> np.ndarray:
-    """A disc, a square or a ring, turned at random."""
+    """A disc, a square or a ring, rotated at random."""
     kind, (u, v) = generator.integers(3), _turned(x, y, generator.uniform(0, math.pi))
     if kind == 0:
         return _fill(np.hypot(u, v) - radius)
@@ -160,7 +160,7 @@ def _shape(generator: np.random.Generator, x: float, y: float, radius: float) ->
 
 
 def _turned(x: float, y: float, angle: float) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates (SIZE, SIZE) of the pixels around (x, y), in axes turned by `angle`."""
+    """Coordinates (SIZE, SIZE) of the pixels around (x, y), in axes rotated by `angle`."""
     cos, sin = math.cos(angle), math.sin(angle)
     return (_X - x) * cos + (_Y - y) * sin, (_Y - y) * cos - (_X - x) * sin
 

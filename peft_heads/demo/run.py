@@ -27,7 +27,7 @@ RANK = 8
 
 @dataclass
 class Result:
-    """What one run came to: `accuracy` in [0, 1] and `logits` on the test split, `seconds` of training."""
+    """The result of one run: `accuracy` in [0, 1] and `logits` on the test split, `seconds` of training."""
 
     method: str
     accuracy: float
@@ -87,7 +87,7 @@ def fine_tune(
         processing_class=load_demo_processor(),
         callbacks=[scorer] if scores_heads(config) else [],
     )
-    trainer.remove_callback(PrinterCallback)  # the table says it better
+    trainer.remove_callback(PrinterCallback)  # the table shows the results
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
@@ -152,7 +152,7 @@ def check_reloaded(result: Result, data: list[dict]) -> bool:
 
 
 def standard_error(result: Result, num_images: int) -> float:
-    """Of the accuracy, as a binomial proportion: smaller differences between methods are chance."""
+    """The standard error of the accuracy, as a binomial proportion: smaller differences between methods are chance."""
     return (result.accuracy * (1 - result.accuracy) / num_images) ** 0.5
 
 

@@ -1,0 +1,1 @@
+"""Metrics for Trainer that need nothing from the Hub."""

@@ -11,9 +11,9 @@ from sklearn.metrics import accuracy_score
 class Accuracy(evaluate.Metric):
     """Share of the images whose predicted class is the right one, in [0, 1].
 
-    `compute(predictions=..., references=...)` takes class indices, both of shape (n,), and gives
-    `{"accuracy": float}`. `normalize=False` gives the number of right predictions instead; `sample_weight`, shape
-    (n,), weights the images.
+    `compute(predictions=..., references=...)` takes class indices, both of shape (n,), and returns
+    `{"accuracy": float}`. With `normalize=False` it returns the number of right predictions instead; `sample_weight`,
+    shape (n,), weights the images.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -36,9 +36,9 @@ class Accuracy(evaluate.Metric):
 
 
 def compute_metrics(eval_prediction) -> dict[str, float]:
-    """For `Trainer(compute_metrics=...)`: logits of shape (n, classes) and labels of shape (n,) to `{"accuracy": …}`.
+    """For `Trainer(compute_metrics=...)`: `{"accuracy": …}` of logits (n, classes) and labels (n,).
 
-    Where the model returns more than logits (hidden states, attentions) the logits are the first entry.
+    Where the model returns more than logits (hidden states, attentions), the logits are the first entry.
     """
     logits = eval_prediction.predictions
     if isinstance(logits, tuple):

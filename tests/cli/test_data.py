@@ -1,12 +1,14 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import trees
 from PIL import Image
 
 from peft_heads.cli.main import main
-from peft_heads.data import trees as package
 from peft_heads.data.cache import CachedImages
 from peft_heads.data.preprocessing import Preprocessing
+from peft_heads.data.suites import SUITES
 from peft_heads.data.trees import load_split
 
 
@@ -41,8 +43,9 @@ def test_check_of_a_tree_with_faults(root, capsys):
 
 
 def test_check_of_a_tree_in_order(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(package, "TASKS", [trees.small("oxford-pets", "fewshot"), CIFAR])
-    trees.write_few_shot(tmp_path, package.TASKS[0], repeat=2)
+    pets = trees.small("oxford-pets", "fewshot")
+    monkeypatch.setitem(SUITES, "fewshot", replace(SUITES["fewshot"], tasks=(pets,)))
+    trees.write_few_shot(tmp_path, pets, repeat=2)
     code, lines = run(capsys, "check", tmp_path, "--suite", "fewshot")
     assert (code, lines[0], lines[-1]) == (
         0,
@@ -62,7 +65,7 @@ def test_many_faults_are_counted(root, capsys):
 
 
 def test_check_of_images_of_more_than_8_bits(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(package, "TASKS", [CIFAR])
+    monkeypatch.setitem(SUITES, "vtab", replace(SUITES["vtab"], tasks=(CIFAR,)))
     trees.write_vtab(tmp_path, CIFAR)
     path = tmp_path / "cifar" / "images" / "test" / "000001.jpg"
     Image.fromarray(np.arange(64, dtype=np.float32).reshape(8, 8)).save(path, format="TIFF")

@@ -1,15 +1,12 @@
 import json
 import socket
 
-import pytest
 import tiny
 import torch
 from transformers.utils import logging
 
-from peft_heads.demo import pretrain, probe
 from peft_heads.demo.digits import load_digits_dataset
 from peft_heads.demo.model import DEMO_MODEL_PATH, load_demo_model, load_demo_processor
-from peft_heads.demo.strokes import StrokeBatches, make_classes, render
 
 
 def tensors_equal(first, second):
@@ -85,52 +82,3 @@ def test_processor_enlarges_and_normalises():
     assert pixels.dtype == torch.float32
     assert pixels.min() == -1.0
     assert 0.5 < pixels.max() <= 1.0
-
-
-@pytest.mark.slow
-def test_pretraining_beats_random_weights_by_10_points():
-    result = probe.compare()
-    assert len(result["random"]) == 3
-    assert result["gap"] == pytest.approx(result["shipped"] - sum(result["random"]) / 3)
-    assert result["shipped"] - max(result["random"]) >= 0.10
-
-
-def test_stroke_batches_are_deterministic():
-    first, same, other = (StrokeBatches(num_classes=20, batch_size=8, seed=seed) for seed in (5, 5, 6))
-    for _ in range(2):
-        pixels, labels = next(first)
-        assert pixels.shape == (8, 3, 32, 32)
-        assert pixels.min() >= -1 and pixels.max() <= 1
-        same_pixels, same_labels = next(same)
-        assert pixels.numpy().tobytes() == same_pixels.numpy().tobytes()
-        assert torch.equal(labels, same_labels)
-        assert pixels.numpy().tobytes() != next(other)[0].numpy().tobytes()
-
-
-def test_characters_do_not_depend_on_the_number_of_classes():
-    few, many = make_classes(5), make_classes(9)
-    assert torch.equal(few[0], many[0][:5]) and torch.equal(few[1], many[1][:5])
-
-
-def test_characters_are_centred_and_bright():
-    control, mask = make_classes(50)
-    images = render(control, mask, torch.Generator().manual_seed(0))[:, 0]
-    ink = images / images.sum(dim=(1, 2), keepdim=True)
-    grid = (torch.arange(32) + 0.5) / 16 - 1
-    assert abs((ink.sum(dim=1) * grid).sum(dim=1).mean()) < 0.1
-    assert abs((ink.sum(dim=2) * grid).sum(dim=1).mean()) < 0.1
-    assert (images.amax(dim=(1, 2)) > 0.4).all()
-    assert images.mean() < 0.5
-
-
-@pytest.mark.slow
-def test_pretrain_smoke(tmp_path, capsys):
-    output = tmp_path / "vit"
-    pretrain.main(["--output", str(output), "--steps", "2", "--batch-size", "16", "--classes", "10"])
-    assert "step 2: loss" in capsys.readouterr().out
-    assert {path.name for path in output.iterdir()} == {path.name for path in DEMO_MODEL_PATH.iterdir()}
-    model = load_demo_model(path=output)
-    # The saved weights are trained ones, not a fresh initialisation, and the shipped architecture.
-    assert model.config.to_diff_dict() == load_demo_model().config.to_diff_dict()
-    assert not torch.equal(model.vit.layernorm.weight, torch.ones(96))
-    assert "logistic regression: pre-trained" in (output / "README.md").read_text(encoding="utf-8")

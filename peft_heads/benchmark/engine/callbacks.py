@@ -1,4 +1,4 @@
-"""What a benchmark run asks of Trainer beside training: checkpoints at the ends of epochs, a clock, an early stop."""
+"""Trainer callbacks of a benchmark run: checkpoints and evaluations at the ends of epochs, and a clock."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from transformers.trainer_callback import ExportableState
 class EpochEnds(TrainerCallback):
     """Saves, evaluates and stops at the ends of epochs.
 
-    At the end, not at the last step as `save_strategy` does: the checkpoint then has the epoch's loss in its log, and a
-    run that goes on from it ends with the log of an undisturbed one.
+    `save_strategy` would save at the last step of an epoch, before its end. A checkpoint at the end has the epoch's
+    loss in its log, so that a resumed run has the log of an undisturbed one.
 
     Args:
-        save_every, evaluate_every: Epochs; 0 never does.
-        stop_after: Save and stop after so many epochs.
+        save_every, evaluate_every: Number of epochs between checkpoints, and between evaluations; 0 for none.
+        stop_after: Number of epochs after which to save and stop.
     """
 
     def __init__(self, save_every: int = 0, evaluate_every: int = 0, stop_after: int | None = None) -> None:
@@ -38,10 +38,10 @@ class EpochEnds(TrainerCallback):
 
 
 class Clock(TrainerCallback, ExportableState):
-    """Seconds of training, evaluations left out; checkpoints hold them, so that interruptions do not count."""
+    """Measures the seconds of training without evaluations. Checkpoints hold them: interruptions do not count."""
 
     def __init__(self) -> None:
-        self.before = 0.0  # until training began or went on
+        self.before = 0.0  # seconds before training began or was resumed
         self.began: float | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:

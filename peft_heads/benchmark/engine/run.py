@@ -24,7 +24,8 @@ from ...adapter_folder.checkpoints import last_complete_checkpoint
 from ...backbones.drop_path import has_drop_path
 from ...data.augmentation import Augmentation
 from ...data.preprocessing import Preprocessing
-from ...data.tasks import OFFLINE, Task
+from ...data.suites import SUITES
+from ...data.tasks import Task
 from ...methods import MethodSettings, check_method
 from ...tuners.common.options import HEAD_SETTINGS
 from ..recipes import Recipe
@@ -35,13 +36,6 @@ from .training import Places, Training, checkpoint_of
 
 logger = logging.getLogger(__name__)
 
-PROTOCOL = {  # suite: what settings are chosen by, and what is reported; each (trained on, looked at)
-    "vtab": (("train800", "val200"), ("train800val200", "test")),
-    "fewshot": (("train", "val"), ("train", "test")),
-    "fgvc": (("train", "val"), ("train", "test")),
-    "folder": (("train", "val"), ("train", "test")),
-    OFFLINE: (("train", "val"), ("train", "test")),
-}
 TRUNK, IN_USE = "trunk-", ".use"  # how the folders of shared beginnings are called, and their second locks
 
 
@@ -80,7 +74,8 @@ def make_spec(
         settings["drop_path_by"] = "config" if has_drop_path(config) else "hooks"
     size = {"size": config.image_size} if isinstance(getattr(config, "image_size", None), int) else {}
     augmentation = Augmentation(**recipe.augmentation | size).to_dict() if recipe.augmentation else None
-    train_split, eval_split = PROTOCOL[task.suite][final]
+    suite = SUITES[task.suite]
+    train_split, eval_split = suite.reported if final else suite.chosen_by
     return RunSpec(
         suite=task.suite,
         task=task.name,

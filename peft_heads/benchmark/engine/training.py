@@ -1,4 +1,4 @@
-"""The training of one run: its data, its model, a Trainer for them, and what came out."""
+"""The training of one run: its data, its model, a Trainer for them, and the result."""
 
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ from transformers import AutoConfig, PrinterCallback, Trainer, TrainingArguments
 from ...adapter_folder.score_files import SCORES_FILE
 from ...backbones.classifier import classifier_names
 from ...backbones.drop_path import CONFIG_FIELD, add_drop_path, residual_branches
-from ...data import image_folders
 from ...data.augmentation import Augmentation
 from ...data.cache import open_images
 from ...data.deep_images import check_image_range
 from ...data.images import collate
+from ...data.loading import load_task
 from ...data.preprocessing import Preprocessing
-from ...data.tasks import OFFLINE, find_task
-from ...data.trees import Split, load_split
+from ...data.splits import Split
 from ...demo.model import DEMO_MODEL_PATH
 from ...heads.protocol import get_head_masks
 from ...image_classifier import new_image_classifier, quiet_loading
@@ -43,17 +42,17 @@ from .callbacks import Clock, EpochEnds
 
 @dataclass(frozen=True)
 class Places:
-    """Where things are, and how they are run; nothing here changes a result.
+    """Where files are, and how runs are executed; nothing here changes a result.
 
     Attributes:
         data_root: Folder with one folder per task.
-        output_dir: Of results, and in `work` of what unfinished runs need.
-        cache_dir: Of decoded images; None for the default.
+        output_dir: Folder of results; its folder `work` holds what unfinished runs need.
+        cache_dir: Folder of decoded images; None for the default.
         check_sizes: Whether the tasks must have as many images as published.
-        cache_test_images: Whether test images are decoded once as well, instead of whenever they are looked at.
-        save_every: Epochs between checkpoints.
-        num_workers: Processes that load images; none do where images are changed at random.
-        use_cpu: Leave accelerators alone.
+        cache_test_images: Whether test images are cached as well, instead of decoded at every access.
+        save_every: Number of epochs between checkpoints.
+        num_workers: Number of processes that load images; where images are augmented there are none.
+        use_cpu: Whether to use the CPU even if there is an accelerator.
     """
 
     data_root: str | os.PathLike
@@ -71,7 +70,11 @@ class Places:
 
 
 class Training:
-    """Raises ValueError or FileNotFoundError if the data are not as they should be."""
+    """Data, model and Trainer of one run.
+
+    Raises:
+        ValueError, FileNotFoundError: The data are not as they should be.
+    """
 
     def __init__(self, spec: RunSpec, places: Places) -> None:
         self.spec, self.places = spec, places
@@ -89,20 +92,15 @@ class Training:
         self.steps_per_epoch = images // batch_size if self.drop_last else math.ceil(images / batch_size)
 
     def _split(self, part: str, name: str) -> Split:
-        spec, root = self.spec, self.places.data_root
-        image_range = check_image_range(spec.preprocessing[part].get("image_range"))
-        if spec.suite == OFFLINE:
-            return _offline_split(os.path.abspath(root), spec.task, name)
-        if spec.suite == image_folders.SUITE:
-            return image_folders.load_folder_split(root, image_folders.folder_task(root, spec.task), name, image_range)
-        return load_split(
-            root,
-            find_task(spec.task, spec.suite),
+        return load_task(
+            self.places.data_root,
+            self.spec.suite,
+            self.spec.task,
             name,
-            shots=spec.shots,
-            list_seed=spec.list_seed,
+            shots=self.spec.shots,
+            list_seed=self.spec.list_seed,
             check_sizes=self.places.check_sizes,
-            image_range=image_range,
+            image_range=check_image_range(self.spec.preprocessing[part].get("image_range")),
         )
 
     def environment(self) -> Environment:
@@ -123,15 +121,15 @@ class Training:
         )
 
     def trainer(self, folder: Path, test_every: int = 0, stop_after: int | None = None) -> Trainer:
-        """A Trainer with a fresh model, drawn with the run's seed.
+        """A Trainer with a new model, initialised with the run's seed.
 
         Args:
-            folder: For checkpoints and head scores.
-            test_every: Evaluate every so many epochs; 0 does not.
-            stop_after: Save and stop after so many epochs.
+            folder: Folder of checkpoints and head scores.
+            test_every: Number of epochs between evaluations; 0 for none.
+            stop_after: Number of epochs after which to save and stop.
         """
         recipe = self.spec.recipe
-        # what a launcher has put there would change results without a word
+        # a launcher's setting would silently change results
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if recipe["bf16"] else "no"
         args = TrainingArguments(
             os.fspath(folder),
@@ -149,7 +147,7 @@ class Training:
                 "warmup_lr_rate": recipe["warmup_learning_rate"] / recipe["learning_rate"],
             },
             dataloader_drop_last=self.drop_last,
-            # workers draw random changes of images from generators of their own: results would depend on their number
+            # workers augment images with generators of their own: results would depend on the number of workers
             dataloader_num_workers=0 if self.spec.preprocessing["augmentation"] else self.places.num_workers,
             dataloader_pin_memory=torch.accelerator.is_available() and not self.places.use_cpu,
             seed=self.spec.seed,
@@ -160,7 +158,7 @@ class Training:
             report_to="none",
             disable_tqdm=True,
             use_cpu=self.places.use_cpu,
-            # with everything trained a backbone may have parts that no image reaches (a mask token)
+            # if everything is trained, a backbone may have parts that no image reaches (a mask token)
             ddp_find_unused_parameters=self.spec.method.name == "full",
         )
         set_seed(self.spec.seed)
@@ -180,7 +178,7 @@ class Training:
         return trainer
 
     def result(self, trainer: Trainer) -> RunResult:
-        """What came out of a training that is over. Only now the evaluation split is looked at, unless asked before."""
+        """The result of a finished training. The evaluation split is first used here, unless `test_every` was given."""
         model, log = trainer.model, trainer.state.log_history
         clock = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Clock))
         memory = torch.cuda.max_memory_allocated() if trainer.args.device.type == "cuda" else None
@@ -204,7 +202,7 @@ class Training:
         )
 
     def accuracy(self, trainer: Trainer) -> float:
-        """In [0, 1], of a trained model on this run's evaluation split."""
+        """The accuracy, in [0, 1], of a trained model on this run's evaluation split."""
         return trainer.evaluate(self._images("eval"))["eval_accuracy"]
 
     def _model(self) -> tuple[nn.Module, list]:
@@ -224,7 +222,7 @@ class Training:
 
     def _images(self, part: str) -> torch.utils.data.Dataset:
         settings, augmentation = dict(self.spec.preprocessing[part]), self.spec.preprocessing["augmentation"]
-        if settings["normalization"] != "checkpoint":  # the names say it, and more is refused
+        if settings["normalization"] != "checkpoint":  # the name implies mean and std, which are refused beside it
             settings |= {"mean": None, "std": None}
         return open_images(
             self.splits[part],
@@ -237,9 +235,9 @@ class Training:
 
 class _Trainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As Trainer's, but on all images: `dataloader_drop_last` is meant for training and taken for evaluation, too.
+        """Evaluate on all images: Trainer applies `dataloader_drop_last`, meant for training, to evaluation as well.
 
-        And what is drawn later is the same with it and without: a DataLoader draws a seed.
+        The random state is kept, because a DataLoader draws a seed: evaluating must not change the training.
         """
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
@@ -251,7 +249,7 @@ class _Trainer(Trainer):
 
 @lru_cache
 def folder_hash(folder: str | os.PathLike) -> str:
-    """The beginning of a SHA-256 over configuration and weights of a local checkpoint."""
+    """The first digits of a SHA-256 over configuration and weights of a local checkpoint."""
     digest = hashlib.sha256()
     for path in sorted(Path(folder).iterdir()):
         if path.suffix in (".json", ".safetensors", ".bin") and path.name != "preprocessor_config.json":
@@ -262,32 +260,19 @@ def folder_hash(folder: str | os.PathLike) -> str:
     return digest.hexdigest()[:16]
 
 
-@lru_cache
-def _offline_split(root: str, name: str, split: str) -> Split:
-    """Looked at once: the images are ours, and there are thousands of runs."""
-    task = find_task(name, OFFLINE)
-    loaded = image_folders.load_folder_split(root, task, split)
-    if len(loaded.dataset) != task.size(split):
-        raise ValueError(
-            f"{os.path.join(root, name, split)} holds {len(loaded.dataset):,} images (expected {task.size(split):,}); "
-            "delete the folder of the task, it is made again"
-        )
-    return loaded
-
-
 def checkpoint_of(backbone: str | os.PathLike) -> str | os.PathLike:
-    """Where a run's backbone is: results say `SHIPPED` wherever the package lies."""
+    """Name or path of a run's backbone; results say `SHIPPED` wherever the package is installed."""
     return DEMO_MODEL_PATH if backbone == SHIPPED else backbone
 
 
 def random_mask_seed(spec: RunSpec) -> int:
-    """Of a run's random masks: every task and seed draws its own, or an average over them would be one of few heads."""
+    """The seed of a run's random masks. Every task and seed has its own: otherwise averages would be over few heads."""
     drawn = f"{spec.task} {spec.seed} {spec.list_seed} {spec.method.get('mask_seed') or 0}"
     return zlib.crc32(drawn.encode())
 
 
 def saved_bytes(model: nn.Module) -> tuple[int, int]:
-    """Bytes of what is saved of a trained model: (adapter, or what else was trained; classification head)."""
+    """Bytes that are saved of a trained model: (the adapter, or whatever else was trained; the classifier)."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     heads = tuple(f"{name}." for name in classifier_names(base))
     if hasattr(model, "peft_config"):
@@ -299,7 +284,7 @@ def saved_bytes(model: nn.Module) -> tuple[int, int]:
 
 
 def _head_scores(folder: Path, model: nn.Module) -> dict[str, list[float]] | None:
-    """The scores by which the run's heads were selected."""
+    """The scores by which the run's heads were selected, or None."""
     path = folder / SCORES_FILE
     if not path.exists():
         return None  # baselines that need no scores

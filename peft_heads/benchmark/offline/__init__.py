@@ -1,6 +1,6 @@
-"""Evidence of our own, on tasks that are generated here."""
+"""Evidence of our own, on tasks whose images this package generates."""
 
-from .offline import OFFLINE_TASKS
+from .settings import OFFLINE_TASKS
 
 
 __all__ = ["OFFLINE_TASKS"]

@@ -1,4 +1,4 @@
-"""What the offline suite says: differences of settings with confidence intervals, paired over tasks and seeds."""
+"""Statistics of the offline suite: differences of settings with confidence intervals, paired by task and seed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 from scipy import stats
 
 from ..records.results import Run
-from .offline import setting_name
+from .settings import setting_name
 
 
 CONFIDENCE = 0.95
@@ -27,9 +27,9 @@ class Record:
     """One training: accuracies in percent on validation and test images, and its heads.
 
     Attributes:
-        setting: Its name in `offline.CORE` or `offline.SIDE`.
-        heads: The deactivated heads, where all projections have the same ones; else None.
-        scores: One score per head, summed over the layers, by the run's criterion; empty where there are none.
+        setting: Name in `settings.CORE` or `settings.SIDE`.
+        heads: Deactivated heads, where all projections have the same ones; else None.
+        scores: Score of each head by the run's criterion, summed over the layers; empty where there are none.
     """
 
     setting: str
@@ -46,11 +46,11 @@ class Difference:
     """The mean of paired differences in percentage points, every task counting the same.
 
     Attributes:
-        mean: The mean over the tasks of their means over seeds.
-        low, high: Its confidence interval for other seeds on these tasks: by the variance within the tasks.
-        tasks_low, tasks_high: For other tasks: Student's t over the tasks' means; None for a single task.
-        pairs: Of one task and seed.
-        by_task: The tasks' means.
+        mean: Mean over the tasks of their means over seeds.
+        low, high: Its confidence interval for other seeds on these tasks, by the variance within the tasks.
+        tasks_low, tasks_high: The interval for other tasks, by Student's t over the means; None for a single task.
+        pairs: Number of pairs, each of one task and seed.
+        by_task: Mean of each task.
     """
 
     mean: float
@@ -99,7 +99,7 @@ def _heads(run: Run) -> tuple[tuple[int, ...] | None, tuple[float, ...]]:
 
 
 def write_records(records: Iterable[Record]) -> str:
-    """As CSV, sorted; `read_records` reads it."""
+    """The records as sorted CSV, which `read_records` reads."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -111,7 +111,7 @@ def write_records(records: Iterable[Record]) -> str:
 
 
 def read_records(path: str | os.PathLike) -> list[Record]:
-    """Raises ValueError naming the file if it is none of `write_records`."""
+    """Read a table of `write_records`. Raises ValueError naming the file if it is none."""
     records = []
     try:
         rows = csv.DictReader(io.StringIO(Path(path).read_text(encoding="utf-8")))
@@ -136,7 +136,7 @@ def read_records(path: str | os.PathLike) -> list[Record]:
 
 
 def accuracies(records: Iterable[Record], settings: Sequence[str], split: str = "test") -> dict[tuple, float]:
-    """`{(task, seed): accuracy in percent}`, the mean over the settings; where one of them was not run there is none."""
+    """`{(task, seed): accuracy in percent}`, the mean over the settings; none where one of them was not run."""
     found: dict[tuple, dict[str, float]] = {}
     for record in records:
         if record.setting in settings:
@@ -145,12 +145,12 @@ def accuracies(records: Iterable[Record], settings: Sequence[str], split: str = 
 
 
 def best_of(records: Iterable[Record], settings: Sequence[str], chosen_by: str) -> dict[tuple, float]:
-    """`{(task, seed): test accuracy}` of the best of the settings, chosen anew for every task and seed.
+    """`{(task, seed): test accuracy}` of the best of the settings, chosen for every task and seed.
 
     Args:
-        records: The runs.
-        settings: To choose from; of equals the first.
-        chosen_by: "val", or "test" as in the papers.
+        records: Records of the runs.
+        settings: Settings to choose from; the first of equals is chosen.
+        chosen_by: Split to choose by: "val", or "test" as in the papers.
     """
     by_setting = [(accuracies(records, [s], chosen_by), accuracies(records, [s], "test")) for s in settings]
     keys = set.intersection(*(set(chosen) for chosen, _ in by_setting))
@@ -158,7 +158,7 @@ def best_of(records: Iterable[Record], settings: Sequence[str], chosen_by: str) 
 
 
 def difference(first: dict[tuple, float], second: dict[tuple, float]) -> Difference | None:
-    """First minus second over the (task, seed) that both have; None unless every such task has two seeds."""
+    """First minus second, over the pairs (task, seed) that both have; None unless every such task has two seeds."""
     by_task: dict[str, list[float]] = {}
     for task, seed in sorted(first.keys() & second.keys()):
         by_task.setdefault(task, []).append(first[task, seed] - second[task, seed])
@@ -200,7 +200,7 @@ def _pairs(values: dict[Record, Any], first: str, second: str) -> dict[tuple, tu
 
 
 def masks_by_task(records: Iterable[Record], setting: str, num_heads: int) -> dict[str, list[dict[str, list[bool]]]]:
-    """`{task: masks of its runs}` as `overlap.overlaps` takes them."""
+    """`{task: masks of its runs}` for `overlap.overlaps`."""
     found = sorted((r.task, r.seed, r.heads) for r in records if r.setting == setting and r.heads is not None)
     return {
         task: [{"all": [head not in heads for head in range(num_heads)]} for _, _, heads in group]

@@ -1,4 +1,4 @@
-"""Figures of the offline suite's evidence. Uses matplotlib's `Figure`, never pyplot, whose state is global."""
+"""Figures of the offline suite's evidence. They are made by matplotlib's `Figure`; pyplot's state is global."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
 
 def plot_differences(table: Table, sections: Sequence[str] | None = None) -> Figure:
-    """Differences and their intervals, one line each, section by section; dots are the means by task.
+    """Differences and their intervals, one line each, section by section; the dots are the means of the tasks.
 
     Args:
-        table: Of `evidence_tables.comparison_table` or `choice_table`.
-        sections: Those whose title begins so; all but `FOR_SCALE`, which has an axis of its own, if not given.
+        table: Table of `evidence_tables.comparison_table` or `choice_table`.
+        sections: Beginnings of the titles of the sections to plot. Default: all but `FOR_SCALE`, which has a wider
+            range.
 
     Raises:
         ValueError: No row belongs to them.

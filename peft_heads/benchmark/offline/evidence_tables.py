@@ -1,4 +1,4 @@
-"""The questions that the offline suite is to answer, and the tables of the answers."""
+"""The questions that the offline suite answers, and the tables of the answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .evidence import (
     masks_by_task,
     rank_correlations,
 )
-from .offline import CHANGES, CORE, NES, OFFLINE_TASKS, RANDOM_MASKS, SIDE, TAYLOR
+from .settings import CHANGES, CORE, NES, OFFLINE_TASKS, RANDOM_MASKS, SIDE, TAYLOR
 
 
 NUM_HEADS = 12  # of the small ViT
@@ -28,7 +28,7 @@ NUM_HEADS = 12  # of the small ViT
 FOR_SCALE = "For scale"
 
 Comparison = tuple[str, str, Sequence[str], Sequence[str]]
-"""Section, label, and the settings of either side; a side's accuracy is the mean over its settings."""
+"""Section, label, and the settings of both sides; the accuracy of a side is the mean over its settings."""
 
 
 def random_masks(ne: int) -> list[str]:
@@ -36,7 +36,7 @@ def random_masks(ne: int) -> list[str]:
 
 
 def comparisons() -> list[Comparison]:
-    """Everything that is compared, question by question."""
+    """All comparisons, question by question."""
     found: list[Comparison] = []
     for ne in NES:
         section = f"Does masking the least responsive heads cost less? ne={ne}"
@@ -73,7 +73,7 @@ def comparisons() -> list[Comparison]:
 
 
 def comparison_table(records: Sequence[Record]) -> Table:
-    """Every comparison of which at least two pairs were run."""
+    """All comparisons for which at least two pairs were run."""
     rows = []
     for section, label, first, second in comparisons():
         found = difference(accuracies(records, first), accuracies(records, second))
@@ -113,7 +113,7 @@ def setting_table(records: Sequence[Record]) -> Table:
 
 
 def choice_table(records: Sequence[Record]) -> Table:
-    """How much of a gain is the choice itself: Taylor criteria and as many random masks, both chosen from."""
+    """How much of a gain comes from choosing: the best of the Taylor criteria, and of as many random masks."""
     families = {
         "Taylor": [f"{criterion} ne={ne}" for ne in NES for criterion in TAYLOR],
         "random": [name for ne in NES for name in random_masks(ne)],
@@ -141,7 +141,7 @@ def choice_table(records: Sequence[Record]) -> Table:
 
 
 def early_table(records: Sequence[Record]) -> Table:
-    """How early heads can be scored: against the scores after ten epochs."""
+    """How early heads can be scored: early scores compared with those after ten epochs."""
     final = "absolute ne=1, scored after 10 epochs"
     settings = {
         "one batch (the second)": "absolute ne=1, scored on one batch",
@@ -189,7 +189,7 @@ def head_table(records: Sequence[Record]) -> Table:
 
 
 def evidence_tables(records: Sequence[Record]) -> dict[str, Table]:
-    """`{file name: table}`, without those that have no rows."""
+    """`{file name: table}` of all tables that have rows."""
     tables = {
         "settings": setting_table(records),
         "comparisons": comparison_table(records),
@@ -218,7 +218,7 @@ def _mean(values: dict[tuple, float]) -> Cell:
 
 
 def _over_tasks(values: dict[tuple, float], prefix: str = "") -> dict[str, Cell]:
-    """The interval of the mean over tasks of `{(task, seed): value}`, in columns `from` and `to`, after a prefix."""
+    """The interval of the mean over tasks of `{(task, seed): value}`, in columns `{prefix}from` and `{prefix}to`."""
     by_task: dict[str, list[float]] = {}
     for (task, _), value in values.items():
         by_task.setdefault(task, []).append(value)

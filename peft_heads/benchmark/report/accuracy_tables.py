@@ -1,4 +1,4 @@
-"""The tables of a report: accuracies like the papers', and what they cost."""
+"""The tables of a report: accuracies as in the papers, and costs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
-from ..suites import ONE_GROUP
 from .averages import averages_over_seeds, mean_and_std
+from .groups import ONE_GROUP
 from .published import PublishedRow, disagreements, published_rows
 from .rows import SCALE, VARIANTS, Row, best_on_test, best_on_validation, common_and_own, row_labels
 from .tables import Cell, Column, Table, TableRow
@@ -17,7 +17,7 @@ Groups = Mapping[str, str]
 
 SIZE, PARAMETERS, PRINTED = "size (MB)", "parameters (M)", "average as printed"
 
-# The papers' name of a checkpoint, by the name of its repository or folder.
+# The papers' name of an architecture, by the name of its repository or folder.
 BACKBONES = {
     r"vit[-_](mae[-_])?(b|base)[-_/]?(patch)?16(?!\d)": "ViT-B/16",
     r"vit[-_](mae[-_])?(l|large)[-_/]?(patch)?16(?!\d)": "ViT-L/16",
@@ -28,20 +28,20 @@ CHECKPOINTS = {r"\bmae\b": ("MAE",), r"moco": ("MoCo v3",), "": ("ImageNet-21k",
 
 
 def accuracy_table(rows: list[Row], groups: Groups, title: str, partly: Collection[str] = ()) -> Table:
-    """Our rows on test, what was chosen per task, and the published rows beside.
+    """Our rows on test, the rows chosen per task, and the published rows.
 
     Args:
         rows: Rows of `make_rows`, of one suite.
         groups: `{task: group}` of its tasks.
-        title: Of the table.
-        partly: Ids of runs by which nothing is to be chosen, see `plans.unfinished_choices`.
+        title: Title of the table.
+        partly: Ids of runs by which nothing may be chosen, see `plans.unfinished_choices`.
     """
     tested = [row for row in rows if row.is_test]
     by_scale = best_on_validation(rows, SCALE, partly)
     by_all = best_on_validation(rows, VARIANTS, partly)
     chosen = by_scale + [row for row in by_all if not _same_runs(row, by_scale)]
     on_test = best_on_test(rows)
-    # runs whose scale was chosen stand in the rows that say so; apart, by scale, each row would have some of the tasks
+    # runs whose scale was chosen are in the rows that say so; by scale, each row would have only some of the tasks
     shown = _runs(by_scale)
     rest = [row for row in tested if not _runs([row]) <= shown]
     table_rows = [
@@ -61,7 +61,7 @@ def accuracy_table(rows: list[Row], groups: Groups, title: str, partly: Collecti
 
 
 def validation_table(rows: list[Row], groups: Groups, title: str) -> Table | None:
-    """The rows on validation splits, for choosing; None where there are none."""
+    """The rows on validation splits, by which settings are chosen; None where there are none."""
     rows = [row for row in rows if not row.is_test]
     if not rows:
         return None
@@ -69,7 +69,7 @@ def validation_table(rows: list[Row], groups: Groups, title: str) -> Table | Non
 
 
 def cost_table(rows: list[Row], title: str) -> Table:
-    """Sizes, seconds and memory: means over the runs there are."""
+    """Sizes, seconds and memory: means over all runs of a row."""
     columns = {
         "runs": (0, lambda run: None),
         "trained parameters (M)": (3, lambda run: run.result.trained_parameters / 1e6),
@@ -103,7 +103,7 @@ def accuracy_columns(groups: Groups) -> list[Column]:
 
 
 def published_for(rows: Iterable[Row]) -> list[PublishedRow]:
-    """The published rows of the suite and the backbones that the rows have."""
+    """The published rows of the suites and backbones of our rows."""
     wanted = {(row.settings["suite"], *papers_name(row.settings["backbone"])) for row in rows}
     found = [
         row
@@ -124,7 +124,7 @@ def papers_name(backbone: str) -> tuple[str | None, tuple[str, ...]]:
 
 
 def published_table_row(row: PublishedRow, groups: Groups) -> TableRow:
-    """The row with both averages recomputed, and its own average as printed."""
+    """A published row: its averages recomputed, and its own average as printed."""
     note = f" [{row.note}]" if row.note else ""
     checkpoint = "" if row.checkpoint == "ImageNet-21k" else f", {row.checkpoint}"
     cells = {name: Cell(value) for name, value in (row.tasks | row.recomputed(dict(groups))).items()}
@@ -133,7 +133,7 @@ def published_table_row(row: PublishedRow, groups: Groups) -> TableRow:
 
 
 def row_notes(rows: list[Row], groups: Groups) -> list[str]:
-    """What the rows share, their seeds, what is missing, and on what they ran."""
+    """Notes on what the rows share, on their seeds, on missing tasks, and on library versions."""
     if not rows:
         return ["There are no such runs."]
     common, _ = common_and_own(rows, apart=("method", "suite", "official"))

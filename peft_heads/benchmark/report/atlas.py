@@ -1,4 +1,4 @@
-"""An atlas of heads: which are deactivated, and which respond, in which task."""
+"""An atlas of attention heads: which are deactivated in which task, and how much they respond."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 def head_atlas(row: Row, groups: Groups) -> dict[int, dict[str, Any]]:
-    """For every number of heads that projections have: what became of each head in each task.
+    """For every number of heads per projection: how often each head is deactivated in each task, and how it ranks.
 
     Returns:
-        `{num_heads: {"tasks": names, "off": (tasks, num_heads), "rank": the same or None}}`. `off`: share of seeds and
-        projections in which the head is deactivated. `rank`: of its responsiveness, summed over projections, from 0
-        (the least responsive head) to 1, the mean over seeds.
+        `{num_heads: {"tasks": names, "off": (tasks, num_heads), "rank": the same or None}}`. `off` is the share of
+        seeds and projections in which the head is deactivated. `rank` is the rank of its score, summed over
+        projections, from 0 (the least responsive head) to 1, as the mean over seeds.
     """
     found: dict[int, dict[str, dict[str, list[np.ndarray]]]] = {}
     for task in (task for task in groups if task in row.runs):
@@ -44,7 +44,7 @@ def head_atlas(row: Row, groups: Groups) -> dict[int, dict[str, Any]]:
 
 
 def plot_head_atlas(row: Row, groups: Groups, title: str) -> Figure | None:
-    """Heat maps tasks × heads, lines between the groups; None where no head of the row is deactivated."""
+    """Heat maps of tasks × heads, with lines between groups; None where no head of the row is deactivated."""
     atlas = head_atlas(row, groups)
     if not any(part["off"].any() for part in atlas.values()):
         return None

@@ -1,4 +1,4 @@
-"""Means and deviations over seeds, tasks and groups. A missing task makes an average None, never one over fewer tasks."""
+"""Means and deviations over seeds, tasks and groups. An average over tasks is None if any of them is missing."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def averages(values: Mapping[str, float | None], groups: Mapping[str, str]) -> d
 def averages_over_seeds(
     samples: Mapping[str, Mapping[tuple, float]], groups: Mapping[str, str]
 ) -> dict[str, tuple[float | None, float | None]]:
-    """`averages` with their deviation over seeds: that of the averages formed per seed.
+    """`averages` with their deviations over seeds, which are those of the averages per seed.
 
     Args:
         samples: `{task: {seed: accuracy}}`.

@@ -1,4 +1,4 @@
-"""Which heads are switched off where: how alike the choices of different tasks are, against choices at random."""
+"""How similar the deactivated heads of different tasks are, compared with heads chosen at random."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KINDS = ("same task, other seed", "same group", "different groups")
 
 @dataclass(frozen=True)
 class Overlap:
-    """The mean Jaccard index of deactivated heads over pairs of runs; `expected` for heads drawn at random."""
+    """The mean Jaccard index of deactivated heads over pairs of runs; `expected` is that of heads drawn at random."""
 
     kind: str
     pairs: int
@@ -45,7 +45,7 @@ def mask_overlap(first: Masks, second: Masks) -> tuple[float, float] | None:
     """`(observed, expected)` Jaccard index of the deactivated heads, the mean over the projections of both.
 
     The mean is taken projection by projection, so that its expectation is exact whether the projections choose
-    together or apart. Projections in which neither deactivates a head do not count; None if there is no other.
+    together or apart. Projections in which neither deactivates a head do not count; None if there are no others.
     """
     observed, expected = [], []
     for name in first.keys() & second.keys():
@@ -79,7 +79,7 @@ def overlaps(masks: Mapping[str, Sequence[Masks]], groups: Mapping[str, str]) ->
 def group_p_value(
     masks: Mapping[str, Sequence[Masks]], groups: Mapping[str, str], permutations: int = 2000, seed: int = 0
 ) -> float | None:
-    """How often groups drawn at random look as alike as the real ones: a small value says that groups matter.
+    """How often groups drawn at random look as similar as the real ones: a small value says that groups matter.
 
     The statistic is the mean overlap of two tasks of one group minus that of two tasks of different groups; it is
     compared with its values after the groups' names are shuffled among the tasks. None where either kind is missing.

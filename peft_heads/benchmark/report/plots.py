@@ -23,7 +23,7 @@ Groups = Mapping[str, str]
 def plot_accuracy_against_ne(rows: list[Row], groups: Groups) -> Figure | None:
     """One panel per task and one for the average, a line per criterion (and other setting); None without two `ne`.
 
-    A setting with `ne = 0`, where the criterion decides nothing, is a dashed line.
+    A setting with `ne = 0`, for which the criterion does not matter, is a dashed line.
     """
     rows = [row for row in rows if isinstance(row.method.get("ne"), int)]
     if len({row.method["ne"] for row in rows}) < 2:
@@ -41,7 +41,7 @@ def plot_accuracy_against_ne(rows: list[Row], groups: Groups) -> Figure | None:
 
 
 def plot_accuracy_by_shots(rows: list[Row], groups: Groups) -> Figure | None:
-    """One panel per data set and one for their mean, a line per method; None without few-shot rows."""
+    """One panel per data set and one for their mean, with a line per method; None without few-shot rows."""
     rows = [row for row in rows if row.settings["shots"] is not None]
     if not rows:
         return None
@@ -52,10 +52,10 @@ def plot_accuracy_by_shots(rows: list[Row], groups: Groups) -> Figure | None:
 
 
 def criterion_wins(rows: list[Row], groups: Groups) -> dict[str, float]:
-    """On how many tasks each criterion reaches the best accuracy, over its `ne` and scales.
+    """The number of tasks on which each criterion reaches the best accuracy, with any of its `ne` and scales.
 
-    Only tasks count on which every criterion was run. A tie is shared. Where no criterion is better than the rows
-    with `ne = 0`, none wins.
+    Only tasks count on which every criterion was run. A tie is shared. Where no criterion is better than the rows with
+    `ne = 0`, none wins.
 
     Returns:
         `{criterion: tasks}`, with NO_WIN where there are rows with `ne = 0`; empty for fewer than two criteria.
@@ -83,7 +83,7 @@ def criterion_wins(rows: list[Row], groups: Groups) -> dict[str, float]:
 
 
 def criterion_families(rows: list[Row]) -> list[list[Row]]:
-    """Head-masked rows that differ in nothing but criterion, `ne`, scale and the like."""
+    """Families of head-masked rows that differ in nothing but criterion, `ne`, scale and the like."""
     families: dict[str, list[Row]] = {}
     for row in rows:
         if "criterion" in row.method:
@@ -113,7 +113,7 @@ def _line_panels(
     dashed: Mapping[str, list[tuple[float, Row]]] | None = None,
     log: bool = False,
 ) -> Figure:
-    """Panels task by task and of the average, `lines` over their x, `dashed` as horizontal lines."""
+    """A panel for each task and for the average: `lines` over their x, and `dashed` as horizontal lines."""
     dashed = dashed or {}
     every = [row for points in [*lines.values(), *dashed.values()] for _, row in points]
     series = {id(row): _figures_of(row, groups) for row in every}
@@ -162,7 +162,7 @@ def _figures_of(row: Row, groups: Groups) -> dict[str, tuple[float | None, float
 
 
 def _line_labels(rows: list[Row], without: tuple[str, ...], apart: tuple[str, ...] = ()) -> list[str]:
-    """What tells the rows apart, but for the settings of the method in `without` and other settings in `apart`."""
+    """Labels that tell the rows apart, without the method's settings in `without` and other settings in `apart`."""
     stripped = [
         Row({**row.settings, "method": {k: v for k, v in row.method.items() if k not in without}}, row.runs)
         for row in rows
@@ -194,7 +194,7 @@ def _best(rows: list[Row], task: str) -> float | None:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches. Never of pyplot, whose state is global."""
+    """An empty figure, its size in inches; not pyplot's, whose state is global."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")

@@ -20,17 +20,17 @@ class PublishedRow:
     """One row of a paper's table.
 
     Args:
-        suite: As `data.tasks` names it.
-        paper, table: Where it stands.
-        backbone, checkpoint: `"ViT-B/16"`, `"ImageNet-21k"`, …
-        averaging: Which average the paper says it prints, one of AVERAGING.
-        method: As the paper calls it.
+        suite: Name of the suite.
+        paper, table: Paper, and number of its table.
+        backbone, checkpoint: Names such as `"ViT-B/16"` and `"ImageNet-21k"`.
+        averaging: Average that the paper says it prints, one of AVERAGING.
+        method: The paper's name of the method.
         tasks: `{task: accuracy}`, empty where the paper prints group means only.
-        groups: `{group: mean}` as printed, empty where it prints tasks only.
-        average: As printed.
-        size_mb: Adapter in MB (of 2^20 bytes), as printed.
+        groups: `{group: mean}` as printed, empty where the paper prints tasks only.
+        average: Average as printed.
+        size_mb: Size of the adapter in MB (of 2^20 bytes), as printed.
         parameters_m: Trained parameters in millions, as printed.
-        note: What the figures are, where that is not plain.
+        note: Remark on the numbers, where they need one.
     """
 
     suite: str
@@ -52,7 +52,7 @@ class PublishedRow:
         return f"{self.paper}, Table {self.table}"
 
     def recomputed(self, groups: dict[str, str]) -> dict[str, float | None]:
-        """`averages` of the row; from the printed group means, weighted by their tasks, where it has no tasks.
+        """`averages` of the row; where it has no tasks, of the printed group means, weighted by their tasks.
 
         Args:
             groups: `{task: group}` of the suite's tasks.
@@ -62,7 +62,7 @@ class PublishedRow:
 
 @dataclass(frozen=True)
 class Disagreement:
-    """A printed average that does not follow from the figures beside it."""
+    """A printed average that does not follow from the numbers beside it."""
 
     row: PublishedRow
     name: str
@@ -81,9 +81,10 @@ def disagreements(suite: str, groups: dict[str, str], tolerance: float = 0.1) ->
     """The printed averages that differ from the recomputed ones by `tolerance` points or more.
 
     Args:
-        suite: Whose rows.
+        suite: Name of the suite.
         groups: `{task: group}` of its tasks.
-        tolerance: An average cut off after its first decimal, as some papers do, is less than 0.1 away.
+        tolerance: Smallest difference that counts. Some papers cut averages off after the first decimal, which makes a
+            difference of less than 0.1.
     """
     found = []
     for row in published_rows(suite):

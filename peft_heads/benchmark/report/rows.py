@@ -1,4 +1,4 @@
-"""From runs to the rows of a table: runs that differ in anything but task and seed stand in different rows."""
+"""From runs to the rows of a table: runs that differ in anything but task and seed are different rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..records.schema import canonical_json
 from .averages import mean_and_std
 
 
-# Settings of a method that a "best per task" row may choose anew for every task.
+# Settings of a method that a "best per task" row may choose for every task.
 SCALE = ("scale", "lora_alpha")
 VARIANTS = ("ne", "ratio", "criterion", "granularity", "joint", "mask_seed", *SCALE)
 
@@ -21,11 +21,11 @@ class Row:
     """The runs of one setting.
 
     Args:
-        settings: Everything that they have in common, see `row_settings`.
+        settings: Settings that the runs have in common, see `row_settings`.
         runs: `{task: {(list seed, seed): run}}`.
-        label: What the row is, where it is more than its method.
-        choices: `{task: setting}` of a row that chooses anew for every task.
-        notes: What the reader must know.
+        label: Name of the row, where it is more than its method.
+        choices: `{task: setting}` of a row that chooses for every task.
+        notes: Remarks that the reader needs.
     """
 
     settings: dict[str, Any]
@@ -60,7 +60,7 @@ class Row:
 
 
 def row_settings(run: Run) -> dict[str, Any]:
-    """All that changes the number of a run, but its task, its seeds, the library versions and the device."""
+    """Everything that changes a run's accuracy, except its task, its seeds, the library versions and the device."""
     spec = run.spec.to_json()
     settings = {name: value for name, value in spec.items() if name not in ("task", "seed", "list_seed")}
     return settings | {
@@ -71,15 +71,15 @@ def row_settings(run: Run) -> dict[str, Any]:
 
 
 def _main_format(image_format: str | None) -> str | None:
-    """A JPEG tree with some images of another format is a JPEG tree: which tasks have them is no setting."""
+    """The format of a tree. Some images of another format do not make another setting of a JPEG tree."""
     return "JPEG" if "JPEG" in (image_format or "").split("+") else image_format
 
 
 def make_rows(runs: Iterable[Run]) -> list[Row]:
-    """One row per setting, sorted by method, then the rest.
+    """One row per setting, sorted by method, then by the other settings.
 
-    Runs without an accuracy (partial ones may have none) are left out. Where the runs of one task and list were on
-    different data, the row has no figure for that task, and a note says so.
+    Runs without an accuracy are left out: partial ones may have none. Where the runs of one task and list used
+    different data, the row has no number for that task, and a note says so.
     """
     grouped: dict[str, tuple[dict, dict]] = {}
     for run in runs:
@@ -98,11 +98,11 @@ def make_rows(runs: Iterable[Run]) -> list[Row]:
 
 
 def best_on_test(rows: Iterable[Row], variants: tuple[str, ...] = VARIANTS) -> list[Row]:
-    """The papers' way: for every task the variant with the highest *test* accuracy. Not a result of one method.
+    """For every task the variant with the highest *test* accuracy, as in the papers. It is not a result of one method.
 
     Args:
         rows: Rows of `make_rows`.
-        variants: The settings of the method in which the rows to choose from may differ.
+        variants: Settings of the method in which the rows to choose from may differ.
 
     Returns:
         One row for every family of at least two rows.
@@ -120,18 +120,19 @@ def best_on_test(rows: Iterable[Row], variants: tuple[str, ...] = VARIANTS) -> l
 def best_on_validation(
     rows: Iterable[Row], variants: tuple[str, ...] = VARIANTS, partly: Collection[str] = ()
 ) -> list[Row]:
-    """For every task the test figure of the variant with the highest *validation* accuracy.
+    """For every task the test accuracy of the variant with the highest *validation* accuracy.
 
-    All variants that have validation runs on a task are candidates, of one sweep or of several. A task whose chosen
-    variant was not run on test, or for which a sweep has not finished all candidates, has no figure, and a note says so.
+    All variants that have validation runs on a task are candidates, whether of one sweep or of several. Where the
+    chosen variant was not run on test, or a sweep has not finished all candidates, the task has no number, and a note
+    says so.
 
     Args:
         rows: Rows of `make_rows`, on the validation and on the test split.
-        variants: The settings of the method in which the rows to choose from may differ.
-        partly: Ids of runs by which nothing is to be chosen, see `plans.unfinished_choices`.
+        variants: Settings of the method in which the rows to choose from may differ.
+        partly: Ids of runs by which nothing may be chosen, see `plans.unfinished_choices`.
 
     Returns:
-        One row for every family whose validation rows are at least two and of which some test row exists.
+        One row for every family that has at least two validation rows, and a test row.
     """
     rows = list(rows)
     candidates: dict[str, dict[str, list[Row]]] = {}
@@ -213,7 +214,7 @@ def _order(row: Row) -> tuple:
 
 
 def method_order(method: dict[str, Any]) -> list[tuple]:
-    """A key to sort the settings of one method by; of equally good ones the first is chosen, everywhere."""
+    """A key that sorts settings of one method. Everywhere, the first of equally good settings is chosen."""
     settings = sorted((name, value) for name, value in method.items() if name != "name")
     return [
         (name, isinstance(value, str), value if isinstance(value, int | float) else 0, str(value))
@@ -235,7 +236,7 @@ def _without_splits(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _families(rows: list[Row], variants: tuple[str, ...]) -> list[tuple[dict, list[Row]]]:
-    """Rows that differ in nothing but `variants`, together with what they share."""
+    """Families of rows that differ in nothing but `variants`, each with the settings that its rows share."""
     families: dict[str, tuple[dict, list[Row]]] = {}
     for row in rows:
         base = _base(row, variants)

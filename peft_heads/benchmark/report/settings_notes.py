@@ -1,4 +1,4 @@
-"""What a report says of the settings: those that no row names, and where rows depart from the recipe."""
+"""What a report says about settings: those that no row names, and where rows depart from the recipe."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ OFFICIAL = (
 
 
 def settings_notes(rows: list[Row], suite: str) -> str:
-    """Markdown, a list: what official means, deviations from the recipe, defaults in effect."""
+    """A list in Markdown: what official means, deviations from the recipe, defaults in effect."""
     return "\n".join(f"- {note}" for note in [OFFICIAL, *deviation_notes(rows, suite), *default_notes(rows)])
 
 
 def deviation_notes(rows: list[Row], suite: str) -> list[str]:
-    """Where rows depart from the recipe of the suite: said once, where all depart alike."""
+    """Where rows depart from the recipe of the suite; said once if all depart in the same way."""
     by_text: dict[str, list[str]] = {}
     for row, label in zip(rows, row_labels(rows), strict=True):
         runs = [run for seeds in row.runs.values() for run in seeds.values()]
@@ -37,7 +37,7 @@ def deviation_notes(rows: list[Row], suite: str) -> list[str]:
 
 
 def default_notes(rows: list[Row]) -> list[str]:
-    """By method, the settings that were in effect in all its rows though no row names them."""
+    """For each method, the settings that were in effect in all its rows although no row names them."""
     methods: dict[str, list[dict]] = {}
     for row in rows:
         methods.setdefault(row.method["name"], []).append(row)

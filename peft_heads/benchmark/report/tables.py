@@ -14,7 +14,7 @@ MISSING = "–"
 
 @dataclass(frozen=True)
 class Column:
-    """A column, its heading above others of one `group`, and its decimals."""
+    """A column: its name, the heading above all columns of its `group`, and its decimals."""
 
     name: str
     group: str = ""
@@ -23,7 +23,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """A mean, and its standard deviation where there is one; no mean is shown as a dash."""
+    """A mean, and its standard deviation where there is one; a missing mean is shown as a dash."""
 
     mean: float | None
     std: float | None = None
@@ -36,7 +36,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class TableRow:
-    """A labelled row of `{column name: cell}`, in a section of the table; what it leaves out is shown as a dash."""
+    """A labelled row of `{column name: cell}` in a section of the table; a missing cell is shown as a dash."""
 
     section: str
     label: str
@@ -48,7 +48,7 @@ class TableRow:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows, and the notes that stand under them."""
+    """Rows, and the notes below them."""
 
     title: str
     columns: list[Column]
@@ -69,7 +69,7 @@ def to_markdown(table: Table) -> str:
 
 
 def to_text(table: Table, columns: list[Column]) -> str:
-    """Some columns, aligned, for a terminal; no notes. What all labels of a section begin with stands in its title."""
+    """Some columns, aligned, for a terminal; no notes. Words with which all labels of a section begin are in its title."""
     sections = []
     for section, rows in groupby(table.rows, key=lambda row: row.section):
         rows = list(rows)

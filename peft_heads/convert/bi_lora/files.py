@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import yaml
 
-from ...adapter_folder.weights_file import check_ordinary
+from ...adapter_folder.ordinary import check_ordinary
 from ...functional.packing import PackedWeight
 from ...functional.quantization import BITS, pack, unpack
 

@@ -16,7 +16,7 @@ from peft_heads.benchmark.engine import sweep as sweep_module
 from peft_heads.benchmark.engine.optuna_queue import SharedQueue, default_study_name
 from peft_heads.benchmark.engine.sweep import Outcome, Sweep, execute, run_sweep
 from peft_heads.benchmark.records.results import find_result, read_results, result_path, write_result
-from peft_heads.benchmark.report.report import make_report
+from peft_heads.benchmark.report import make_report
 
 
 pytest.importorskip("optuna")

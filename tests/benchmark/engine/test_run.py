@@ -13,7 +13,7 @@ from peft_heads import TaylorHeadScorer
 from peft_heads.benchmark.engine import training
 from peft_heads.benchmark.engine.run import make_spec, run, train_trunk, training_key, trunk_epochs, trunk_key
 from peft_heads.benchmark.engine.training import Training
-from peft_heads.benchmark.offline.offline import offline_specs
+from peft_heads.benchmark.offline.settings import offline_specs
 from peft_heads.benchmark.records.effective import with_warmup
 from peft_heads.benchmark.records.results import read_results
 from peft_heads.data.tasks import find_task

@@ -13,7 +13,7 @@ from peft_heads.benchmark.engine.sweep import Outcome, Sweep, execute, run_sweep
 from peft_heads.benchmark.engine.training import Training
 from peft_heads.benchmark.records.plans import read_plans, unfinished_choices
 from peft_heads.benchmark.records.results import Run, RunResult, find_result, read_results, write_result
-from peft_heads.benchmark.report.report import make_report
+from peft_heads.benchmark.report import make_report
 
 
 HEADS = {"name": "head-masked-lora", "r": 4, "adapter_bits": 1, "scale": [0.1, 10]}

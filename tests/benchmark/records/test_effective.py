@@ -8,11 +8,11 @@ import pytest
 from benchmark_runs import heads, make_run
 
 from peft_heads.benchmark.engine.run import make_spec
-from peft_heads.benchmark.offline.offline import offline_settings, offline_specs
+from peft_heads.benchmark.offline.settings import offline_settings, offline_specs
 from peft_heads.benchmark.recipes import RECIPES, SHIPPED
 from peft_heads.benchmark.records.effective import deviations, effective_method, merge_settings
 from peft_heads.benchmark.records.results import read_result, write_result
-from peft_heads.benchmark.report.report import make_report, summarize
+from peft_heads.benchmark.report import make_report, summarize
 from peft_heads.data.tasks import find_task
 
 

@@ -2,8 +2,8 @@ import pytest
 from benchmark_runs import heads, make_run
 
 from peft_heads.benchmark.report.accuracy_tables import accuracy_table, cost_table, papers_name, validation_table
+from peft_heads.benchmark.report.groups import suite_groups
 from peft_heads.benchmark.report.rows import make_rows
-from peft_heads.benchmark.suites import suite_groups
 
 
 GROUPS = suite_groups("vtab")

@@ -1,7 +1,7 @@
 import pytest
 
+from peft_heads.benchmark.report.groups import suite_groups
 from peft_heads.benchmark.report.published import AVERAGING, disagreements, published_rows
-from peft_heads.benchmark.suites import suite_groups
 
 
 SUITES = {suite: suite_groups(suite) for suite in ("vtab", "fgvc")}

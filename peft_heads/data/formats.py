@@ -1,10 +1,12 @@
-"""The lists of a benchmark tree, in the three forms in which they were published, as rows with their place in the file."""
+"""The forms in which benchmark trees were published: how their lists are read, and where lists and images lie."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +16,7 @@ LEAVES = re.compile(r"(^|[/\\])\.\.([/\\]|$)|^[/\\]|^[A-Za-z]:|\0")
 
 
 class Row(NamedTuple):
-    """One line of a list: an image's path as it stands there, its class, and the place for messages (`test.txt:3`)."""
+    """One line of a list: the image's path as listed, its class, and the line's place for messages (`test.txt:3`)."""
 
     image: str
     label: int | str
@@ -22,14 +24,14 @@ class Row(NamedTuple):
 
 
 class Lines(NamedTuple):
-    """What a list holds, and what is wrong with it."""
+    """The rows of a list, and what is wrong with it."""
 
     rows: list[Row]
     faults: list[str]
 
 
 def read_text_list(path: Path) -> Lines:
-    """`relative/path of an image.jpg 307` on each line: the label follows the last space."""
+    """Read lines such as `relative/path of an image.jpg 307`: the label follows the last space."""
     text, faults = _read(path)
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
@@ -45,7 +47,7 @@ def read_text_list(path: Path) -> Lines:
 
 
 def read_json_list(path: Path) -> Lines:
-    """A list of objects with one entry, `{"path": label}`."""
+    """Read a list of objects with one entry, `{"path": label}`."""
 
     def pairs(content):
         return content if isinstance(content, list) else None
@@ -57,12 +59,41 @@ def read_json_list(path: Path) -> Lines:
 
 
 def read_json_object(path: Path) -> Lines:
-    """One object, `{"path": class}`; classes are integers or text."""
+    """Read one object, `{"path": class}`; classes are integers or text."""
 
     def pairs(content):
         return content if isinstance(content, tuple) else None
 
     return _read_json(path, pairs, lambda entry: entry, "an object of path: class", labels=(int, str))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One form of a task's folder.
+
+    Attributes:
+        name: Name in results.
+        read: Function that reads one list.
+        list_name: Path of a split's list in the task's folder.
+        image_folders: Folders, in the task's folder, from which the paths in the lists may start; the first that fits
+            counts.
+        drawn_from: `{split: the list from which it is drawn if it has none of its own}`.
+    """
+
+    name: str
+    read: Callable[[Path], Lines]
+    list_name: str
+    image_folders: tuple[str, ...]
+    drawn_from: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    def list_path(self, folder: Path, split: str, shots: int | None = None, list_seed: int | None = None) -> Path:
+        drawn = f".num_shot_{shots}.seed_{list_seed}" if shots is not None else ""
+        return folder / (self.list_name.format(split=split) + drawn)
+
+    def image_folder(self, folder: Path, image: str) -> str:
+        """The one of `image_folders` that holds `image`."""
+        found = (base for base in self.image_folders if os.path.exists(os.path.join(folder, base, image)))
+        return next(found, self.image_folders[0])
 
 
 def _read_json(path: Path, pairs: Callable, row: Callable, form: str, labels: tuple = (int,)) -> Lines:

@@ -1,6 +1,6 @@
 """Pre-train the demo model: a small ViT that tells synthetic stroke characters apart (see `strokes.py`).
 
-    python -m peft_heads.demo.pretrain --output DIR
+    python scripts/pretrain.py --output DIR
 
 Writes config.json, model.safetensors (the backbone, without the stroke classifier), preprocessor_config.json and the
 model card README.md, which holds the numbers measured in this run.
@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from probe import report
+from strokes import IMAGE_SIZE, StrokeBatches
 from transformers import ViTConfig, ViTForImageClassification
 
-from ..image_classifier import quiet_loading
-from .probe import report
-from .strokes import IMAGE_SIZE, StrokeBatches
+from peft_heads.image_classifier import quiet_loading
 
 
 CLASS_SEED = 0  # which characters there are; --seed changes only the initialisation and the writing
@@ -37,17 +37,17 @@ layer, hidden size {hidden}, {image}x{image} pixels in patches of {patch}x{patch
 anything in earnest.
 
 **Training data.** {classes} synthetic characters of one to four random strokes (lines, arcs, free curves), drawn from
-a fixed seed by `peft_heads/demo/strokes.py` and written anew for every batch with random shape, pen and noise. No
+a fixed seed by `scripts/strokes.py` and written anew for every batch with random shape, pen and noise. No
 fonts, digits, photographs or other real data. Three quarters of the images are reduced to 8x8 grey levels and
 enlarged again, to look like the coarse scans of the demo's task; character cells are portrait for the same reason.
 
-**Training.** `python -m peft_heads.demo.pretrain --output DIR --steps {steps} --batch-size {batch_size} --seed {seed}`:
+**Training.** `python scripts/pretrain.py --output DIR --steps {steps} --batch-size {batch_size} --seed {seed}`:
 AdamW, peak learning rate {learning_rate} with a one-cycle schedule, weight decay {weight_decay}, label smoothing
 {label_smoothing}, {seen:,} images seen once each, {seconds:.0f} s on {threads} CPU threads (torch {torch}).
 Accuracy at telling the {classes} characters apart: {train_accuracy:.1%} on the last 100 batches, {val_accuracy:.1%}
 on {val_images:,} new images. The stroke classifier is not part of the saved model.
 
-**Linear probe** on scikit-learn's handwritten digits (1,000 train, 797 test images; `python -m peft_heads.demo.probe`),
+**Linear probe** on scikit-learn's handwritten digits (1,000 train, 797 test images; `python scripts/probe.py`),
 test accuracy with the frozen, standardised CLS feature, against the same architecture in its default initialisation:
 
 {probe}
@@ -64,7 +64,7 @@ the last left nothing for fine-tuning to add. So the test split is not untouched
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m peft_heads.demo.pretrain", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", required=True, type=Path, help="folder to write the model to")
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch-size", type=int, default=256)

@@ -1,4 +1,4 @@
-"""A report on a folder of results: tables (Markdown, CSV, LaTeX), figures, and the atlas of heads."""
+"""A report on results: tables (Markdown, CSV, LaTeX), figures, and the atlas of heads."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from ...scoring.plotting import figure_bytes
 from ..records.plans import Choice, unfinished_choices
 from ..records.results import Run
-from ..suites import suite_groups
 from .accuracy_tables import accuracy_table, cost_table, validation_table
 from .atlas import plot_head_atlas
+from .groups import suite_groups
 from .overlap import group_p_value, overlaps
 from .plots import (
     criterion_families,
@@ -31,9 +31,9 @@ def make_report(runs: Iterable[Run], suite: str, choices: Iterable[Choice] = ())
     """The files of a report on one suite: `{file name: content}`, of which `report.md` shows all tables and figures.
 
     Args:
-        runs: Of this suite and of others.
-        suite: As `data.tasks` names it.
-        choices: What the sweeps were to choose; of those that lack runs nothing is chosen, and the report says so.
+        runs: Runs of this suite, and perhaps of others.
+        suite: Name of the suite.
+        choices: Choices that the sweeps were to make; where runs are missing none is made, and the report says so.
 
     Raises:
         ValueError: None of the runs belongs to the suite.
@@ -71,7 +71,7 @@ def make_report(runs: Iterable[Run], suite: str, choices: Iterable[Choice] = ())
 
 
 def summarize(runs: Iterable[Run], suite: str, choices: Iterable[Choice] = ()) -> str:
-    """The accuracies for a terminal: the averages, or the tasks where there are few, or none of the averages is complete.
+    """The accuracies for a terminal: the averages; the tasks as well, where they are few or no average is complete.
 
     Raises:
         ValueError: None of the runs belongs to the suite.
@@ -92,7 +92,7 @@ def summarize(runs: Iterable[Run], suite: str, choices: Iterable[Choice] = ()) -
 
 
 def make_figures(rows: list[Row], groups: dict[str, str]) -> dict[str, bytes]:
-    """`{name: PNG}` of whatever the rows have to show."""
+    """`{name: PNG}` of all figures for which the rows have data."""
     figures = {}
     few_shot = [row for row in rows if row.settings["shots"] is not None]
     whole = [row for row in rows if row.settings["shots"] is None]

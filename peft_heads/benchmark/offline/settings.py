@@ -1,4 +1,4 @@
-"""The evidence of our own: which settings are compared on the offline suite, and how they are trained."""
+"""The settings that are compared on the offline suite, and how they are trained."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 
 from ...data.tasks import OFFLINE, TASKS, Task
 from ..engine.run import make_spec
-from ..engine.training import SHIPPED
-from ..recipes import RECIPES, Recipe
+from ..recipes import RECIPES, SHIPPED, Recipe
 from ..records.results import RunSpec, describe_method
 
 
@@ -41,13 +40,13 @@ CORE: dict[str, dict[str, Any]] = {
     },
 }
 
-# What is changed, beside ne = 1: each with the default criterion, and with random masks.
+# Changes of the setting ne = 1; each is run with the default criterion, and with random masks.
 CHANGES: dict[str, dict[str, Any]] = {
     "per layer": {"granularity": "layer"},
     "q and v apart": {"joint": False},
     "head scope": {"mask_scope": "head"},
     "1 bit, r=32": ONE_BIT,
-    # lora_B is zero before the first step, and so is every score: the second step is the first that says anything
+    # lora_B is zero before the first step, and so is every score: the second step is the first with information
     "scored on one batch": {"head_select_at": 2, "head_window": "last_step"},
     "scored after 1 epoch": {"head_warmup_epochs": 1},
     "scored after 10 epochs": {"head_warmup_epochs": 10},
@@ -65,7 +64,7 @@ _NAMES = {describe_method(method): name for name, method in (CORE | SIDE).items(
 
 
 def setting_name(method: dict[str, Any]) -> str:
-    """What a method of these is called here; of others, the method in words."""
+    """The name of one of these settings; of others, the method in words."""
     return _NAMES.get(describe_method(method), describe_method(method))
 
 
@@ -80,13 +79,13 @@ def offline_specs(
     seeds: Iterable[int] = SEEDS,
     tasks: Iterable[Task] = OFFLINE_TASKS,
 ) -> list[RunSpec]:
-    """The runs, seed by seed: on test images, and of the same training on validation images.
+    """The runs, seed by seed; every training is evaluated on test images and on validation images.
 
     Args:
-        methods: Of `offline_settings`.
-        recipe: How they are trained, but for `LEARNING_RATES`.
-        seeds: Of everything that is drawn.
-        tasks: Of the suite.
+        methods: Methods of `offline_settings`.
+        recipe: Recipe of their training, except for `LEARNING_RATES`.
+        seeds: Seeds of everything that is drawn.
+        tasks: Tasks of the suite.
     """
     tasks, methods = tuple(tasks), tuple(methods)
     return [

@@ -1,10 +1,10 @@
 import pytest
 from benchmark_runs import heads, make_run
 
+from peft_heads.benchmark.report import make_report, overlap_table
+from peft_heads.benchmark.report.groups import suite_groups
 from peft_heads.benchmark.report.overlap import expected_jaccard
-from peft_heads.benchmark.report.report import make_report, overlap_table
 from peft_heads.benchmark.report.rows import make_rows
-from peft_heads.benchmark.suites import suite_groups
 
 
 GROUPS = {"cifar": "natural", "dtd": "natural", "eurosat": "specialized"}

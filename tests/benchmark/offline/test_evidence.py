@@ -6,11 +6,11 @@ from benchmark_runs import make_run
 from scipy import stats
 
 from peft_heads.benchmark.engine.run import training_key, trunk_epochs
-from peft_heads.benchmark.offline import evidence, evidence_plots, evidence_tables, offline
+from peft_heads.benchmark.offline import evidence, evidence_plots, evidence_tables, settings
 from peft_heads.benchmark.offline.evidence import Record
 
 
-TASKS = [task.name for task in offline.OFFLINE_TASKS]
+TASKS = [task.name for task in settings.OFFLINE_TASKS]
 SEEDS = range(3)
 
 
@@ -20,17 +20,17 @@ def records_of(settings, accuracy, tasks=TASKS, seeds=SEEDS):
 
 
 def test_settings():
-    everything = offline.offline_settings()
-    assert len(offline.CORE) == 23 and len(offline.SIDE) == 15 and len(everything) == 38
-    assert [offline.setting_name(method) for method in everything.values()] == list(everything)
-    assert offline.setting_name({"name": "lora", "r": 9}) == "lora r=9"
-    assert set(offline.offline_settings(core=True)) == set(offline.CORE)
+    everything = settings.offline_settings()
+    assert len(settings.CORE) == 23 and len(settings.SIDE) == 15 and len(everything) == 38
+    assert [settings.setting_name(method) for method in everything.values()] == list(everything)
+    assert settings.setting_name({"name": "lora", "r": 9}) == "lora r=9"
+    assert set(settings.offline_settings(core=True)) == set(settings.CORE)
     compared = {setting for *_, first, second in evidence_tables.comparisons() for setting in (*first, *second)}
     assert compared == set(everything)
 
 
 def test_specs():
-    specs = offline.offline_specs(offline.CORE.values(), seeds=(3, 4))
+    specs = settings.offline_specs(settings.CORE.values(), seeds=(3, 4))
     assert len(specs) == 23 * 6 * 2 * 2
     assert [spec.seed for spec in specs] == sorted(spec.seed for spec in specs)
     for test, validation in zip(specs[::2], specs[1::2], strict=True):
@@ -54,9 +54,9 @@ def test_records_of_runs():
 
     masks = {"a.q": [True, False, True], "a.v": [True, False, True]}
     scores = {"a.q": [1.0, 0.5, 2.0], "a.v": [1.0, 0.0, 0.125]}
-    runs = pair(offline.CORE["absolute ne=1"], masks=masks, scores=scores) + pair(offline.LORA)
-    runs += pair(offline.SIDE["absolute ne=1, per layer"], masks=masks | {"a.v": [False, True, True]}, scores=scores)
-    runs += pair(offline.CORE["front ne=1"])[:1]  # not on test
+    runs = pair(settings.CORE["absolute ne=1"], masks=masks, scores=scores) + pair(settings.LORA)
+    runs += pair(settings.SIDE["absolute ne=1, per layer"], masks=masks | {"a.v": [False, True, True]}, scores=scores)
+    runs += pair(settings.CORE["front ne=1"])[:1]  # not on test
     records = evidence.make_records(runs)
     assert records == [
         Record("absolute ne=1", "count", 2, 50.0, 25.0, (1,), (2.0, 0.5, 2.125)),
@@ -64,10 +64,10 @@ def test_records_of_runs():
         Record("absolute ne=1, per layer", "count", 2, 50.0, 25.0, None, (2.0, 0.5, 2.125)),
     ]
     # of layers that choose for themselves no heads are told, even if all have chosen alike
-    alike = pair(offline.SIDE["absolute ne=1, per layer"], masks=masks)
+    alike = pair(settings.SIDE["absolute ne=1, per layer"], masks=masks)
     assert evidence.make_records(alike)[0].heads is None
     with pytest.raises(ValueError, match="LoRA count 2, val: two runs that differ in recipe or backbone"):
-        evidence.make_records([*pair(offline.LORA), *pair(offline.LORA, spec={"epochs": 3})])
+        evidence.make_records([*pair(settings.LORA), *pair(settings.LORA, spec={"epochs": 3})])
 
 
 def test_records_on_disk(tmp_path):
@@ -159,7 +159,7 @@ def test_tables():
     better = {"absolute ne=1": 1.0, "LoRA": 0.5, "full": 5.0}
     draw = np.random.default_rng(0)
     records = records_of(
-        offline.offline_settings(), lambda s, t, k: (50.0, 70 + better.get(s, 0) + 0.01 * draw.normal())
+        settings.offline_settings(), lambda s, t, k: (50.0, 70 + better.get(s, 0) + 0.01 * draw.normal())
     )
     heads = {"count": (0,), "location": (0,), "orientation": (0,), "distance": (0,), "digits": (7,), "textures": (7,)}
     records = [

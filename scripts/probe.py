@@ -5,7 +5,7 @@ final layer norm, which is what the classifier of `ViTForImageClassification` se
 training split's mean and standard deviation. The same probe is run on the shipped weights and on the same architecture
 with random weights (its default initialisation).
 
-    python -m peft_heads.demo.probe
+    python scripts/probe.py
 """
 
 import argparse
@@ -15,8 +15,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from .digits import load_digits_dataset
-from .model import DEMO_MODEL_PATH, load_demo_model, load_demo_processor
+from peft_heads.demo.digits import load_digits_dataset
+from peft_heads.demo.model import DEMO_MODEL_PATH, load_demo_model, load_demo_processor
 
 
 RANDOM_SEEDS = (0, 1, 2)
@@ -94,7 +94,7 @@ def report(path=DEMO_MODEL_PATH):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m peft_heads.demo.probe", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default=DEMO_MODEL_PATH, help="folder of the model (default: the shipped one)")
     print("\n".join(report(parser.parse_args(argv).model)))
 
