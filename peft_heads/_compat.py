@@ -1,4 +1,7 @@
-"""Every fact tied to a version of peft, transformers or torch, each with the condition for deleting it."""
+"""Every fact tied to a version of a host (peft, transformers, torch, …), and every private name of theirs that we use.
+
+Each says on what condition it can be deleted.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,15 @@ import inspect
 import os
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import peft
+import torch
 from peft import PeftConfig, PeftModel
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -27,7 +32,6 @@ from torch import nn
 
 
 if TYPE_CHECKING:
-    import torch
     from transformers import BaseImageProcessor
 
 # PEFT's own types, before a method of ours adds one.
@@ -36,23 +40,101 @@ PEFT_TYPES = frozenset(PeftType.__members__)
 _OWN_CONFIGS: list[type[PeftConfig]] = []
 _READING_CONFIG: ContextVar[bool] = ContextVar("reading_config", default=False)
 
-# The methods, private to PEFT, that our tuners extend. One that PEFT stops calling would be missed without a word: no
-# layer would be masked, no mask be saved. Delete what becomes public.
-TUNER_HOOKS = (
-    "_cast_adapter_dtype",
-    "_convert_state_dict_for_initial_model",
-    "_create_and_replace",
-    "_create_new_module",
-    "_get_adapter_state_dict",
-    "_prepare_adapter_config",
-    "_remap_adapter_state_dict_for_load",
-    "_replace_module",
-    "_unload_and_optionally_merge",
-)
+
+class Override(NamedTuple):
+    """A private method of a host that classes of ours override.
+
+    Attributes:
+        why: What the override does.
+        parameters: Names of the host's parameters that ours relies on.
+        test: The test that fails where the host calls the method no longer, or otherwise.
+        is_vital: Whether importing must fail where the host has lost the method, because nothing else would show it: no
+            layer would be masked, no mask be saved.
+    """
+
+    why: str
+    parameters: tuple[str, ...]
+    test: str
+    is_vital: bool = True
+
+
+_CONTRACT = "tests/tuners/test_contract.py::"
+# Every private method of a host that classes of ours override. Delete an entry when the method becomes public.
+OVERRIDDEN = {
+    "peft.tuners.tuners_utils.BaseTuner._prepare_adapter_config": Override(
+        "default targets and classifier; refuses settings before anything is changed",
+        ("peft_config", "model_config"),
+        f"{_CONTRACT}test_default_targets",
+    ),
+    "peft.tuners.tuners_utils.BaseTuner._create_and_replace": Override(
+        "one layer of ours for every target",
+        ("adapter_name", "target", "target_name", "parent", "current_key"),
+        f"{_CONTRACT}test_forward",
+    ),
+    "peft.tuners.lora.model.LoraModel._create_new_module": Override(
+        "layers that carry masks; it is static there, but called through the instance",
+        ("lora_config", "adapter_name", "target", "kwargs"),
+        f"{_CONTRACT}test_forward",
+    ),
+    "peft.tuners.tuners_utils.BaseTuner._replace_module": Override(
+        "a trained classifier does not get the weight of what it replaces",
+        ("parent", "child_name", "new_module", "child"),
+        "tests/tuners/rlrr/test_families.py::test_modules_trained_in_full",
+    ),
+    "peft.tuners.tuners_utils.BaseTuner._cast_adapter_dtype": Override(
+        "the cast parameters of an adapter that is not active are not trained",
+        ("adapter_name", "autocast_adapter_dtype"),
+        "tests/tuners/rlrr/test_model.py::test_a_second_adapter_on_half_precision_is_not_trained",
+    ),
+    "peft.tuners.tuners_utils.BaseTuner._get_adapter_state_dict": Override(
+        "zero rows, masks, packed codes and noted settings in the file",
+        ("model", "config", "adapter_name", "state_dict", "unwanted_adapter_names"),
+        f"{_CONTRACT}test_file",
+    ),
+    "peft.tuners.tuners_utils.BaseTuner._remap_adapter_state_dict_for_load": Override(
+        "reads what `_get_adapter_state_dict` has written, and refuses a file that contradicts itself",
+        ("model", "config", "adapter_name", "state_dict"),
+        f"{_CONTRACT}test_save_and_load",
+    ),
+    "peft.tuners.tuners_utils.BaseTuner._convert_state_dict_for_initial_model": Override(
+        "refuses a conversion that would lose the masks",
+        ("peft_model", "peft_config"),
+        "tests/tuners/head_masked_lora/test_features.py::test_conversion_from_an_initialisation_is_refused",
+    ),
+    "peft.tuners.tuners_utils.BaseTuner._unload_and_optionally_merge": Override(
+        "classifier and labels of the adapters that are merged",
+        ("merge", "adapter_names"),
+        f"{_CONTRACT}test_merge_and_unload",
+    ),
+    "peft.tuners.lora.model.LoraModel._enable_peft_forward_hooks": Override(
+        "refuses mixed batches that have no one classifier; k-bit weights are quantised once per pass",
+        ("args", "kwargs"),
+        f"{_CONTRACT}test_mixed_batch",
+        is_vital=False,  # PEFT refuses mixed batches without it
+    ),
+    "torch.nn.Module._load_from_state_dict": Override(
+        "reads the masks of earlier versions",
+        ("state_dict", "prefix", "local_metadata", "strict", "missing_keys", "unexpected_keys", "error_msgs"),
+        "tests/tuners/common/test_head_mask.py::test_an_old_state_dict_is_converted",
+        is_vital=False,
+    ),
+}
+# Private methods and attributes of PEFT's classes that our subclasses use as they are. Delete what becomes public.
+INHERITED = {
+    "peft.tuners.tuners_utils.BaseTuner._check_target_module_exists": "whether a configuration targets a module",
+    "peft.tuners.lora.model.LoraModel._check_add_weighted_adapter": "the rank of a sum of adapters",
+    "peft.tuners.tuners_utils.BaseTuner._remove_adapter_name_from_key": "the key of a tensor in a file",
+    "peft.tuners.tuners_utils.BaseTunerLayer._move_adapter_to_device_of_base_layer": "places new parameters",
+    "peft.tuners.tuners_utils.BaseTunerLayer._disable_adapters": "every layer's constructor sets it",
+    "peft.tuners.tuners_utils.BaseTunerLayer._active_adapter": "every layer's constructor sets it",
+}
+
+# The attribute of a compiled model, and the part of its modules' names, that leads to the model itself.
+COMPILED = "_orig_mod"
 
 
 def is_own(config: Any) -> bool:
-    """Whether a configuration is of a method registered here. What this module extends leaves all others alone."""
+    """Whether a configuration belongs to a method registered here. What this module extends leaves all others alone."""
     return isinstance(config, tuple(_OWN_CONFIGS))
 
 
@@ -112,9 +194,10 @@ def check_hooks(model_cls: type) -> None:
     """Raise ImportError if a tuner of ours extends a private method that PEFT's tuners no longer have."""
     theirs = [cls for cls in model_cls.__mro__ if cls.__module__.partition(".")[0] == "peft"]
     ours = [cls for cls in model_cls.__mro__ if cls.__module__.partition(".")[0] == __package__]
+    vital = [path.rpartition(".")[2] for path, override in OVERRIDDEN.items() if override.is_vital]
     lost = [
         name
-        for name in TUNER_HOOKS
+        for name in vital
         if any(name in vars(cls) for cls in ours) and not any(hasattr(cls, name) for cls in theirs)
     ]
     if lost:
@@ -136,9 +219,9 @@ def allow_hotswap(name: str, *keys: str) -> None:
 
 
 def delegate_config_loading() -> None:
-    """Let `PeftConfig.from_pretrained` hand over to `from_pretrained` of our class where it finds one in the file.
+    """Let `PeftConfig.from_pretrained` call `from_pretrained` of our class where the file names one.
 
-    It only constructs that class, so that one which reads more than `adapter_config.json` would miss the rest.
+    PEFT only constructs the class, which would then miss what it reads beside `adapter_config.json`.
 
     Delete when PEFT delegates.
     """
@@ -174,7 +257,7 @@ def is_reading_config() -> bool:
 
 
 def _config_class(folder: str | os.PathLike, subfolder: str | None) -> type[PeftConfig] | None:
-    """Our class of a local folder's configuration, whatever else is wrong with it; None if it is not known, or others'."""
+    """Our class of a local folder's configuration, whatever else is wrong with it; None if it is unknown or not ours."""
     path = os.path.join(folder, subfolder or "")
     try:
         found = PEFT_TYPE_TO_CONFIG_MAPPING[PeftConfig._get_peft_type(path)] if os.path.isdir(path) else None
@@ -184,7 +267,7 @@ def _config_class(folder: str | os.PathLike, subfolder: str | None) -> type[Peft
 
 
 def extend_hotswap_check(check: Callable[[PeftConfig, PeftConfig], None]) -> None:
-    """Call `check(old config, new config)` whenever PEFT has found two adapters of ours fit for hot-swapping.
+    """Call `check(old config, new config)` whenever PEFT has accepted two adapters of ours for hot-swapping.
 
     Delete when PEFT asks the tuner instead of a table.
     """
@@ -210,10 +293,11 @@ def extend_hotswap(
     """Let a method prepare the weights that PEFT swaps in, and refuse the ranks that PEFT pads to.
 
     Args:
-        prepare: Of the model, the new weights, the adapter's name and the new configuration: the weights as they are
-            swapped in.
-        check_padding: Of the model and the rank. It is asked twice, because whoever has imported PEFT's function
-            before us goes past the first time; scalings are tensors the second time, of the same values.
+        prepare: Returns the weights to swap in. Called with the model, the weights of the file, the adapter's name and
+            the new configuration.
+        check_padding: Raises ValueError. Called with the model and the rank, and called twice, because whoever has
+            imported PEFT's function before us goes past the first time; scalings are tensors the second time, of the
+            same values.
 
     Delete when PEFT asks the tuner.
     """
@@ -280,10 +364,10 @@ def extend_weight_mapping(name: str) -> None:
 
 @dataclass
 class Loading:
-    """A saved adapter that is being loaded, as its user has said it.
+    """What the user has said about the saved adapter that is being loaded.
 
     Attributes:
-        key_mapping, ignore_mismatched_sizes: As of `PeftModel.from_pretrained`.
+        key_mapping, ignore_mismatched_sizes: Arguments of `PeftModel.from_pretrained`.
         checked: Configurations whose folders have been found to fit the model.
     """
 
@@ -296,7 +380,7 @@ _loading: ContextVar[Loading | None] = ContextVar("peft_heads_loading", default=
 
 
 def current_loading() -> Loading | None:
-    """The loading that is going on; None where an adapter is created, or weights are given as a dict."""
+    """The loading in progress; None where an adapter is created, or weights are given as a dict."""
     return _loading.get()
 
 
@@ -311,10 +395,10 @@ def loading_begins(loading: Loading) -> Iterator[Loading]:
 
 
 def announce_loading(check: Callable[[nn.Module, PeftConfig, dict[str, Any], Loading], None]) -> None:
-    """Let tuners know that a saved folder is being loaded: PEFT tells them neither this nor what its user has said.
+    """Let tuners know that a saved folder is being loaded: PEFT tells them neither this nor what the user has said.
 
-    A folder that is loaded into an adapter which exists is checked before PEFT reads it; an adapter
-    that was added and whose weights then cannot be loaded is taken out again.
+    A folder that is loaded into an existing adapter is checked before PEFT reads it. A new adapter whose weights cannot
+    be loaded is removed again.
 
     Delete when PEFT hands tuners the source and the arguments of `load_adapter`.
 
@@ -335,7 +419,7 @@ def announce_loading(check: Callable[[nn.Module, PeftConfig, dict[str, Any], Loa
             config = given.get("config")
             if is_own(config) and config.carried.source is None:
                 # a folder's own is checked when it is prepared; with another PEFT adds the adapter before it reads
-                download_kwargs, _ = cls._split_kwargs(given.get("kwargs", {}))
+                download_kwargs = split_download_kwargs(cls, given.get("kwargs", {}))
                 check(model, config, {"path_or_repo": os.fspath(given["model_id"]), **download_kwargs}, loading)
             return create(cls, model, *args, **kwargs)
 
@@ -349,7 +433,7 @@ def announce_loading(check: Callable[[nn.Module, PeftConfig, dict[str, Any], Loa
             if exists and is_own(self.peft_config[adapter_name]):
                 config = self.peft_config[adapter_name]
                 if not any(config is other for other in loading.checked):
-                    download_kwargs, _ = self._split_kwargs(rest)
+                    download_kwargs = split_download_kwargs(self, rest)
                     check(self, config, {"path_or_repo": os.fspath(model_id), **download_kwargs}, loading)
             try:
                 return load(self, model_id, adapter_name, *args, **kwargs)
@@ -364,9 +448,9 @@ def announce_loading(check: Callable[[nn.Module, PeftConfig, dict[str, Any], Loa
 
 
 def announce_loading_by_transformers() -> None:
-    """The same for `model.load_adapter` of transformers, which hands tuners a configuration alone.
+    """The same for `model.load_adapter` of transformers, which passes tuners a configuration alone.
 
-    What its report takes for faults and is none (`no_faults`) is not reported.
+    Its report leaves out what is no fault of our files (`no_faults`).
 
     Delete together with `announce_loading`.
     """
@@ -415,7 +499,7 @@ def no_faults() -> dict[str, str]:
 
 
 def _is_of_others(given: dict[str, Any]) -> bool:
-    """Whether the arguments of transformers' `load_adapter` are known to mean no adapter of ours; not of repositories."""
+    """Whether `load_adapter` of transformers is known to load no adapter of ours; what is in a repository is not known."""
     if given.get("peft_config") is not None:
         return not is_own(given["peft_config"])
     options = {
@@ -457,8 +541,125 @@ def run_while_tracing(function: Callable) -> Callable:
     return function
 
 
+def must_be_called(module: nn.Module) -> bool:
+    """Whether something waits for a call of the module itself, so that its weight must not be used without one.
+
+    A hook, which may gather, cast or move the weight (FSDP, layerwise casting), or a `forward` in its place
+    (Accelerate's offloading). The names of the hooks are private to torch; delete when it has a public way to ask.
+    """
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" in vars(module) or any(getattr(module, name) for name in hooks)
+
+
+def transforms_are_active() -> bool:
+    """Whether a transform of `torch.func` (`vmap`, `grad`, …) is going on.
+
+    Delete when torch has a public function for it.
+    """
+    return torch._C._are_functorch_transforms_active()
+
+
+def tensor_version(tensor: torch.Tensor) -> int:
+    """A number that changes with every write into a tensor, unless it goes through `data`.
+
+    Delete when torch has a public name for it.
+    """
+    return tensor._version
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model that `torch.compile` has wrapped, or the model itself.
+
+    Delete, together with `COMPILED`, when torch has a public name for it.
+    """
+    return getattr(model, COMPILED, model)
+
+
+def forward_hooks(module: nn.Module) -> list[Callable]:
+    """The forward hooks that are registered on a module.
+
+    Delete when torch lists them.
+    """
+    return list(module._forward_hooks.values())
+
+
+def shell_of(module: nn.Module) -> nn.Module:
+    """A module of the same class with the same attributes and contents, but without hooks.
+
+    Delete, together with `replace_contents`, when torch copies a module onto the meta device.
+    """
+    shell = object.__new__(type(module))
+    for name, value in vars(module).items():
+        # torch keeps hooks in dicts, ordered or not, whose names end so
+        is_hooks = name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and isinstance(value, dict)
+        vars(shell)[name] = OrderedDict() if is_hooks else value
+    return shell
+
+
+def replace_contents(module: nn.Module, new_tensor: Callable, new_child: Callable) -> None:
+    """Replace what a module of `shell_of` holds: parameters and buffers by `new_tensor(old)`, modules by `new_child(old)`."""
+    for kind, new in (("_parameters", new_tensor), ("_buffers", new_tensor), ("_modules", new_child)):
+        vars(module)[kind] = {name: None if old is None else new(old) for name, old in vars(module)[kind].items()}
+
+
+def forget_adapters(model: nn.Module) -> None:
+    """Let a model of transformers not know that adapters were loaded into it.
+
+    Delete when transformers keeps nothing but `peft_config`.
+    """
+    for name in ("peft_config", "_hf_peft_config_loaded"):
+        vars(model).pop(name, None)
+
+
+def split_download_kwargs(config_class: type[PeftConfig], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of `from_pretrained`'s arguments that are `hf_hub_download`'s.
+
+    Delete when PEFT has a public name for it.
+    """
+    download_kwargs, *_ = config_class._split_kwargs(kwargs)
+    return download_kwargs
+
+
+def is_partitioned_by_zero(param: nn.Parameter) -> bool:
+    """Whether DeepSpeed keeps the float32 numbers of a parameter in parts: by ZeRO 3, or by ZeRO 1 and 2.
+
+    Delete when DeepSpeed has a public function for it.
+    """
+    return hasattr(param, "ds_id") or hasattr(param, "_hp_mapping")
+
+
+def commit_hash(config: Any) -> str | None:
+    """The revision on the Hub that a configuration of transformers was read from; None for a folder's.
+
+    Delete when transformers has a public name for it.
+    """
+    return getattr(config, "_commit_hash", None)
+
+
+def is_model_class(found: Any) -> bool:
+    """Whether it is a model class of transformers, or one of its Auto classes.
+
+    Delete when transformers has a public base class of its Auto classes.
+
+    Raises:
+        TypeError: It is no class.
+    """
+    from transformers import PreTrainedModel
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+    return issubclass(found, (PreTrainedModel, _BaseAutoModelClass))
+
+
+def trial_id(trial: Any) -> int:
+    """The number by which an Optuna storage knows a trial.
+
+    Delete when Optuna's trials have a public name for it.
+    """
+    return trial._trial_id
+
+
 def silence_known_warnings() -> None:
-    """Keep warnings between Hugging Face libraries, about which a user can do nothing, off the command line.
+    """Keep the command line free of warnings between Hugging Face libraries, about which a user can do nothing.
 
     Delete when PEFT asks for `is_activation_checkpointing` (peft 0.21 on transformers 5.23 and later).
     """
@@ -476,9 +677,9 @@ def trainer_has_overwrite_output_dir() -> bool:
 
 
 def is_network_error(error: BaseException) -> bool:
-    """Whether an error of the Hub's client is one of its HTTP library, which is no `OSError`.
+    """Whether an error comes from the HTTP library of the Hub's client, and is no `OSError`.
 
-    huggingface_hub 0 has requests, whose errors are; 1 has httpx, and 2 httpx2.
+    huggingface_hub 0 uses requests, whose errors are `OSError`s; 1 uses httpx, and 2 httpx2.
 
     Delete when huggingface_hub raises errors of its own, or `OSError`, where no server answers.
     """
@@ -502,7 +703,7 @@ def load_pil_image_processor(name_or_path: str | os.PathLike, **kwargs: Any) -> 
 
 
 def image_suffixes() -> tuple[str, ...]:
-    """What the names of files end with that `datasets` takes as images in folders, in lower case.
+    """Endings of the names of files that `datasets` takes as images in folders, in lower case.
 
     Delete when `datasets` follows linked folders and passes over those of file servers: nothing else needs them.
     """

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._compat import is_own, mismatched_keys, support_peft_in_image_pipelines
+from ._compat import is_model_class, is_own, mismatched_keys, support_peft_in_image_pipelines
 from .adapter_folder.files import check_folder_files
 from .adapter_folder.labels import read_labels
 from .adapter_folder.settings import read_settings
@@ -256,7 +256,6 @@ def base_model_class(settings: dict[str, Any], folder: str | os.PathLike) -> Any
         ValueError: The settings name something of transformers that is neither a model nor an Auto class.
     """
     import transformers
-    from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
     mapping = settings.get("auto_mapping") or {}
     name = mapping.get("base_model_class") if isinstance(mapping, dict) else mapping
@@ -265,7 +264,7 @@ def base_model_class(settings: dict[str, Any], folder: str | os.PathLike) -> Any
     try:
         # names that transformers does not have are those of code of the user's own
         found = getattr(transformers, name, None) or transformers.AutoModelForImageClassification
-        if issubclass(found, (transformers.PreTrainedModel, _BaseAutoModelClass)):
+        if is_model_class(found):
             return found
     except (TypeError, ImportError, RuntimeError):  # no name, no class, or one that cannot be imported
         pass

@@ -100,6 +100,13 @@ def masks_off(model, *heads):
     return masks
 
 
+def gradients(model):
+    """`{name: gradient}` of everything that is trained; nothing may have none."""
+    grads = {name: param.grad for name, param in model.named_parameters() if param.requires_grad}
+    assert grads and not [name for name, grad in grads.items() if grad is None]
+    return grads
+
+
 def train(model, steps=3, seed=0, optimizer=None, lr=1e-2, after_backward=None):
     """A few optimizer steps in training mode; returns the optimizer."""
     trainable = [p for p in model.parameters() if p.requires_grad]

@@ -75,7 +75,7 @@ def read_infos(path: Path) -> dict[str, TensorInfo]:
                 key: TensorInfo(tuple(part.get_shape()), _DTYPES.get(part.get_dtype())) for key, part in parts.items()
             }
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is damaged, or no safetensors file: {_one_line(error)}") from error
+        raise ValueError(f"{path} is damaged, or no safetensors file: {one_line(error)}") from error
 
 
 def read_weights(path: Path, keys: Container[str] | None = None) -> dict[str, torch.Tensor]:
@@ -86,7 +86,7 @@ def read_weights(path: Path, keys: Container[str] | None = None) -> dict[str, to
         with safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys() if keys is None or key in keys}
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is damaged, or no safetensors file: {_one_line(error)}") from error
+        raise ValueError(f"{path} is damaged, or no safetensors file: {one_line(error)}") from error
 
 
 def _load_bin(path: Path) -> dict[str, torch.Tensor]:
@@ -107,7 +107,7 @@ def _load_bin(path: Path) -> dict[str, torch.Tensor]:
     ) as error:
         raise ValueError(
             f"{path} is damaged, or holds more than tensors, which torch.load(weights_only=True) refuses: "
-            f"{_one_line(error)[:300]}"
+            f"{one_line(error)[:300]}"
         ) from error
     if not isinstance(tensors, dict) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in tensors.items()
@@ -121,5 +121,6 @@ def _is_zip(path: Path) -> bool:
         return file.read(2) == b"PK"
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks, or its type's name where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

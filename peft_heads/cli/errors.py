@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from safetensors import SafetensorError
 
 from .._compat import is_network_error
+from ..adapter_folder.weights_file import one_line
 
 
 TRACEBACK = "PEFT_HEADS_TRACEBACK"  # set in the environment, every error keeps its traceback
@@ -72,8 +73,3 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message, or its name if it has none."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -11,7 +11,7 @@ from huggingface_hub import constants, get_token
 from transformers import Trainer, TrainingArguments
 
 from .._compat import is_network_error
-from .errors import one_line
+from ..adapter_folder.weights_file import one_line
 
 
 def check_hub(args: TrainingArguments) -> None:

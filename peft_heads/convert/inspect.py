@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from ..heads.detect import resolve_heads
 from ..heads.layout import HeadLayout, ProjectionLayout
 from ..heads.protocol import check_mask
 from ..image_classifier import fetch_adapter
-from ..tuners.common.head_mask import LORA_MASK, is_mask_key
+from ..tuners.common.head_mask import LORA_MASK, contradiction, is_mask_key, rows_in_file
 from ..tuners.common.registry import is_own_type, method_of
 from ..tuners.common.saved_folder import check_before_writing
 from ..tuners.common.saved_keys import is_adapter_key, module_of
@@ -129,10 +130,7 @@ def _report(
     for name, mask in masks.items():
         if name in norms and norms[name][~mask].count_nonzero():
             heads = (~mask & (norms[name] != 0)).nonzero().flatten().tolist()
-            raise ValueError(
-                f"{weights} contradicts itself: the mask of {name} deactivates heads {heads}, whose update is not "
-                "zero; the mask or the weights were edited"
-            )
+            raise contradiction(weights, f"the mask of {name} deactivates heads {heads}, whose update is not zero")
     numbers, sizes = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
     for key, tensor in tensors.items():
         numbers[_part_of(key)] += tensor.numel()
@@ -201,11 +199,17 @@ def check_deactivated_rows(
                 continue
             off = heads.rows(tensor)[heads.expand(~masks[name])]
             if off.count_nonzero():
-                raise ValueError(
-                    f"{weights} contradicts itself: the mask of {name} deactivates heads "
-                    f"{(~masks[name]).nonzero().flatten().tolist()}, whose rows of {part} are not zero; the mask or the "
-                    "weights were edited"
+                indices = (~masks[name]).nonzero().flatten().tolist()
+                raise contradiction(
+                    weights, f"the mask of {name} deactivates heads {indices}, whose rows of {part} are not zero"
                 )
+
+
+def _guess_rows(shape: tuple[int, int], mask: torch.Tensor) -> torch.Tensor:
+    """`rows_in_file` where no model says the heads: as of a projection that is no part of a fused one."""
+    if shape[0] % len(mask):
+        raise ValueError(f"it has {len(mask)} heads in {shape[0]} rows, which is not the same number for every head")
+    return mask.repeat_interleave(shape[0] // len(mask))
 
 
 def _unpacked(
@@ -218,20 +222,11 @@ def _unpacked(
     unpacked = {}
     for key, tensor in tensors.items():
         layout = layouts.get(module_of(key))
-
-        def find_rows(shape, mask, layout=layout):
-            if mask is None:
-                return None
-            if layout is not None and (len(mask), shape[0]) == (layout.num_heads, layout.out_features):
-                return layout.active_rows(mask)
-            if layout is not None or shape[0] % len(mask):
-                raise ValueError(f"it has {len(mask)} heads in {shape[0]} rows; the base model has {layout}")
-            return mask.repeat_interleave(shape[0] // len(mask))
-
         is_lora = key.endswith(PACKED)
         if not is_lora and tensor.dtype != torch.uint8:
             unpacked[key] = tensor
             continue
+        find_rows = _guess_rows if layout is None else partial(rows_in_file, layout, "the base model")
         try:
             matrices, mask = unpack_module(tensor, 2 if is_lora else 1, find_rows)
         except ValueError as error:

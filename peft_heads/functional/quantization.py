@@ -1,4 +1,4 @@
-"""k-bit weights: every entry of a matrix by its nearest code in a fixed code book (Bi-LoRA).
+"""k-bit weights: every entry of a matrix becomes its nearest code in a fixed code book (Bi-LoRA).
 
 A weight matrix `W` with mean `μ` and unbiased standard deviation `σ` over its entries acts as
 
@@ -9,7 +9,7 @@ where the codes `c` are the L1-optimal quantiser of a standard normal. The gradi
 
     ∂L/∂W = a·G + (1 − a)·mean(G) + (W − μ)/((n − 1)·σ) · Σ G·(ŵ − a·w),    ŵ = c[k]
 
-Rows may be left out: they count for nothing, come back as zeros and get no gradient, whatever they hold. All functions
+Rows may be left out: they do not enter `μ` and `σ`, become zeros and get no gradient, whatever they hold. All functions
 take one matrix (rows, columns) or a stack of them (…, rows, columns), each with statistics of its own.
 """
 
@@ -29,7 +29,7 @@ _CODE_BOOKS: dict[int, torch.Tensor] = {}
 
 
 class Decision(NamedTuple):
-    """How a matrix is quantised, and what its gradient needs; a function of the matrix alone.
+    """How a matrix is quantised, and what its gradient needs. It depends on the matrix alone.
 
     Attributes:
         values: (…, rows, columns), the quantised weight `Ŵ`, float32 (float64 of a float64 matrix).
@@ -58,10 +58,10 @@ class Decision(NamedTuple):
 
 
 def code_book(bits: int) -> torch.Tensor:
-    """The `2**bits` codes, ascending, float64 on the CPU; computed once per bit width, and not to be written to.
+    """The `2**bits` codes, ascending, float64 on the CPU. Do not write to them: they are computed once per bit width.
 
-    Each code is the median of the normal mass between its two boundaries, each boundary is midway between two codes:
-    500 rounds of that from all zeros, as the method's authors do.
+    Each code is the median of the normal mass between its two boundaries, and each boundary is midway between two
+    codes. The two rules are applied in turn, 500 times from all zeros, as the method's authors do.
 
     Raises:
         ValueError: `bits` is none of 1, 2, 4, 8.
@@ -73,7 +73,7 @@ def code_book(bits: int) -> torch.Tensor:
     if bits not in _CODE_BOOKS:
         if bits not in BITS:
             raise ValueError(f"bits must be one of {', '.join(map(str, BITS))}; got {bits!r}")
-        codes = torch.zeros(2**bits, dtype=torch.float64, device="cpu")  # whatever the default is just now
+        codes = torch.zeros(2**bits, dtype=torch.float64, device="cpu")  # the default device may be another just now
         zero, one = codes.new_zeros(1), codes.new_ones(1)
         for _ in range(ROUNDS):
             mass = torch.cat([zero, torch.special.ndtr(_midpoints(codes)), one])
@@ -91,21 +91,27 @@ def quantize(weight: torch.Tensor, bits: int, rows: torch.Tensor | None = None) 
         rows: bool (…, rows), False where a row is left out.
 
     Returns:
-        Of the weight's shape and dtype.
+        A tensor of the weight's shape and dtype.
+
+    Example:
+        >>> weight = torch.tensor([[1.0, 2.0], [4.0, 5.0]])
+        >>> quantize(weight, bits=1)  # one value above the mean of 3, and one below it
+        tensor([[1.7686, 1.7686],
+                [4.2314, 4.2314]])
     """
     return straight_through(weight, decide(weight, bits, rows))
 
 
 @torch.no_grad()
 def decide(weight: torch.Tensor, bits: int, rows: torch.Tensor | None = None) -> Decision:
-    """Quantise without a gradient: all that depends on the matrix alone. Arguments as for `quantize`."""
+    """Quantise without a gradient. Arguments as for `quantize`."""
     kept = None if rows is None else rows.unsqueeze(-1)
     mean, std, count = _moments(weight, kept)
     centred = weight.to(mean.dtype) - mean
     standard = centred / (std + EPSILON)
     codes = torch.bucketize(standard, _midpoints(code_book(bits)).to(standard))
     slope = std / (std + EPSILON)
-    # where σ is 0, so is every centred entry
+    # Where σ is 0, every centred entry is 0 as well.
     direction = centred / ((count - 1).clamp(min=1) * std).clamp(min=torch.finfo(std.dtype).tiny)
     coded = code_book(bits).to(standard)[codes]
     values, residual, share = coded * std + mean, coded - slope * standard, (1 - slope) / count.clamp(min=1)
@@ -117,9 +123,9 @@ def decide(weight: torch.Tensor, bits: int, rows: torch.Tensor | None = None) ->
 
 
 def straight_through(weight: torch.Tensor, decision: Decision) -> torch.Tensor:
-    """`decision.values` in the weight's dtype, with the gradient that `decision` says for it.
+    """`decision.values` in the weight's dtype, with the gradient by the module's formula.
 
-    The decision must be that of the weight as it is now; it can serve any number of passes.
+    The decision must have been made for the weight as it is now; it can serve any number of passes.
     """
     return _StraightThrough.apply(weight, decision)
 
@@ -128,7 +134,7 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight: torch.Tensor, decision: Decision) -> torch.Tensor:
         ctx.dtype = weight.dtype
-        ctx.decision = decision  # neither an input nor an output: nothing that save_for_backward would be needed for
+        ctx.decision = decision  # neither an input nor an output, so that save_for_backward is not needed
         return decision.values.to(weight.dtype, copy=True)
 
     @staticmethod
@@ -144,9 +150,9 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def quantize_by_autograd(weight: torch.Tensor, bits: int, rows: torch.Tensor | None = None) -> torch.Tensor:
-    """`quantize` as one plain expression, whose gradient autograd finds by itself: what a compiler can trace.
+    """`quantize` as one plain expression, which a compiler can trace: autograd finds the gradient by itself.
 
-    The same up to rounding.
+    Values and gradient are those of `quantize` up to rounding.
     """
     kept = None if rows is None else rows.unsqueeze(-1)
     mean, std, _ = _moments(weight, kept)
@@ -160,7 +166,7 @@ def quantize_by_autograd(weight: torch.Tensor, bits: int, rows: torch.Tensor | N
 def dequantize(
     codes: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, bits: int, rows: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The weight that codes stand for, in the dtype of `mean`, bit for bit as `quantize` has it.
+    """The weight that codes stand for, in the dtype of `mean`, bit for bit what `quantize` returns.
 
     Args:
         codes: uint8 (…, rows, columns).
@@ -177,13 +183,12 @@ def latents(
 ) -> torch.Tensor:
     """Full-precision weights from which training can go on: `μ + σ·(z − mean z)/std z` with `z` the codes' values.
 
-    They have the mean and the standard deviation that they are given and are quantised to the same codes, which the
-    dequantised values are not: quantising twice would change the adapter. Where the formula would carry an entry over
-    the boundary of its code (narrow codes: 8 bits), the entry stays within and the others make up for it. Arguments as
-    for `dequantize`.
+    They have the given mean and standard deviation, and are quantised to the same codes. The dequantised values are
+    not: quantising twice would change the adapter. Where the formula would carry an entry over the boundary of its
+    code (narrow codes: 8 bits), the entry stays within and the others make up for it. Arguments as for `dequantize`.
 
-    In float32 the same codes cannot be had of entries within 1e-7·σ of the mean where 8 bits have dozens of codes
-    closer to each other than that; their values are the same to 1e-7·σ.
+    Within 1e-7·σ of the mean, 8 bits have dozens of codes that are closer to each other than float32 can tell. There
+    the codes may differ, but their values agree to 1e-7·σ.
     """
     kept = None if rows is None else rows.unsqueeze(-1)
     wide = mean.double()
@@ -205,49 +210,17 @@ def latents(
     return result if kept is None else torch.where(kept, result, 0)
 
 
-def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 codes of any shape as uint8 bytes, `8/bits` per byte, least significant bits first; zeros fill the last.
-
-    Example:
-        >>> pack(torch.tensor([1, 0, 0, 0, 0, 0, 0, 1, 1], dtype=torch.uint8), bits=1).tolist()
-        [129, 1]
-    """
-    per_byte = 8 // bits
-    flat = codes.flatten()
-    flat = torch.cat([flat, flat.new_zeros(-flat.numel() % per_byte)]).unflatten(0, (-1, per_byte))
-    shifts = torch.arange(0, 8, bits, device=codes.device)
-    return (flat.int() << shifts).sum(dim=1).to(torch.uint8)
-
-
-def unpack(packed: torch.Tensor, bits: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """The codes of `shape` that `pack` has packed, uint8.
-
-    Raises:
-        ValueError: The number of bytes does not fit.
-    """
-    numel = math.prod(shape)
-    expected = -(-numel * bits // 8)
-    if packed.dtype != torch.uint8 or packed.numel() != expected:
-        raise ValueError(
-            f"{numel} codes of {bits} bits, shape {tuple(shape)}, are {expected} bytes (uint8); got "
-            f"{packed.numel()} of {packed.dtype}"
-        )
-    shifts = torch.arange(0, 8, bits, device=packed.device)
-    codes = (packed.int().view(-1, 1) >> shifts) & (2**bits - 1)
-    return codes.flatten()[:numel].view(shape).to(torch.uint8)
-
-
 def _midpoints(codes: torch.Tensor) -> torch.Tensor:
     return (codes[:-1] + codes[1:]) / 2
 
 
 def _moments(weight: torch.Tensor, kept: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean, unbiased standard deviation and number of entries (…, 1, 1) of each matrix, rows that are left out aside.
+    """Mean, unbiased standard deviation and number of entries (…, 1, 1) of each matrix, without rows that are left out.
 
-    Summed in float64, so that neither the order nor the device decides a bit of the float32 that comes out: a stack
-    gives what its matrices give, and every process the same.
+    The sums are in float64, so that neither the order of summation nor the device changes a bit of the float32 result:
+    a matrix has the same in a stack as alone, and on every process.
     """
-    # Apple's GPUs have no float64
+    # Apple's GPUs have no float64.
     wide = weight.to(torch.float32 if weight.device.type == "mps" else torch.float64)
     rows, columns = weight.shape[-2:]
     if kept is None:
@@ -258,7 +231,7 @@ def _moments(weight: torch.Tensor, kept: torch.Tensor | None) -> tuple[torch.Ten
     mean = wide.sum((-2, -1), keepdim=True) / count.clamp(min=1)
     centred = wide - mean if kept is None else torch.where(kept, wide - mean, 0)
     variance = centred.square().sum((-2, -1), keepdim=True) / (count - 1).clamp(min=1)
-    # the root of zero has no finite derivative
+    # The root of zero has no finite derivative.
     spread = variance > 0
     std = torch.where(spread, torch.where(spread, variance, 1).sqrt(), 0)
     dtype = torch.promote_types(weight.dtype, torch.float32)

@@ -18,13 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .._compat import transforms_are_active
+
 
 @dataclass(frozen=True)
 class Rescaling:
-    """Which of the variants.
+    """The variant of the method.
 
     Attributes:
-        residual: Whether the frozen weight stays beside the rescaled one.
+        residual: Whether the frozen weight is added to the rescaled one.
         rescale_weight: Whether the product of the factors multiplies the frozen weight; otherwise it is added to it.
     """
 
@@ -33,7 +35,7 @@ class Rescaling:
 
 
 def factor_product(left: torch.Tensor | None, right: torch.Tensor | None) -> torch.Tensor:
-    """`S_out S_in`, (out, in); of one factor alone (out, 1) or (1, in), to be broadcast.
+    """`S_out S_in`, (out, in); with one factor alone (out, 1) or (1, in), which broadcasts.
 
     Args:
         left: `S_out` (out, r), or None.
@@ -51,7 +53,7 @@ def rescale(
 ) -> torch.Tensor:
     """The matrix `W'` by which a layer acts, (out, in), in the wider of the dtypes.
 
-    A row for which `S_out` is zero comes back unchanged bit for bit, if there is a residual.
+    With the residual, a row for which `S_out` is zero comes back unchanged, bit for bit.
 
     Example:
         >>> W = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
@@ -68,7 +70,7 @@ def rescale(
 def delta(
     weight: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None, variant: Rescaling
 ) -> torch.Tensor:
-    """`W' - W`, what is added to the frozen matrix."""
+    """`W' - W`, the change of the frozen matrix."""
     product = factor_product(left, right)
     weight = weight.to(torch.promote_types(weight.dtype, product.dtype))
     if not variant.rescale_weight:
@@ -83,17 +85,17 @@ def factor_gradients(
     right: torch.Tensor | None,
     variant: Rescaling,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of the factors from that of `W'`, which is overwritten.
+    """Gradients of the factors, computed from that of `W'`, which is overwritten.
 
     Args:
         grad: (out, in), the gradient with respect to `W'`; used as working memory.
         weight: `W`, (out, in).
         left: `S_out` (out, r), or None.
         right: `S_in` (r, in), or None.
-        variant: Which variant.
+        variant: The variant.
 
     Returns:
-        (out, r) and (r, in), None for a factor that is not there, in the factors' dtypes.
+        (out, r) and (r, in), in the factors' dtypes; None for a factor that is None.
     """
     factor = left if left is not None else right
     wide = torch.promote_types(grad.dtype, factor.dtype)
@@ -125,10 +127,10 @@ def matrix_to_kernel(matrix: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 class LinearOperation:
-    """`F.linear` as `rescaled_operation` needs it: the operation, its gradients, and its weight as a matrix."""
+    """`F.linear`, its gradients, and its weight as a matrix, for `rescaled_operation`."""
 
     def prepare(self, x: torch.Tensor) -> torch.Tensor:
-        """What the operation itself is applied to."""
+        """The input as the operation itself takes it."""
         return x
 
     def matrix(self, weight: torch.Tensor) -> torch.Tensor:
@@ -150,11 +152,23 @@ class LinearOperation:
         return grad.reshape(-1, grad.shape[-1]).sum(dim=0)
 
 
+def _padding_of_each_side(layer: nn.Conv2d) -> list[int]:
+    """What `F.pad` adds before and behind each dimension, the last one first."""
+    sides = []
+    for i in (1, 0):
+        if layer.padding == "same":
+            total = layer.dilation[i] * (layer.kernel_size[i] - 1)
+            sides += [total // 2, total - total // 2]
+        else:
+            sides += 2 * [0 if layer.padding == "valid" else layer.padding[i]]
+    return sides
+
+
 class ConvolutionOperation:
     """The same for a two-dimensional convolution, whose kernels are laid out as a matrix.
 
     Args:
-        layer: The frozen layer, of which stride, padding, dilation and groups are taken.
+        layer: The frozen layer, which says stride, padding, dilation and groups.
     """
 
     def __init__(self, layer: nn.Conv2d) -> None:
@@ -162,7 +176,7 @@ class ConvolutionOperation:
         self.padding: dict[str, Any] | None = None
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str):  # as a step of its own
             mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-            self.padding = {"pad": layer._reversed_padding_repeated_twice, "mode": mode}
+            self.padding = {"pad": _padding_of_each_side(layer), "mode": mode}
             self.settings["padding"] = 0
 
     def prepare(self, x: torch.Tensor) -> torch.Tensor:
@@ -188,12 +202,12 @@ class ConvolutionOperation:
 
 
 class Change(NamedTuple):
-    """What one adapter does to a weight.
+    """The change that one adapter makes to a weight.
 
     Attributes:
-        left: `S_out` (out, r), of a convolution (out·k, r); or None.
-        right: `S_in` (r, in), of a convolution (r, in·k); or None.
-        variant: Which variant.
+        left: `S_out` (out, r), for a convolution (out·k, r); or None.
+        right: `S_in` (r, in), for a convolution (r, in·k); or None.
+        variant: The variant.
     """
 
     left: torch.Tensor | None
@@ -209,22 +223,22 @@ def rescaled_operation(
     shift: torch.Tensor | None,
     operation: LinearOperation | ConvolutionOperation,
 ) -> torch.Tensor:
-    """`operation(x, W', b + f)` with a frozen weight, of which nothing is kept for the backward pass.
+    """`operation(x, W', b + f)` with a frozen weight; `W'` is not kept for the backward pass.
 
-    `W'` is computed again there, and the gradient with respect to it lives only until the factors' are formed from it.
-    The dense product is used rather than two products with `W`, since it needs three matrix products per step instead
-    of four (forward, input gradient, weight gradient).
+    It is computed again there, and its gradient lives only until the factors' gradients are formed from it. The dense
+    product is used rather than two products with `W`, since it needs three matrix products per step (forward, input
+    gradient, weight gradient) instead of four.
 
     Args:
         x: (…, in), or (batch, in, height, width).
         weight: The frozen weight, (out, in) or (out, in, k, k).
         bias: The frozen bias (out,), or None.
-        changes: Those of the active adapters, at least one; they add up.
+        changes: Changes of the active adapters, at least one; they add up.
         shift: `f` (out,), or None.
-        operation: What is done with the weight.
+        operation: The operation.
     """
-    # What is multiplied is in the dtype of autocast if there is one, else in the weight's; W' is formed in the wider of
-    # the weight's and the factors'.
+    # The operation runs in autocast's dtype, or without autocast in the weight's. W' is formed in the wider of the
+    # weight's and the factors' dtypes.
     device = x.device.type
     has_autocast = torch.amp.is_autocast_available(device)  # not on the meta device
     autocast = has_autocast and torch.is_autocast_enabled(device)
@@ -232,9 +246,9 @@ def rescaled_operation(
     with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
         x, factors = operation.prepare(x).to(dtype), [factor for change in changes for factor in change[:2]]
         variants = [change.variant for change in changes]
-        # Nothing to be differentiated is left to plain operations, which can be exported, and so are a trace, which has
-        # no place for a function of Python's, and the transforms of torch.func, of which the function below knows nothing.
-        plain = not torch.is_grad_enabled() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+        # Plain operations where the function below is not needed or cannot be used: without gradients (they can be
+        # exported), in a trace (which cannot hold a Python function), and under torch.func (which does not know it).
+        plain = not torch.is_grad_enabled() or torch.jit.is_tracing() or transforms_are_active()
         if plain:
             return _apply(x, weight, bias, shift, operation, variants, factors)
         return _Rescaled.apply(x, weight, bias, shift, operation, variants, *factors)

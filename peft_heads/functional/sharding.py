@@ -1,4 +1,4 @@
-"""Parameters of which a process holds a part only, FSDP2's DTensors and DeepSpeed's ZeRO partitions, or none at all.
+"""Parameters of which a process holds only a part (FSDP2's DTensors, DeepSpeed's ZeRO partitions), or nothing (offloaded).
 
 Where a parameter is sharded, what reads or writes the whole of it is a collective: every process must call it.
 """
@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._compat import is_partitioned_by_zero
+from .rows import per_row
+
 
 def is_dtensor(tensor: torch.Tensor) -> bool:
-    return hasattr(tensor, "full_tensor")  # without importing torch.distributed.tensor, which takes its time
+    return hasattr(tensor, "full_tensor")  # torch.distributed.tensor is slow to import
 
 
 def whole_shape(param: torch.Tensor) -> torch.Size:
@@ -23,15 +26,20 @@ def whole_shape(param: torch.Tensor) -> torch.Size:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor, or a DTensor put together."""
+    """A tensor as it is, a DTensor put together."""
     if not is_dtensor(tensor):
         return tensor
     tensor = tensor.full_tensor()
-    return tensor.wait() if hasattr(tensor, "wait") else tensor  # without gradients it may be under way still
+    return tensor.wait() if hasattr(tensor, "wait") else tensor  # without gradients it may still be on its way
 
 
 def whole_entry(model: nn.Module, key: str, tensor: torch.Tensor) -> torch.Tensor:
-    """An entry of the model's state dict, put together; from where Accelerate keeps it if it is offloaded, on the CPU.
+    """An entry of a model's state dict, put together; an offloaded one is fetched from Accelerate, to the CPU.
+
+    Args:
+        model: The model.
+        key: The entry's key.
+        tensor: The entry, which may be a DTensor, or on the meta device.
 
     Raises:
         ValueError: The entry is on the meta device, and Accelerate does not have it.
@@ -62,9 +70,13 @@ def whole_value(param: nn.Parameter) -> torch.Tensor:
 def on_gradient(param: nn.Parameter, call: Callable[[torch.Tensor, bool], None]) -> Any:
     """Call `call(gradient, is_total)` when a backward pass reaches the parameter, before anything clips it.
 
-    An ordinary parameter, also with DistributedDataParallel or ZeRO, gives this process's gradient of the micro-batch
-    alone (`is_total=False`). FSDP2 computes none such: it calls no tensor hooks, and gives the gradient reduced over
-    the processes and summed over the micro-batches so far (`is_total=True`).
+    Of an ordinary parameter, also with DistributedDataParallel or ZeRO, the gradient is this process's, of the
+    micro-batch alone (`is_total=False`). FSDP2 computes no such gradient and calls no tensor hooks. There it is the
+    gradient reduced over the processes and summed over the micro-batches so far (`is_total=True`).
+
+    Args:
+        param: The parameter.
+        call: The function to call.
 
     Returns:
         A handle with `remove()`.
@@ -80,7 +92,13 @@ def zero_rows(param: nn.Parameter, active: torch.Tensor, optimizer: Any = None) 
     Args:
         param: (rows, …).
         active: bool (rows,), False where the row becomes zero.
-        optimizer: The optimizer, possibly wrapped by Accelerate or DeepSpeed; None leaves its state.
+        optimizer: The optimizer, possibly wrapped by Accelerate or DeepSpeed; None leaves its state alone.
+
+    Example:
+        >>> param = nn.Parameter(torch.ones(2, 3))
+        >>> zero_rows(param, active=torch.tensor([True, False]))
+        >>> param.tolist()
+        [[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]
     """
     with _gathered(param, modifier_rank=0):
         _keep_rows(param.data, active)
@@ -88,12 +106,12 @@ def zero_rows(param: nn.Parameter, active: torch.Tensor, optimizer: Any = None) 
     for state in states.get(param, {}).values():
         if isinstance(state, torch.Tensor) and state.shape == param.shape:
             _keep_rows(state, active)
-    if hasattr(param, "ds_id") or hasattr(param, "_hp_mapping"):  # ZeRO 3; ZeRO 1 and 2
+    if is_partitioned_by_zero(param):
         _zero_rows_of_partitions(param, active, states)
 
 
 def _keep_rows(tensor: torch.Tensor, active: torch.Tensor) -> None:
-    rows = active.to(tensor.device).view(-1, *[1] * (tensor.dim() - 1)).expand(tensor.shape)
+    rows = per_row(active.to(tensor.device), tensor).expand(tensor.shape)
     if is_dtensor(tensor):
         from torch.distributed.tensor import distribute_tensor
 
@@ -102,7 +120,10 @@ def _keep_rows(tensor: torch.Tensor, active: torch.Tensor) -> None:
 
 
 def _zero_rows_of_partitions(param: nn.Parameter, active: torch.Tensor, states: dict[Any, dict[str, Any]]) -> None:
-    """The float32 copies that ZeRO keeps, through DeepSpeed's functions: `optimizer.state` knows flat partitions only."""
+    """Zero the rows of the float32 copies that ZeRO keeps.
+
+    DeepSpeed's own functions reach them; `optimizer.state` holds flat partitions.
+    """
     from deepspeed.utils import (
         safe_get_full_fp32_param,
         safe_get_full_optimizer_state,
@@ -122,7 +143,7 @@ def _zero_rows_of_partitions(param: nn.Parameter, active: torch.Tensor, states: 
 
 @contextmanager
 def _gathered(param: nn.Parameter, modifier_rank: int | None = None) -> Iterator[None]:
-    """ZeRO 3 puts the parameter together inside the block, and takes over what `modifier_rank` has written to it."""
+    """Have a parameter of ZeRO 3 put together inside the block; what `modifier_rank` writes to it there is kept."""
     if not hasattr(param, "ds_id"):
         yield
         return

@@ -2,7 +2,7 @@
 
 from .detect import resolve_heads
 from .layout import HeadLayout, ProjectionLayout
-from .protocol import HeadMaskable, get_head_masks, set_head_masks
+from .protocol import HeadMaskable, ScoredParameter, get_head_masks, set_head_masks
 from .scores import CRITERIA, HeadStatistics, head_scores, head_statistics, register_criterion
 from .selection import plan_groups, select_heads
 
@@ -13,6 +13,7 @@ __all__ = [
     "HeadMaskable",
     "HeadStatistics",
     "ProjectionLayout",
+    "ScoredParameter",
     "get_head_masks",
     "head_scores",
     "head_statistics",

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..functional.rows import without_rows
+
 
 @dataclass(frozen=True)
 class HeadLayout:
@@ -108,14 +110,11 @@ class ProjectionLayout:
     def mask_rows(self, rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Replace the rows that the adapter must not change by zero.
 
-        `torch.where` rather than a product: a row that has become inf or nan is zero as well, and the gradient of a
-        replaced row is exactly zero. An active row comes back unchanged, bit for bit.
-
         Args:
             rows: (out_features, ...), e.g. the weight or the bias of `lora_B`.
             mask: bool (num_heads,), True = active.
         """
-        return torch.where(self.active_rows(mask).view(-1, *[1] * (rows.dim() - 1)), rows, 0)
+        return without_rows(rows, ~self.active_rows(mask))
 
     def rows_of(self, heads: torch.Tensor, outside: bool = False) -> torch.Tensor:
         """The rows of some heads.

@@ -4,32 +4,56 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
+from .._compat import COMPILED
+from ..functional.sharding import on_gradient
 from .layout import HeadLayout, ProjectionLayout
 from .traversal import own_modules
 
 
+@dataclass(frozen=True, eq=False)
+class ScoredParameter:
+    """A parameter of which each row belongs to a head, and what is scored of it: the parameter itself.
+
+    A layer that acts by another value than its parameter, for instance a quantised one, returns a subclass.
+
+    Attributes:
+        param: The parameter, (rows of the projection, …). It is written to when heads are deactivated.
+    """
+
+    param: nn.Parameter
+
+    def tensor(self) -> torch.Tensor:
+        """The value by which the layer acts, of the parameter's shape."""
+        return self.param
+
+    def on_gradient(self, call: Callable[[torch.Tensor, bool], None]) -> Any:
+        """Call `call(gradient, is_total)` with that value's gradient in each backward pass; see `sharding.on_gradient`.
+
+        Returns:
+            A handle with `remove()`.
+        """
+        return on_gradient(self.param, call)
+
+
 @runtime_checkable
 class HeadMaskable(Protocol):
-    """The protocol of a head-maskable adapter layer, which head-masked LoRA's and RLRR's follow, and others can."""
+    """The protocol of an adapter layer whose heads can be scored and masked.
+
+    The layers of head-masked LoRA and RLRR follow it; those of other methods may. `HeadScorer`, `get_head_masks` and
+    `set_head_masks` work on every layer that does.
+    """
 
     head_layout: dict[str, ProjectionLayout]
     """Heads of the wrapped projection, per adapter."""
 
-    def head_parameters(self, adapter_name: str) -> list[nn.Parameter]:
+    def scored_parameters(self, adapter_name: str) -> list[ScoredParameter]:
         """The adapter's parameters that belong to heads; the leading dimension of each is the projection's rows."""
-
-    def scored_tensor(self, adapter_name: str, param: nn.Parameter) -> torch.Tensor:
-        """What is scored for one of the head-wise parameters: itself, or the value by which it acts (quantised)."""
-
-    def on_scored_gradient(
-        self, adapter_name: str, param: nn.Parameter, call: Callable[[torch.Tensor, bool], None]
-    ) -> Any:
-        """Hear the gradient of that tensor, as `sharding.on_gradient` lets one hear a parameter's; returns a handle."""
 
     def get_head_mask(self, adapter_name: str) -> torch.Tensor:
         """bool (num_heads,), the heads of all parts of a fused projection one after the other, True = active."""
@@ -42,7 +66,7 @@ class HeadMaskable(Protocol):
 
 
 # What wrappers put into module names: PeftModel, DistributedDataParallel, torch.compile.
-_WRAPPER_NAMES = re.compile(r"^(module\.)?(_orig_mod\.)?(base_model\.model\.)?|(?<=\.)_orig_mod\.")
+_WRAPPER_NAMES = re.compile(rf"^(module\.)?({COMPILED}\.)?(base_model\.model\.)?|(?<=\.){COMPILED}\.")
 
 
 def head_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, HeadMaskable]:

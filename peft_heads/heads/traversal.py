@@ -36,7 +36,7 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
             continue
         seen.add(module)
         yield name, module, is_inside
-        children = {key: child for key, child in module._modules.items() if child is not None}
+        children = dict(module.named_children())
         if hasattr(type(module), "adapter_layer_names"):  # of PEFT's layers and of its wrappers of whole modules
             children = {key: children[key] for key in _WRAPPED if key in children} or children
             is_inside = is_inside or "base_layer" in children

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..functional.sharding import is_dtensor, whole, whole_shape, whole_value
-from ..heads.protocol import HeadMaskable, module_patterns
+from ..heads.protocol import HeadMaskable, ScoredParameter, module_patterns
 
 
 class StepGradients:
@@ -38,9 +38,8 @@ class StepGradients:
         # The hooks know this object weakly: one that is dropped without stop() stops listening.
         this = weakref.ref(self)
         for layer in self.layers.values():
-            for param in layer.head_parameters(self.adapter_name):
-                hook = _accumulate_into(this, layer, param)
-                self._handles.append(layer.on_scored_gradient(self.adapter_name, param, hook))
+            for scored in layer.scored_parameters(self.adapter_name):
+                self._handles.append(scored.on_gradient(_accumulate_into(this, scored)))
 
     def stop(self) -> None:
         for handle in self._handles:
@@ -58,8 +57,8 @@ class StepGradients:
         seen = {} if now else self._values
         return {
             name: _side_by_side(
-                whole(seen[param]) if param in seen else whole_value(layer.scored_tensor(self.adapter_name, param))
-                for param in layer.head_parameters(self.adapter_name)
+                whole(seen[scored.param]) if scored.param in seen else whole_value(scored.tensor())
+                for scored in layer.scored_parameters(self.adapter_name)
             )
             for name, layer in self.layers.items()
         }
@@ -79,10 +78,10 @@ class StepGradients:
         grads = {
             name: _side_by_side(
                 # a process whose batch ran short takes part with zeros
-                whole(self._grads[param])
-                if param in self._grads
-                else torch.zeros(whole_shape(param), dtype=torch.float32, device=param.device)
-                for param in layer.head_parameters(self.adapter_name)
+                whole(self._grads[scored.param])
+                if scored.param in self._grads
+                else torch.zeros(whole_shape(scored.param), dtype=torch.float32, device=scored.param.device)
+                for scored in layer.scored_parameters(self.adapter_name)
             )
             for name, layer in self.layers.items()
         }
@@ -109,22 +108,22 @@ class StepGradients:
             )
         return grads, bool(finite) and not others_broken
 
-    def _accumulate(self, layer: HeadMaskable, param: nn.Parameter, grad: torch.Tensor, is_total: bool) -> None:
+    def _accumulate(self, scored: ScoredParameter, grad: torch.Tensor, is_total: bool) -> None:
         self._num_gradients += 1
-        grad = grad.detach().float()
+        grad, param = grad.detach().float(), scored.param
         if param not in self._values:
-            self._values[param] = layer.scored_tensor(self.adapter_name, param).detach().clone()
+            self._values[param] = scored.tensor().detach().clone()
         self._grads[param] = grad.clone() if is_total or param not in self._grads else self._grads[param] + grad
 
     def _is_sharded_by_fsdp(self, name: str) -> bool:
-        return any(is_dtensor(param) for param in self.layers[name].head_parameters(self.adapter_name))
+        return any(is_dtensor(scored.param) for scored in self.layers[name].scored_parameters(self.adapter_name))
 
 
-def _accumulate_into(gradients: weakref.ref[StepGradients], layer: HeadMaskable, param: nn.Parameter):
+def _accumulate_into(gradients: weakref.ref[StepGradients], scored: ScoredParameter):
     def hook(grad: torch.Tensor, is_total: bool) -> None:
         this = gradients()
         if this is not None:
-            this._accumulate(layer, param, grad, is_total)
+            this._accumulate(scored, grad, is_total)
 
     return hook
 

@@ -104,8 +104,8 @@ class HeadScorer:
     def check(self) -> None:
         """Raise ValueError, and let another scorer have the adapter, if its heads cannot be scored."""
         for name, layer in self.layers.items():
-            for param in layer.head_parameters(self.adapter_name):
-                problem = self._why_not(name, layer, param)
+            for scored in layer.scored_parameters(self.adapter_name):
+                problem = self._why_not(name, layer, scored.param)
                 if problem is not None:
                     self.close()
                     raise ValueError(f"the heads of adapter {self.adapter_name!r} cannot be scored: {problem}")
@@ -311,8 +311,8 @@ class HeadScorer:
         for layer in self.layers.values():
             if layer.get_head_mask(self.adapter_name).all():
                 continue
-            for param in layer.head_parameters(self.adapter_name):
-                zero_rows(param, layer.active_rows(self.adapter_name), optimizer)
+            for scored in layer.scored_parameters(self.adapter_name):
+                zero_rows(scored.param, layer.active_rows(self.adapter_name), optimizer)
         self.close()
         return read_masks(self.layers, self.adapter_name)
 

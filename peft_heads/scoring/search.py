@@ -82,8 +82,11 @@ def head_model_init(
 
         ```py
         >>> model_init = head_model_init(make_model, HeadMaskedLoraConfig(r=8))
-        >>> trainer = Trainer(model_init=model_init, args=args, ..., callbacks=[TaylorHeadScorer(warmup_epochs=10)])
-        >>> best = trainer.hyperparameter_search(head_search_space, n_trials=50, backend="optuna")
+        >>> scorer = TaylorHeadScorer(warmup_epochs=10)
+        >>> trainer = Trainer(model_init=model_init, args=args, train_dataset=dataset, callbacks=[scorer])
+        >>> best = trainer.hyperparameter_search(  # trains 50 times  # doctest: +SKIP
+        ...     head_search_space, n_trials=50, backend="optuna"
+        ... )
 
         >>> # train the best once more; its learning rate is not the model's business
         >>> trainer.model_init = functools.partial(model_init, best.hyperparameters)

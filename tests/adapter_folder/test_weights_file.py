@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from peft_heads.adapter_folder.weights_file import TensorInfo, find_weights, read_infos, read_weights
+from peft_heads.adapter_folder.weights_file import TensorInfo, find_weights, one_line, read_infos, read_weights
 
 
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "b.mask": torch.tensor([True, False]), "c": torch.zeros(0).half()}
@@ -84,3 +84,15 @@ def test_no_ordinary_file(tmp_path, make):
     make(tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=r"adapter_model.safetensors is (a folder|no ordinary file)"):
         find_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("a\n  b\n"), "a b"),
+        (KeyError(), "KeyError"),
+        (OSError(2, "No such file"), "[Errno 2] No such file"),
+    ],
+)
+def test_one_line(error, line):
+    assert one_line(error) == line

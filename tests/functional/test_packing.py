@@ -6,12 +6,29 @@ import pytest
 import reference
 import torch
 
-from peft_heads.functional.packing import PackedWeight, pack_module, unpack_module
+from peft_heads.functional.packing import PackedWeight, pack, pack_module, read_mask, unpack, unpack_module
 from peft_heads.functional.quantization import BITS, decide
 
 
 every_width = pytest.mark.parametrize("bits", BITS)
 MASK = torch.tensor([True, False, True])
+
+
+@every_width
+@pytest.mark.parametrize("numel", [1, 7, 8, 9, 48])
+def test_codes_as_bytes(bits, numel):
+    codes = torch.randint(2**bits, (numel,), dtype=torch.uint8)
+    packed = pack(codes, bits)
+    assert packed.dtype == torch.uint8
+    assert packed.tolist() == reference.packed(codes.tolist(), bits)
+    assert torch.equal(unpack(packed, bits, (numel,)), codes)
+
+
+def test_codes_keep_their_shape_and_their_number_is_checked():
+    codes = torch.randint(4, (3, 5), dtype=torch.uint8)
+    assert torch.equal(unpack(pack(codes, 2), 2, (3, 5)), codes)
+    with pytest.raises(ValueError, match=r"16 codes of 2 bits, shape \(4, 4\), are 4 bytes .uint8.; got 3 of torch"):
+        unpack(torch.zeros(3, dtype=torch.uint8), 2, (4, 4))
 
 
 def matrix(bits, shape=(6, 5), rows=None, seed=0):
@@ -66,6 +83,8 @@ def test_round_trip(bits, mask):
     packed = [matrix(bits), matrix(bits, (6, 3), None if mask is None else mask.repeat_interleave(2), seed=1)]
     unpacked, found = unpack_module(pack_module(packed, mask), 2, active_rows)
     assert (found is None) if mask is None else torch.equal(found, mask)
+    alone = read_mask(pack_module(packed, mask))
+    assert (alone is None) if mask is None else torch.equal(alone, mask)
     for one, other in zip(unpacked, packed, strict=True):
         for a, b in zip(one, other, strict=True):
             assert torch.equal(a, b) if isinstance(b, torch.Tensor) else a == b

@@ -13,10 +13,8 @@ from peft_heads.functional.quantization import (
     decide,
     dequantize,
     latents,
-    pack,
     quantize,
     quantize_by_autograd,
-    unpack,
 )
 
 
@@ -169,23 +167,6 @@ def test_latents_give_the_same_codes_back(bits, distribution, rows):
     if bits < 8:  # what latents are for
         twice = decide(dequantize(*arguments), bits, rows).values
         assert not torch.allclose(twice, decision.values, rtol=1e-3, atol=0)
-
-
-@every_width
-@pytest.mark.parametrize("numel", [1, 7, 8, 9, 48])
-def test_packing(bits, numel):
-    codes = torch.randint(2**bits, (numel,), dtype=torch.uint8)
-    packed = pack(codes, bits)
-    assert packed.dtype == torch.uint8
-    assert packed.tolist() == reference.packed(codes.tolist(), bits)
-    assert torch.equal(unpack(packed, bits, (numel,)), codes)
-
-
-def test_packing_keeps_the_shape_and_checks_the_size():
-    codes = torch.randint(4, (3, 5), dtype=torch.uint8)
-    assert torch.equal(unpack(pack(codes, 2), 2, (3, 5)), codes)
-    with pytest.raises(ValueError, match=r"16 codes of 2 bits, shape \(4, 4\), are 4 bytes .uint8.; got 3 of torch"):
-        unpack(torch.zeros(3, dtype=torch.uint8), 2, (4, 4))
 
 
 def test_imports_torch_only():

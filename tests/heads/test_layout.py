@@ -1,31 +1,8 @@
-import doctest
-import importlib
-
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_heads.heads.layout import HeadLayout, ProjectionLayout
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        "heads.layout",
-        "backbones.blocks",
-        "heads.protocol",
-        "backbones.renames",
-        "heads.scores",
-        "heads.selection",
-        "functional.rescaling",
-        "tuners.common.saved_keys",
-    ],
-)
-def test_doctests(module):
-    module = importlib.import_module(f"peft_heads.{module}")
-    results = doctest.testmod(module, extraglobs={"torch": torch})
-    assert results.attempted > 0 and results.failed == 0
 
 
 @given(

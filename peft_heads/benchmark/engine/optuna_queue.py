@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from ..._compat import trial_id
 from ..records.results import Environment, Run, RunResult, RunSpec, find_result, write_result
 
 
@@ -137,7 +138,7 @@ class SharedQueue:
         """Write attributes; False if another machine has finished the trial."""
         try:
             for name, value in attributes.items():
-                self.storage.set_trial_user_attr(trial._trial_id, name, value)
+                self.storage.set_trial_user_attr(trial_id(trial), name, value)
         except self.finished:
             return False
         return True
@@ -145,7 +146,7 @@ class SharedQueue:
     def _become(self, trial: Any, state: Any, values: list[float] | None = None) -> bool:
         """Change the trial's state; False if another machine has taken or finished it."""
         try:
-            return self.storage.set_trial_state_values(trial._trial_id, state, values)
+            return self.storage.set_trial_state_values(trial_id(trial), state, values)
         except self.finished:
             return False
 

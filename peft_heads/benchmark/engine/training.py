@@ -18,6 +18,7 @@ from peft import get_peft_model_state_dict
 from torch import nn
 from transformers import AutoConfig, PrinterCallback, Trainer, TrainingArguments, set_seed
 
+from ..._compat import commit_hash
 from ...adapter_folder.score_files import SCORES_FILE
 from ...backbones.classifier import classifier_names
 from ...backbones.drop_path import CONFIG_FIELD, add_drop_path, residual_branches
@@ -105,7 +106,7 @@ class Training:
 
     def environment(self) -> Environment:
         backbone = checkpoint_of(self.spec.backbone)
-        revision = getattr(AutoConfig.from_pretrained(backbone, trust_remote_code=False), "_commit_hash", None)
+        revision = commit_hash(AutoConfig.from_pretrained(backbone, trust_remote_code=False))
         if revision is None and os.path.isdir(backbone):
             revision = folder_hash(backbone)
         return describe_environment(

@@ -20,7 +20,7 @@ from ...adapter_folder.labels import write_labels
 from ...adapter_folder.settings import read_settings
 from ...adapter_folder.weights_file import find_weights, read_infos, read_weights
 from ...backbones.targets import default_targets
-from ...functional.packing import PackedWeight, pack_module, unpack_module
+from ...functional.packing import PackedWeight, pack_module, read_mask, unpack_module
 from ...functional.quantization import BITS
 from ...heads.detect import resolve_heads
 from ...image_classifier import fetch_adapter
@@ -230,15 +230,14 @@ def _weights(state_dict: dict[str, torch.Tensor], config: dict[str, Any]) -> Wei
 
 
 def _factors(key: str, data: torch.Tensor, bits: int, rank: int) -> tuple[PackedWeight, PackedWeight]:
-    def find_rows(shape: tuple[int, int], mask: torch.Tensor | None) -> None:
+    try:
+        mask = read_mask(data)
         if mask is not None and not mask.all():
             raise ValueError(
                 f"heads {(~mask).nonzero().flatten().tolist()} are deactivated, and the form has no place for head "
                 f"masks{_OTHER_FORMS}"
             )
-
-    try:
-        (down, up), _ = unpack_module(data, 2, find_rows)
+        (down, up), _ = unpack_module(data, 2)
     except ValueError as error:
         raise ValueError(f"{module_of(key)}: {error}") from error
     shapes = [tuple(matrix.codes.shape) for matrix in (down, up)]

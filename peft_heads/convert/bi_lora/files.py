@@ -26,8 +26,8 @@ import torch
 import yaml
 
 from ...adapter_folder.ordinary import check_ordinary
-from ...functional.packing import PackedWeight
-from ...functional.quantization import BITS, pack, unpack
+from ...functional.packing import PackedWeight, pack, unpack
+from ...functional.quantization import BITS
 
 
 WIDTH, NUM_BLOCKS, PATCH_SIZE = 768, 12, 16

@@ -8,7 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..._compat import run_while_tracing
+from ..._compat import forward_hooks, run_while_tracing
 from ...backbones.bypass import child_uses
 from ...heads.detect import is_attention
 from ...heads.traversal import own_modules
@@ -107,7 +107,7 @@ class CallNote:
 
 def _watch(owner_name: str, owner: nn.Module, layers: dict[str, BaseTunerLayer]) -> None:
     uses, must_call_all = child_uses(type(owner)), is_attention(owner)
-    check = next((hook for hook in owner._forward_hooks.values() if isinstance(hook, CallCheck)), None)
+    check = next((hook for hook in forward_hooks(owner) if isinstance(hook, CallCheck)), None)
     for name, layer in layers.items():
         child = name.removeprefix(f"{owner_name}.")
         if child in uses.forwarded:  # past the layer's hooks

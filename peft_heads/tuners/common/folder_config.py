@@ -10,6 +10,7 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
+from ..._compat import split_download_kwargs
 from ...adapter_folder.card import CardText
 from ...adapter_folder.contents import FolderContents
 from ...adapter_folder.files import check_folder_files
@@ -115,5 +116,5 @@ def source_of(
     config_class: type[PeftConfig], path_or_repo: str | os.PathLike, subfolder: str | None, kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """Where an adapter's files are, as arguments of `hf_hub_download`."""
-    download_kwargs, _, _ = config_class._split_kwargs(kwargs)
+    download_kwargs = split_download_kwargs(config_class, kwargs)
     return {"path_or_repo": os.fspath(path_or_repo), "subfolder": subfolder, **download_kwargs}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -61,8 +62,9 @@ class HeadMask(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a module that was pickled with its whole model, maybe by an earlier version."""
         super().__setstate__(state)
-        if "mask" in self._buffers:
-            self.register_buffer("off", ~self._buffers.pop("mask"))
+        if hasattr(self, "mask"):
+            self.register_buffer("off", ~self.mask)
+            del self.mask
 
 
 def masks_for_file(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -129,6 +131,10 @@ class HeadMaskedLayer:
     def head_masks(self) -> nn.ModuleDict:
         return getattr(self, self.head_masks_name)
 
+    def head_parameters(self, adapter_name: str) -> list[nn.Parameter]:
+        """The adapter's parameters whose rows belong to heads."""
+        return [scored.param for scored in self.scored_parameters(adapter_name)]
+
     def get_head_mask(self, adapter_name: str) -> torch.Tensor:
         if adapter_name not in self.head_masks:
             return torch.ones(self.head_layout[adapter_name].num_heads, dtype=torch.bool)
@@ -156,6 +162,36 @@ class HeadMaskedLayer:
         if adapter_name not in self.head_masks:
             return layout.deactivated_rows(self.get_head_mask(adapter_name))
         return layout.rows_of(self.head_masks[adapter_name]())
+
+
+def rows_in_file(
+    layout: ProjectionLayout | None, owner: str, shape: tuple[int, int], mask: torch.Tensor
+) -> torch.Tensor:
+    """The rows of a packed `lora_B` that are in the file, bool (out,): those of active heads.
+
+    Args:
+        layout: Heads of the projection; None if it has none.
+        owner: Whose heads these are, for the message.
+        shape: The matrix's shape, as the file says it.
+        mask: bool (num_heads,), True = active, as the file says it.
+
+    Raises:
+        ValueError: The file has other heads or rows.
+    """
+    if layout is None or (len(mask), shape[0]) != (layout.num_heads, layout.out_features):
+        heads = "none" if layout is None else f"{layout.num_heads} in {layout.out_features} rows"
+        raise ValueError(f"it has {len(mask)} heads in {shape[0]} rows, but {owner} has {heads}")
+    return layout.active_rows(mask)
+
+
+def contradiction(where: str | os.PathLike, what: str) -> ValueError:
+    """The error for a file whose masks and weights do not agree.
+
+    Args:
+        where: The file.
+        what: What the mask says, and what the weights are.
+    """
+    return ValueError(f"{os.fspath(where)} contradicts itself: {what}; the mask or the weights were edited")
 
 
 def complete_masks(
@@ -235,9 +271,9 @@ def check_saved_masks(
                 masks = dict(zip(layout.named_parts(name), layout.split(mask), strict=True))
                 heads = [f"heads {heads} of {key}" for key, heads in deactivated_heads(masks).items()]
                 fused_parts = f" and fused_parts is {config.fused_parts!r}" if hasattr(config, "fused_parts") else ""
-                raise ValueError(
-                    f"the adapter file contradicts itself: in {name} the mask deactivates "
-                    f"{', '.join(heads) or 'nothing'}{fused_parts}; the deactivated rows of "
-                    f"{parameter.replace('.{adapter_name}', '')} must be zero, but {int(zeros.count_nonzero())} of "
-                    f"{zeros.numel()} entries are not; the mask or the weights were edited"
+                raise contradiction(
+                    "the adapter file",
+                    f"in {name} the mask deactivates {', '.join(heads) or 'nothing'}{fused_parts}; the deactivated "
+                    f"rows of {parameter.replace('.{adapter_name}', '')} must be zero, but "
+                    f"{int(zeros.count_nonzero())} of {zeros.numel()} entries are not",
                 )

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
+from ..._compat import tensor_version
 from ...functional.packing import PackedWeight
 from ...functional.quantization import Decision, code_book, decide, quantize_by_autograd, straight_through
 from ...functional.sharding import is_dtensor
@@ -250,7 +251,11 @@ class _Entry:
 
 
 def _identity(tensor: torch.Tensor | None) -> tuple | None:
-    return None if tensor is None else (id(tensor), tensor._version, tensor.data_ptr(), tensor.device, tensor.dtype)
+    return (
+        None
+        if tensor is None
+        else (id(tensor), tensor_version(tensor), tensor.data_ptr(), tensor.device, tensor.dtype)
+    )
 
 
 def _why_not(linear: nn.Linear) -> str | None:

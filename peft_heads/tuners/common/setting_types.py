@@ -8,6 +8,8 @@ import typing
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal
 
+from ...adapter_folder.weights_file import one_line
+
 
 # Annotated as integers, but PEFT divides by the rank, and Bi-LoRA's scales are numbers like 0.1.
 _NUMBERS = ("lora_alpha", "alpha_pattern")
@@ -75,7 +77,7 @@ def check_choice(config: Any, name: str, allowed: tuple[str, ...]) -> None:
 
 def refusal(where: str | os.PathLike, error: Exception) -> ValueError:
     """The error of one line with which an adapter is refused; it names the folder, or the file in it."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if not isinstance(error, ValueError):  # a setting of the wrong type, over which PEFT has tripped
         text = f"its settings and weights cannot be used ({type(error).__name__}: {text})"
     return ValueError(text if os.fspath(where) in text else f"{os.fspath(where)}: {text}")

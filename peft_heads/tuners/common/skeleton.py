@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+
+from ..._compat import forget_adapters, replace_contents, shell_of
 
 
 def skeleton_of(model: nn.Module) -> nn.Module:
@@ -19,8 +20,7 @@ def skeleton_of(model: nn.Module) -> nn.Module:
     sharded weights) are the original's. What else hangs on the modules is shared, the model's configuration is a copy.
     """
     shell = _shell(model, {})
-    for name in ("peft_config", "_hf_peft_config_loaded"):
-        vars(shell).pop(name, None)
+    forget_adapters(shell)
     if "config" in vars(shell):
         shell.config = copy.deepcopy(shell.config)
     return shell
@@ -34,22 +34,12 @@ def _shell(module: nn.Module, known: dict[int, Any]) -> nn.Module:
         module = module.original_module
     if id(module) in known:
         return known[id(module)]
-    shell = known[id(module)] = object.__new__(type(module))
-    for name, value in vars(module).items():
-        # names of hooks are torch's own; all of them are (ordered) dicts that end so
-        is_hooks = name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and isinstance(value, dict)
-        vars(shell)[name] = OrderedDict() if is_hooks else value
-    for kind in ("_parameters", "_buffers"):
-        vars(shell)[kind] = {name: _meta(tensor, known) for name, tensor in vars(module)[kind].items()}
-    vars(shell)["_modules"] = {
-        name: None if child is None else _shell(child, known) for name, child in module._modules.items()
-    }
+    shell = known[id(module)] = shell_of(module)
+    replace_contents(shell, lambda tensor: _meta(tensor, known), lambda child: _shell(child, known))
     return shell
 
 
-def _meta(tensor: torch.Tensor | None, known: dict[int, Any]) -> torch.Tensor | None:
-    if tensor is None:
-        return None
+def _meta(tensor: torch.Tensor, known: dict[int, Any]) -> torch.Tensor:
     is_plain = type(tensor) in (nn.Parameter, torch.Tensor) and type(tensor.data) is torch.Tensor
     if id(tensor) not in known:
         if not is_plain:

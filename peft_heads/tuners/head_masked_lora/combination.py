@@ -13,7 +13,8 @@ from torch import nn
 from ...heads.traversal import own_modules
 from ..common.copies import check_same_heads, heads_of_sum, is_copy
 from .config import FULL_PRECISION, HeadMaskedLoraConfig
-from .layer import HeadMaskedLinear, HeadMaskVariant
+from .layer import HeadMaskedLinear
+from .variants import HeadMaskVariant
 
 
 # Types of combination that are linear in the update or in its factors. The others drop single entries of these.

@@ -8,7 +8,7 @@ import torch
 from peft import PeftConfig
 from torch import nn
 
-from ..._compat import Loading, is_own
+from ..._compat import COMPILED, Loading, is_own, uncompiled
 from ..common.head_mask import masks_for_model
 from ..common.saved_folder import check_before_writing
 from ..common.saved_settings import split_settings
@@ -49,7 +49,7 @@ def prepare(
     """
     if is_own(config):
         if config.carried.source is not None:
-            check_before_writing(getattr(model, "_orig_mod", model), config, config.carried.source, Loading())
+            check_before_writing(uncompiled(model), config, config.carried.source, Loading())
         state_dict, _ = split_settings(state_dict)
     layers = list(_layers(model, adapter_name))
     if not layers:
@@ -87,4 +87,4 @@ def check_padding(model: nn.Module, target_rank: int) -> None:
 def _layers(model: nn.Module, adapter_name: str | None = None) -> Iterator[tuple[str, HeadMaskedLinear]]:
     for name, module in model.named_modules():
         if isinstance(module, HeadMaskedLinear) and (adapter_name is None or adapter_name in module.lora_A):
-            yield name.removeprefix("_orig_mod."), module  # of torch.compile; keys of weights have it not
+            yield name.removeprefix(f"{COMPILED}."), module  # of torch.compile; keys of weights have it not

@@ -4,111 +4,26 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear, LoraVariant
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.other import transpose
 from torch import nn
 
-from ...functional.sharding import on_gradient
+from ...functional.rows import without_rows
 from ...heads.layout import ProjectionLayout
+from ...heads.protocol import ScoredParameter
 from ..common.head_mask import HeadMask, HeadMaskedLayer
 from ..common.quantizer import WeightQuantizer
 from .config import FULL_PRECISION, HeadMaskedLoraConfig
+from .variants import HeadMaskVariant, KBitVariant
 
 
 # The up-projection of a k-bit adapter (Bi-LoRA): a normal that is cut off. Zeros would have no deviation.
 UP_STD, UP_LIMIT = 0.001, 0.002
-
-
-class HeadMaskVariant(LoraVariant):
-    """Wraps a LoRA variant (None for vanilla LoRA) and takes the deactivated heads out of what it does.
-
-    Vanilla LoRA acts by quantised weights here where the adapter has them, with a dropout between if it has one.
-    In the forward pass the mask multiplies the rows of `lora_B`, not the output: out·r numbers instead of
-    batch·tokens·out. Merging is left to the inner variant; the layer restores the rows of deactivated heads.
-    """
-
-    def __init__(self, inner: LoraVariant | None, mask_scope: str) -> None:
-        self.inner = inner
-        self.mask_scope = mask_scope
-
-    def supports_lora_conversion(self) -> bool:
-        # with mask_scope="head" the delta holds minus the frozen weight, and the bias changes: not a low-rank update
-        return self.mask_scope == "adapter" and (self.inner is None or self.inner.supports_lora_conversion())
-
-    def init(self, module: HeadMaskedLinear, adapter_name: str, **kwargs: Any) -> None:
-        if self.inner is not None:
-            self.inner.init(module, adapter_name=adapter_name, **kwargs)
-
-    def forward(
-        self, module: HeadMaskedLinear, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
-    ) -> torch.Tensor:
-        if self.inner is None:
-            hidden = self._down(module, active_adapter, module.lora_dropout[active_adapter](x))  # (…, r)
-            output = result + self._up(module, active_adapter, hidden)
-        else:
-            if module.get_base_layer().weight.is_meta and not x.is_meta:
-                raise ValueError(
-                    f"{type(self.inner).__name__} computes with the frozen weight itself, which is not there (on the meta "
-                    "device, as offloaded weights are): load the model without offloading"
-                )
-            output = self.inner.forward(module, active_adapter=active_adapter, x=x, result=result, **kwargs)
-            if active_adapter in module.lora_head_mask:
-                output = torch.where(module.frozen_rows(active_adapter), result, output)
-        if self.mask_scope == "head" and active_adapter in module.lora_head_mask:
-            output = torch.where(module.deactivated_rows(active_adapter), 0, output)
-        return output
-
-    @staticmethod
-    def _down(module: HeadMaskedLinear, active_adapter: str, x: torch.Tensor) -> torch.Tensor:
-        """`lora_A`, and the dropout behind it: (…, in) to (…, r)."""
-        if active_adapter in module.lora_quantizer:
-            hidden = F.linear(x, module.quantized_down(active_adapter))
-        else:
-            hidden = module.lora_A[active_adapter](x)
-        if active_adapter in module.lora_bottleneck_dropout:
-            hidden = module.lora_bottleneck_dropout[active_adapter](hidden)
-        return hidden
-
-    @staticmethod
-    def _up(module: HeadMaskedLinear, active_adapter: str, hidden: torch.Tensor) -> torch.Tensor:
-        """`lora_B` without the rows of deactivated heads, times s: (…, r) to (…, out)."""
-        lora_B, scaling = module.lora_B[active_adapter], module.scaling[active_adapter]
-        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        hooked = "forward" in vars(lora_B) or any(getattr(lora_B, name) for name in hooks)  # the first: Accelerate
-        is_quantized = active_adapter in module.lora_quantizer
-        if is_quantized or (type(lora_B) is nn.Linear and not hooked):
-            weight = module.quantized_up(active_adapter) if is_quantized else lora_B.weight
-            bias = None if lora_B.bias is None else module.mask_rows(active_adapter, lora_B.bias)
-            update = F.linear(hidden, module.mask_rows(active_adapter, weight), bias)
-            # one pass over an output less; a tensor after prepare_model_for_compiled_hotswap, which may change
-            is_one = not isinstance(scaling, torch.Tensor) and scaling == 1
-            return update if is_one else update * scaling
-        # It must be called: it is a unit of FSDP, which gathers its weight then, or is cast or moved by its hooks.
-        update = lora_B(hidden)
-        if active_adapter in module.lora_head_mask:
-            update = torch.where(module.frozen_rows(active_adapter), 0, update)
-        return update * scaling
-
-    def merge_safe(self, module: HeadMaskedLinear, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
-        if self.inner is not None:
-            return self.inner.merge_safe(module, active_adapter, orig_weight)
-        return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype)
-
-    def merge_unsafe(self, module: HeadMaskedLinear, active_adapter: str, orig_weight: torch.Tensor) -> None:
-        if self.inner is not None:
-            self.inner.merge_unsafe(module, active_adapter, orig_weight)
-        else:
-            orig_weight.data += module.get_delta_weight(active_adapter)
-
-    def unmerge(self, module: HeadMaskedLinear, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
-        if self.inner is not None:
-            return self.inner.unmerge(module, active_adapter, orig_weight)
-        return orig_weight.data - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
 
 
 class HeadMaskedLinear(HeadMaskedLayer, Linear):
@@ -195,8 +110,10 @@ class HeadMaskedLinear(HeadMaskedLayer, Linear):
 
     def resolve_lora_variant(self, *, config: HeadMaskedLoraConfig, **kwargs) -> LoraVariant | None:
         inner = super().resolve_lora_variant(config=config, **kwargs)
-        ours = config.masks_heads or self.freezes_rows or config.changes_lora
-        return HeadMaskVariant(inner, config.mask_scope) if ours else inner
+        if inner is None and config.changes_lora:
+            inner = KBitVariant()
+        has_masks = config.masks_heads or self.freezes_rows
+        return HeadMaskVariant(inner, config.mask_scope) if has_masks else inner
 
     # k-bit adapters
 
@@ -222,33 +139,20 @@ class HeadMaskedLinear(HeadMaskedLayer, Linear):
 
     # The protocol of heads/protocol.py
 
-    def head_parameters(self, adapter_name: str) -> list[nn.Parameter]:
+    def scored_parameters(self, adapter_name: str) -> list[ScoredParameter]:
         """`lora_B`'s weight (out, r) and, if it has one, bias (out,); `lora_A` is shared by all heads."""
         lora_B = self.lora_B[adapter_name]
-        return [lora_B.weight] if lora_B.bias is None else [lora_B.weight, lora_B.bias]
-
-    def scored_tensor(self, adapter_name: str, param: nn.Parameter) -> torch.Tensor:
-        if not self._is_quantized(adapter_name, param):
-            return param
-        with torch.enable_grad():  # the value that the passes with gradients act by, also if asked in a hook
-            return self.quantized_up(adapter_name)
-
-    def on_scored_gradient(
-        self, adapter_name: str, param: nn.Parameter, call: Callable[[torch.Tensor, bool], None]
-    ) -> Any:
-        if self._is_quantized(adapter_name, param):
-            return self.lora_quantizer[adapter_name].on_gradient(self.lora_B[adapter_name], call)
-        return on_gradient(param, call)
-
-    def _is_quantized(self, adapter_name: str, param: nn.Parameter) -> bool:
-        return adapter_name in self.lora_quantizer and param is self.lora_B[adapter_name].weight
+        if adapter_name in self.lora_quantizer:
+            scored = [QuantizedUp(lora_B.weight, self, adapter_name)]
+        else:
+            scored = [ScoredParameter(lora_B.weight)]
+        return scored if lora_B.bias is None else [*scored, ScoredParameter(lora_B.bias)]
 
     def mask_rows(self, adapter_name: str, rows: torch.Tensor) -> torch.Tensor:
         """`rows` (out, ...) with the rows that the adapter must not change replaced by zero."""
         if adapter_name not in self.lora_head_mask:
             return rows  # ne=0
-        frozen = self.frozen_rows(adapter_name).view(-1, *[1] * (rows.dim() - 1))
-        return torch.where(frozen, 0, rows)  # no product: a row that has become inf or nan is zero as well
+        return without_rows(rows, self.frozen_rows(adapter_name))
 
     def active_rows(self, adapter_name: str) -> torch.Tensor:
         """bool (out,), True = the adapter may change the row."""
@@ -324,3 +228,23 @@ class HeadMaskedLinear(HeadMaskedLayer, Linear):
 
     def __repr__(self) -> str:
         return super().__repr__().replace("lora.", "head_masked_lora.", 1)
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedUp(ScoredParameter):
+    """`lora_B`'s weight of a k-bit adapter, which is scored by its quantised value.
+
+    Attributes:
+        layer: The layer.
+        adapter_name: The adapter.
+    """
+
+    layer: HeadMaskedLinear
+    adapter_name: str
+
+    def tensor(self) -> torch.Tensor:
+        with torch.enable_grad():  # the value that the passes with gradients act by, also if asked in a hook
+            return self.layer.quantized_up(self.adapter_name)
+
+    def on_gradient(self, call: Callable[[torch.Tensor, bool], None]) -> Any:
+        return self.layer.lora_quantizer[self.adapter_name].on_gradient(self.layer.lora_B[self.adapter_name], call)

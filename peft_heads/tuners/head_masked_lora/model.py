@@ -54,7 +54,7 @@ class HeadMaskedLoraModel(HeadMaskedSums, HeadMaskedWeights, VisionTuner, LoraMo
         >>> from peft import get_peft_model
         >>> from peft_heads import HeadMaskedLoraConfig
 
-        >>> vit = AutoModelForImageClassification.from_pretrained("google/vit-base-patch16-224-in21k")
+        >>> vit = AutoModelForImageClassification.from_pretrained("google/vit-base-patch16-224-in21k")  # needs the Hub  # doctest: +SKIP
         >>> model = get_peft_model(vit, HeadMaskedLoraConfig(ne=1))
         ```
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ...functional.packing import PackedWeight, pack_module, unpack_module
 from ...heads.layout import ProjectionLayout
 from ...heads.traversal import own_modules
 from ..common.classifiers import QuantizedLinear
+from ..common.head_mask import rows_in_file
 from ..common.quantizer import WeightQuantizer, packed_weight
 from ..common.saved_keys import PACKED
 from .config import FULL_PRECISION
@@ -154,17 +156,8 @@ def _unpack(
     layout: ProjectionLayout | None = None,
 ) -> tuple[list[PackedWeight], torch.Tensor | None]:
     """`expected`: the shapes; None for rows of which there may be any number."""
-
-    def find_rows(shape: tuple[int, int], mask: torch.Tensor | None) -> torch.Tensor | None:
-        if mask is None:
-            return None
-        if layout is None or (len(mask), shape[0]) != (layout.num_heads, layout.out_features):
-            heads = "none" if layout is None else f"{layout.num_heads} in {layout.out_features} rows"
-            raise ValueError(f"it has {len(mask)} heads in {shape[0]} rows, but the adapter's layer has {heads}")
-        return layout.active_rows(mask)
-
     try:
-        matrices, mask = unpack_module(data, len(expected), find_rows)
+        matrices, mask = unpack_module(data, len(expected), partial(rows_in_file, layout, "the adapter's layer"))
     except ValueError as error:
         raise ValueError(f"{key} of the adapter file cannot be unpacked: {error}") from error
     found = [tuple(matrix.codes.shape) for matrix in matrices]

@@ -9,6 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
+from ..._compat import must_be_called
 from ...functional.rescaling import Rescaling
 from ...heads.layout import ProjectionLayout
 from .config import RLRRConfig
@@ -66,9 +67,7 @@ class RLRRLayer(nn.Module, BaseTunerLayer):
     @property
     def must_be_called(self) -> bool:
         """Whether somebody listens to the base layer, or has put a forward of his own into it (Accelerate)."""
-        base_layer = self.get_base_layer()
-        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        return "forward" in vars(base_layer) or any(getattr(base_layer, name) for name in hooks)
+        return must_be_called(self.get_base_layer())
 
     def call_base_layer(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
         """The base layer itself with the tensors by which it acts; they are kept for the backward pass."""

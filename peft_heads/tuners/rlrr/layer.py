@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ...functional.rescaling import Change, ConvolutionOperation, LinearOperation, delta, rescaled_operation
-from ...functional.sharding import on_gradient
+from ...functional.rows import per_row, without_rows
 from ...heads.layout import ProjectionLayout
+from ...heads.protocol import ScoredParameter
 from ..common.head_mask import HeadMask, HeadMaskedLayer
 from .base_layer import RLRRLayer
 from .config import RLRRConfig
@@ -72,17 +70,10 @@ class RLRRLinear(HeadMaskedLayer, RLRRLayer):
 
     # The protocol of heads/protocol.py
 
-    def head_parameters(self, adapter_name: str) -> list[nn.Parameter]:
+    def scored_parameters(self, adapter_name: str) -> list[ScoredParameter]:
         """`S_out` (out, r) and f (out,); `S_in` is shared by all heads."""
-        return [factor[adapter_name] for factor in (self.rlrr_left, self.rlrr_shift) if adapter_name in factor]
-
-    def scored_tensor(self, adapter_name: str, param: nn.Parameter) -> torch.Tensor:
-        return param
-
-    def on_scored_gradient(
-        self, adapter_name: str, param: nn.Parameter, call: Callable[[torch.Tensor, bool], None]
-    ) -> Any:
-        return on_gradient(param, call)
+        factors = [factor for factor in (self.rlrr_left, self.rlrr_shift) if adapter_name in factor]
+        return [ScoredParameter(factor[adapter_name]) for factor in factors]
 
     def active_rows(self, adapter_name: str) -> torch.Tensor:
         """bool (out,), True = the adapter changes the row: all but those of deactivated heads."""
@@ -92,7 +83,7 @@ class RLRRLinear(HeadMaskedLayer, RLRRLayer):
         """`rows` (out, ...) with those of deactivated heads replaced by zero."""
         if adapter_name not in self.rlrr_head_mask:
             return rows
-        return torch.where(self.deactivated_rows(adapter_name).view(-1, *[1] * (rows.dim() - 1)), 0, rows)
+        return without_rows(rows, self.deactivated_rows(adapter_name))
 
     # How the adapters act
 
@@ -208,7 +199,7 @@ class RLRRScale(RLRRLayer):
     def changed_tensors(self, adapter_names: list[str]) -> dict[str, torch.Tensor]:
         weight, bias = self.frozen_weight(), self.frozen_bias()
         scale, shift = self.scale_and_shift(adapter_names)
-        changed = {"weight": weight * scale.view(-1, *[1] * (weight.dim() - 1))}
+        changed = {"weight": weight * per_row(scale, weight)}
         parts = [shift] if shift is not None else []
         parts += [bias * scale] if bias is not None else []
         if parts:

@@ -55,7 +55,7 @@ class RLRRModel(RLRRSums, StandaloneTuner):
         >>> from peft import get_peft_model
         >>> from peft_heads import RLRRConfig
 
-        >>> vit = AutoModelForImageClassification.from_pretrained("google/vit-base-patch16-224-in21k")
+        >>> vit = AutoModelForImageClassification.from_pretrained("google/vit-base-patch16-224-in21k")  # needs the Hub  # doctest: +SKIP
         >>> model = get_peft_model(vit, RLRRConfig())
         ```
     """

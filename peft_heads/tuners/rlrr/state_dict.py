@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ...functional.rows import without_rows
 from ...heads.layout import ProjectionLayout
 from ..common.head_mask import check_saved_masks, masked_layers
 from .config import RLRRConfig
@@ -18,7 +19,7 @@ def write_deactivated(model: nn.Module, adapter_name: str, state_dict: dict[str,
             if key in state_dict:
                 rows = state_dict[key]
                 off = layer.deactivated_rows(adapter_name).to(rows.device)
-                state_dict[key] = torch.where(off.view(-1, *[1] * (rows.dim() - 1)), 0, rows)
+                state_dict[key] = without_rows(rows, off)
 
 
 def check_state_dict(

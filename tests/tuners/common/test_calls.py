@@ -20,8 +20,8 @@ def linear(layer, x):
     return F.linear(x, layer.weight, layer.bias)
 
 
-class Attention(nn.Module):
-    """q, k and v by ordinary calls."""
+class Projections(nn.Module):
+    """The layers of an attention module."""
 
     num_heads = 2
 
@@ -29,6 +29,10 @@ class Attention(nn.Module):
         super().__init__()
         self.q_proj, self.k_proj, self.v_proj = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.out = nn.Linear(dim, dim)
+
+
+class Attention(Projections):
+    """q, k and v by ordinary calls."""
 
     def forward(self, x):
         q, k, v = (p(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in self.projections())
@@ -46,15 +50,8 @@ class ReadingAttention(Attention):
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class PlainReadingAttention(nn.Module):
+class PlainReadingAttention(Projections):
     """Its own code shows it."""
-
-    num_heads = 2
-
-    def __init__(self, dim=8):
-        super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.out = nn.Linear(dim, dim)
 
     def forward(self, x):
         return self.out(F.linear(x, self.q_proj.weight) * self.k_proj(x) * F.linear(x, self.v_proj.weight.T))
@@ -230,7 +227,7 @@ def test_gradient_checkpointing():
     model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=1)).train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model(**tiny.batch()).loss.backward()
-    assert all(p.grad is not None for n, p in model.named_parameters() if p.requires_grad)
+    tiny.gradients(model)
 
 
 def test_multihead_attention_and_its_encoder_layer():
@@ -269,7 +266,7 @@ def test_videomae(make_config):
     output = model(pixel_values=video, labels=torch.tensor([0, 1]))
     output.loss.backward()
     assert not torch.allclose(output.logits, before, atol=1e-3)
-    assert all(p.grad is not None for n, p in model.named_parameters() if p.requires_grad)
+    tiny.gradients(model)
 
 
 @pytest.mark.slow

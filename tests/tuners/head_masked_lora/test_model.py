@@ -90,7 +90,7 @@ def test_explicit_num_heads_that_does_not_divide():
             tiny.make("vit"), HeadMaskedLoraConfig(ne=1, num_heads=tiny.now({"q_proj": 3, "v_proj": 5}))
         )
     assert {len(m) for m in get_head_masks(model).values()} == {3}
-    assert all(name.endswith(tiny.now("v_proj")) for name in layers(model, Linear))
+    assert len(layers(model, Linear)) == 2 and all(name.endswith(tiny.now("v_proj")) for name in layers(model, Linear))
 
 
 def test_num_heads_pattern_that_matches_nothing():
@@ -208,12 +208,6 @@ def test_mask_and_weights_disagree(saved):
             r"layers\.1\.attention\.v_proj the mask deactivates heads \[0, 2, 3, 4, 5\] of .* rows of lora_B.weight must be"
         ),
     ):
-        PeftModel.from_pretrained(tiny.make("vit"), saved)
-
-
-def test_mask_of_the_wrong_shape(saved):
-    edit(saved, lambda tensors: tensors.update({KEY + "lora_head_mask.mask": torch.ones(5, dtype=torch.bool)}))
-    with pytest.raises(ValueError, match=tiny.now(r"v_proj must be a bool tensor of shape \(6,\)")):
         PeftModel.from_pretrained(tiny.make("vit"), saved)
 
 

@@ -16,6 +16,7 @@ from peft_heads import HeadMaskedLoraConfig, HeadScorer, get_head_masks, pack_ad
 from peft_heads.cli.main import main
 from peft_heads.functional.quantization import BITS
 from peft_heads.heads.protocol import head_layers
+from peft_heads.methods import pack_trained
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:these targets have no attention heads")
@@ -408,3 +409,17 @@ def test_export(tmp_path, capsys):
     full.save_pretrained(tmp_path / "full")
     assert main(["export", str(tmp_path / "full"), "--to", "packed", str(tmp_path / "none")]) == 2
     assert "no k-bit weights to pack" in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
+def test_all_k_bit_adapters_of_a_model(tmp_path):
+    """Those in full precision are left alone, and so is a model without adapters."""
+    model = make()
+    model.add_adapter("full", HeadMaskedLoraConfig(ne=1))
+    model.add_adapter("other", HeadMaskedLoraConfig(ne=1, adapter_bits=4))
+    pack_trained(model)
+    assert {name: config.packed for name, config in model.peft_config.items()} == {
+        "default": True,
+        "full": False,
+        "other": True,
+    }
+    pack_trained(tiny.make("vit"))
