@@ -26,6 +26,11 @@ def named_targets(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, module) for name, module, is_inside in _walk(model) if name and not is_inside)
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The model's own module under what adapters have put around it; itself if that is nothing."""
+    return getattr(module, "original_module", getattr(module, "base_layer", module))
+
+
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
     """`(name, module, whether it lies in a layer that an adapter wraps)`."""
     seen: set[nn.Module] = set()

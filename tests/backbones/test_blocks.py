@@ -279,6 +279,12 @@ def test_linear_layers_that_are_neither_output_nor_mlp(timm_like):
     assert repr(first).replace("blocks.0", "blocks.1") == repr(second)
 
 
+def test_a_scaling_that_the_attention_layer_states(timm_like):
+    first, second = (block.attn for block in timm_like.blocks)
+    first.scale, second.scale = 0.125, nn.Parameter(torch.ones(1))
+    assert [block.scaling for block in find_blocks(timm_like)] == [0.125, None]
+
+
 def test_layers_of_the_mlp_in_the_block_itself(timm_like):
     block = timm_like.blocks[1]
     block.fc1, block.fc2 = nn.Linear(24, 48), nn.Linear(48, 24)
