@@ -15,7 +15,7 @@ from .traversal import own_modules
 
 @runtime_checkable
 class HeadMaskable(Protocol):
-    """The protocol of a head-maskable adapter layer, which head-masked LoRA's and RLRR's follow, and others can."""
+    """Protocol of an adapter layer whose heads can be masked; the layers of any method can follow it."""
 
     head_layout: dict[str, ProjectionLayout]
     """Heads of the wrapped projection, per adapter."""
@@ -41,7 +41,7 @@ class HeadMaskable(Protocol):
         """bool (rows of the projection,), True = the adapter may change the row: by the mask, and by the method."""
 
 
-# What wrappers put into module names: PeftModel, DistributedDataParallel, torch.compile.
+# Parts of module names that wrappers add: PeftModel, DistributedDataParallel, torch.compile.
 _WRAPPER_NAMES = re.compile(r"^(module\.)?(_orig_mod\.)?(base_model\.model\.)?|(?<=\.)_orig_mod\.")
 
 
@@ -169,8 +169,8 @@ def module_patterns(names: Iterable[str], among: Collection[str] = ()) -> str:
     """Module names with layer numbers folded: `vit.layers.*.attention.q_proj`.
 
     Args:
-        names: The names.
-        among: All names of the kind, if a pattern is to stand only where every one of them that fits it is meant.
+        names: Names to be written.
+        among: All names of their kind. A pattern is then written only if it matches none but the given names.
 
     Example:
         >>> module_patterns(["layers.0.q_proj", "layers.1.q_proj", "layers.0.v_proj"])
