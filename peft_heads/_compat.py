@@ -329,8 +329,10 @@ def extend_hotswap(
         hotswap._pad_lora_weights = _pad_lora_weights
 
 
-def extend_weight_mapping(name: str) -> None:
+def extend_weight_mapping(name: str, converter: Callable[[str], Any]) -> None:
     """Let transformers' own `load_adapter` convert the head masks of a file of the PEFT type `name` (lower case).
+
+    `converter` returns the conversion of an adapter's masks, given the adapter's name.
 
     transformers 5 reads the file by a list of renamings and conversions, without asking the tuner. The list is made in
     PEFT, before transformers 5.10 or so in transformers itself.
@@ -347,9 +349,7 @@ def extend_weight_mapping(name: str) -> None:
         def build_peft_weight_mapping(weight_conversions, adapter_name, peft_config=None):
             mapping = build(weight_conversions, adapter_name, peft_config=peft_config)
             if mapping and getattr(peft_config, "peft_type", None) == PeftType[name.upper()]:
-                from .tuners.common.mask_conversion import mask_converter
-
-                mapping = [*mapping, mask_converter(adapter_name)]
+                mapping = [*mapping, converter(adapter_name)]
             return mapping
 
         build_peft_weight_mapping.extended_by_peft_heads = {*getattr(build, "extended_by_peft_heads", ()), name}
