@@ -59,6 +59,8 @@ def test_contents_that_were_renamed_have_their_old_names(monkeypatch):
 
 def test_modules_that_are_rooms_now_answer_for_what_they_held():
     from peft_heads.benchmark.offline import OFFLINE_TASKS
+    from peft_heads.benchmark.report import make_report, summarize
     from peft_heads.scoring import HeadScorer
 
     assert HeadScorer.__module__ == "peft_heads.scoring.scorer" and OFFLINE_TASKS
+    assert make_report.__module__ == summarize.__module__ == "peft_heads.benchmark.report.make"
