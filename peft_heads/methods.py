@@ -1,4 +1,4 @@
-"""The fine-tuning methods as `peft-heads train` and `peft-heads bench` run them: settings, their checks, and the model."""
+"""Fine-tuning by a registered method, as `train` and `bench` do it: the settings, their checks, and the model."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .tuners.stock import check_for_images, check_targets, default_modules
 
 @dataclass(frozen=True)
 class MethodSettings:
-    """A method and the settings given for it, one value each. Everywhere it is made by `from_json`.
+    """A method, and the settings given for it. Command line and result files make it by `from_json`.
 
     Attributes:
         name: Name of a registered method.
-        settings: `{option: value}`. An option that is missing has the default of the method's configuration.
+        settings: `{option: value}`. A missing option has the default of the method's configuration.
     """
 
     name: str
@@ -43,7 +43,7 @@ class MethodSettings:
 
     @classmethod
     def from_json(cls, data: Any) -> MethodSettings:
-        """Settings by what `to_json` returns. Neither the method nor its options need to be known.
+        """The reverse of `to_json`. Neither the method nor its options need to be known.
 
         Raises:
             ValueError: There is no name.
@@ -56,10 +56,10 @@ class MethodSettings:
 
 
 def all_options(first: str | None = None) -> dict[str, Option]:
-    """The options of all methods, by name. Where several methods have one, it is the earlier method's.
+    """The options of all methods, by name. If several methods have an option, the earliest method's is taken.
 
     Args:
-        first: Name of a method that comes before all others.
+        first: Name of a method that is put before all others.
     """
     methods = sorted(registered_methods(), key=lambda method: method.name != first)
     options: dict[str, Option] = {}
@@ -113,7 +113,7 @@ def _deactivates(method: Method, settings: Mapping[str, Any]) -> bool:
 
 
 def apply_method(model: nn.Module, given: MethodSettings) -> tuple[nn.Module, list]:
-    """The model as it is trained, and the callbacks it needs (a `TaylorHeadScorer`, or none)."""
+    """The model ready for training, and the callbacks it needs (a `TaylorHeadScorer`, a `RankAllocator`, or none)."""
     method = get_method(given.name)
     if method.apply is not None:
         return method.apply(model), []
@@ -165,9 +165,9 @@ class RankAllocator(TrainerCallback):
 
 
 def effective_settings(given: MethodSettings) -> dict[str, Any]:
-    """Every setting of a method by its name on the command line, given or by default; needs no model.
+    """Every setting of a method by its name on the command line, defaults included; needs no model.
 
-    Settings of heads and of their selection are left out where no head is deactivated.
+    Settings of heads and their selection are left out if no head is deactivated.
 
     Raises:
         ValueError: The settings contradict each other, or are not the method's.
@@ -193,7 +193,7 @@ def effective_settings(given: MethodSettings) -> dict[str, Any]:
 def scores_heads(config: PeftConfig) -> bool:
     """Whether an adapter's heads are scored while it trains.
 
-    Always if its method deactivates heads by default, even where this adapter deactivates none.
+    They always are if the method deactivates heads by default, even if this adapter deactivates none.
     """
     method = method_of(config)
     return method is not None and method.scores_heads and (method.deactivates_by_default or config.masks_heads)
@@ -213,7 +213,7 @@ def pack_trained(model: nn.Module) -> None:
 
 
 def _given(given: MethodSettings) -> dict[str, Any]:
-    """The settings that say something: None is the default."""
+    """The settings without those that are None, which means the default."""
     return {name: value for name, value in given.settings.items() if value is not None}
 
 

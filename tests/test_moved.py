@@ -42,6 +42,8 @@ def test_a_module_that_was_divided_answers_for_all_it_held(monkeypatch):
 
 def test_modules_that_are_rooms_now_answer_for_what_they_held():
     from peft_heads.benchmark.offline import OFFLINE_TASKS
+    from peft_heads.benchmark.report import make_report, summarize
     from peft_heads.scoring import HeadScorer
 
     assert HeadScorer.__module__ == "peft_heads.scoring.scorer" and OFFLINE_TASKS
+    assert make_report.__module__ == summarize.__module__ == "peft_heads.benchmark.report.make"

@@ -23,8 +23,6 @@ from .score_files import HEAT_MAP_FILE, SCORES_FILE, led_to
 
 SECTION_BEGIN, SECTION_END = "<!-- peft_heads: begin -->", "<!-- peft_heads: end -->"
 _SECTION = re.compile(f"{SECTION_BEGIN}.*?{SECTION_END}", re.DOTALL)
-# Of all our methods: what a card that becomes another adapter's loses. "lora" is PEFT's tag as well.
-TAGS = ("head-masked-lora", "rlrr", "peft_heads")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ _BLOCK_ROLES = {
 
 
 def place_of(name: str) -> tuple:
-    """What a renaming leaves as it is: the first part of a module's name, the numbers in it, and its role.
+    """The place of a module, which a renaming does not change: the first part of its name, its numbers, and its role.
 
     Example:
         >>> place_of("vit.encoder.layer.0.attention.attention.query")
@@ -47,8 +47,7 @@ def match_renamed(saved: Iterable[str], present: Iterable[str]) -> dict[str, str
         present: Module names of the model.
 
     Returns:
-        Names that the model has are left out, and so are those for which it has nothing at the same place, or more
-        than one thing.
+        Left out are names that the model has too, and names for whose place it has no module or more than one.
     """
     present = dict.fromkeys(present)
     unknown = [name for name in saved if name not in present]

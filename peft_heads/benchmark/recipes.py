@@ -1,4 +1,4 @@
-"""How the papers train: one recipe per suite, everything in it part of the result."""
+"""How the papers train: one recipe per suite, whose settings are part of every result."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ SHIPPED = "peft_heads/vit_strokes"  # the name, in results, of the small ViT in 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything about a training but data, method, backbone and seed.
+    """Everything that defines a training, except data, method, backbone and seed.
 
     Attributes:
-        paper: Where it stands.
-        expected: Published accuracies in percent that a faithful run comes near to, by setting; group means.
-        epochs, batch_size, learning_rate, weight_decay: Of AdamW. The batch is that of all processes together.
-        warmup_epochs, warmup_learning_rate, final_learning_rate: The learning rate rises linearly from the second, epoch by
-            epoch of the first, and falls by a half cosine to the third.
-        drop_path: Stochastic depth, growing linearly over the blocks to this rate.
+        name: Name of the suite.
+        paper: Paper that describes the recipe, in words.
+        expected: Published accuracies in percent, by setting, which a faithful run comes near; means of the groups.
+        epochs, batch_size, learning_rate, weight_decay: Settings of AdamW. The batch is that of all processes together.
+        warmup_epochs, warmup_learning_rate, final_learning_rate: The learning rate rises linearly from
+            `warmup_learning_rate` during `warmup_epochs`, then falls by a half cosine to `final_learning_rate`.
+        drop_path: Rate of stochastic depth in the last block; it grows linearly over the blocks.
         drop_last: Whether the last, incomplete batch of an epoch is left out; never if it is the only one.
-        max_grad_norm: Gradients are clipped to this norm; 0 does not clip, as the papers.
-        bf16: Mixed precision.
+        max_grad_norm: Norm to which gradients are clipped; 0 does not clip, as in the papers.
+        bf16: Whether training uses mixed precision.
         head_warmup_epochs: Epochs before the heads are selected.
         train_images, eval_images: Arguments of `data.preprocessing.Preprocessing`.
         augmentation: Arguments of `data.augmentation.Augmentation`; empty for none.
-        learning_rates: Of methods that the recipe trains with another one, by name.
-        backbone: The checkpoint that the recipe is meant for; None for any.
+        learning_rates: Learning rates of methods that need another one, by name.
+        backbone: Checkpoint that the recipe is meant for; None for any.
     """
 
     name: str
@@ -68,7 +69,7 @@ class Recipe:
             )
 
     def settings(self) -> dict[str, Any]:
-        """What changes the numbers, for a result."""
+        """The settings that change a result's numbers, as a result holds them."""
         left_out = ("paper", "expected", "epochs", "train_images", "eval_images", "augmentation")
         left_out += ("learning_rates", "backbone")
         return {name: value for name, value in asdict(self).items() if name not in left_out}

@@ -37,9 +37,7 @@ class ModelArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the base model."})
     ignore_mismatched_sizes: bool = field(
         default=False,
-        metadata={
-            "help": "Re-initialise weights of another shape. (A classification head of another size always is.)"
-        },
+        metadata={"help": "Re-initialise weights of another shape. (A classifier of another size always is.)"},
     )
 
 
@@ -54,9 +52,10 @@ class DataArguments:
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     train_dir: str | None = field(default=None, metadata={"help": "Folder with one sub-folder of images per class."})
-    validation_dir: str | None = field(default=None, metadata={"help": "The same for validation."})
+    validation_dir: str | None = field(default=None, metadata={"help": "The same kind of folder, for validation."})
     train_val_split: float | None = field(
-        default=0.15, metadata={"help": "Share of train set aside where there is no validation split; 0 for none."}
+        default=0.15,
+        metadata={"help": "Share of the training images set aside if there is no validation split; 0 for none."},
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on that many images only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on that many images only."})
@@ -64,7 +63,7 @@ class DataArguments:
     label_column_name: str = field(default="label", metadata={"help": "The column that holds the labels."})
     do_normalize: bool | None = field(
         default=None,
-        metadata={"help": "false: images stay in [0, 1], as in the papers. Default: as the checkpoint does."},
+        metadata={"help": "false leaves images in [0, 1], as in the papers. Default: as the checkpoint does."},
     )
     image_range: list[float] | None = field(
         default=None,
@@ -77,7 +76,7 @@ class DataArguments:
 
 @dataclass
 class OutputArguments:
-    """What transformers 4 has among the arguments of Trainer."""
+    """An argument that TrainingArguments has in transformers 4 only."""
 
     _argument_group_name = "output"
 
@@ -88,7 +87,7 @@ class OutputArguments:
 
 
 class TrainArgumentParser(HfArgumentParser):
-    """Says what is wrong in one line instead of printing the usage of two hundred arguments."""
+    """Reports a fault in one line instead of printing the usage of two hundred arguments."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
@@ -120,13 +119,13 @@ def build_parser(method: str | None = None) -> TrainArgumentParser:
         "What is shown here goes with every method; --method X --help shows the options of method X.",
         allow_abbrev=False,
     )
-    # None: neither was given, so both are done; TrainingArguments' False could not be told from a given `false`.
+    # None means not given. TrainingArguments' default, False, could not be told from a `false` that was given.
     parser.set_defaults(do_train=None, do_eval=None, report_to="none")
     return parser
 
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, MethodSettings, TrainingArguments]:
-    """Raises ValueError with the message of whatever does not fit."""
+    """The arguments of a training; raises ValueError with a message for the user if one does not fit."""
     parser = build_parser(named_method(argv))
     if argv and not argv[0].startswith("-"):
         argv = file_arguments(argv[0], parser) + argv[1:]
@@ -156,7 +155,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Met
 def local_inputs(
     argv: list[str], model: ModelArguments, data: DataArguments, method: MethodSettings
 ) -> dict[str, str | None]:
-    """`{argument: value}` of all that a training reads and that may be a local file or folder."""
+    """`{argument: value}` of everything that a training reads and that may be a local file or folder."""
     groups = (
         (model, ("model_name_or_path", "config_name", "image_processor_name")),
         (data, ("dataset_name", "train_dir", "validation_dir")),

@@ -31,7 +31,15 @@ def build_parser(command: str, description: str, lists: bool, method: str | None
         usage=f"peft-heads bench {command} --data_root DIR --output_dir DIR [--argument value …]",
         allow_abbrev=False,
     )
-    what = parser.add_argument_group("what")
+    _add_what(parser.add_argument_group("what"), lists)
+    _add_where(parser.add_argument_group("where and how"))
+    text = "as of `peft-heads train`" + ("; of several values all combinations are run" if lists else "")
+    _add_method(parser.add_argument_group("method", text), lists, method)
+    _add_recipe(parser.add_argument_group("recipe", "the suite's own unless given"))
+    return parser
+
+
+def _add_what(what: argparse._ArgumentGroup, lists: bool) -> None:
     what.add_argument("--suite", choices=tuple(RECIPES), default="vtab", help="default: vtab; folder: your own")
     what.add_argument("--task", nargs="+", default=[], metavar="TASK", help="default: all of the suite")
     what.add_argument(
@@ -39,16 +47,27 @@ def build_parser(command: str, description: str, lists: bool, method: str | None
         default="google/vit-base-patch16-224-in21k",
         help="checkpoint to fine-tune: a local folder or a model of the Hub (default: %(default)s)",
     )
-    what.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2] if lists else [0], help="of reported runs")
-    what.add_argument("--shots", type=int, nargs="+", choices=SHOTS, default=list(SHOTS), help="of --suite fewshot")
     what.add_argument(
-        "--list_seed", type=int, nargs="+", choices=LIST_SEEDS, default=list(LIST_SEEDS), help="of --suite fewshot"
+        "--seed", type=int, nargs="+", default=[0, 1, 2] if lists else [0], help="seeds of the reported runs"
+    )
+    few_shot = "with --suite fewshot; default: all"
+    what.add_argument(
+        "--shots", type=int, nargs="+", choices=SHOTS, default=list(SHOTS), help=f"images per class, {few_shot}"
+    )
+    what.add_argument(
+        "--list_seed",
+        type=int,
+        nargs="+",
+        choices=LIST_SEEDS,
+        default=list(LIST_SEEDS),
+        help=f"the published lists of images, {few_shot}",
     )
 
-    where = parser.add_argument_group("where and how")
+
+def _add_where(where: argparse._ArgumentGroup) -> None:
     where.add_argument("--data_root", required=True, help="folder that holds one folder per task")
     where.add_argument("--output_dir", required=True, help="results; unfinished runs go on from what lies there")
-    where.add_argument("--cache_dir", help="of decoded images (default: see `peft-heads data info`)")
+    where.add_argument("--cache_dir", help="folder of decoded images (default: see `peft-heads data info`)")
     where.add_argument("--cache_test_images", action="store_true", help="decode test images once as well (58 GB)")
     where.add_argument("--any_size", action="store_true", help="accept trees with other numbers of images")
     where.add_argument("--save_every", type=int, default=10, help="epochs between checkpoints (default 10)")
@@ -58,34 +77,30 @@ def build_parser(command: str, description: str, lists: bool, method: str | None
         "--test_every",
         type=int,
         default=0,
-        help="record the best accuracy on test as well, by epochs; a labelled extra",
+        help="record the best accuracy on test as well, looking every so many epochs; a labelled extra",
     )
 
-    group = parser.add_argument_group(
-        "method", "as of `peft-heads train`" + ("; of several values all combinations are run" if lists else "")
-    )
+
+def _add_method(group: argparse._ArgumentGroup, lists: bool, method: str | None) -> None:
     names = method_names()
     group.add_argument("--method", choices=names, default=names[0], help="default: %(default)s")
     for option in all_options(method).values():
+        choices = f" One of {', '.join(option.choices)}." if option.choices else ""
         group.add_argument(
             f"--{option.name}",
             type=_kind(option.type),
             choices=option.choices,
             nargs="+" if lists else None,
             metavar=option.name.upper(),
-            help=_option_help(option, lists).replace("%", "%%")
-            + (f" One of {', '.join(option.choices)}." if option.choices else ""),
+            help=_option_help(option, lists).replace("%", "%%") + choices,
         )
 
-    group = parser.add_argument_group("recipe", "the suite's own unless given")
-    for field in dataclasses.fields(Recipe):
-        if field.name in _recipe_numbers():
-            values = {suite: getattr(recipe, field.name) for suite, recipe in RECIPES.items()}
-            group.add_argument(
-                f"--{field.name}",
-                type=_kind(typing.get_type_hints(Recipe)[field.name]),
-                help=f"default: {_by_suite(values)}",
-            )
+
+def _add_recipe(group: argparse._ArgumentGroup) -> None:
+    kinds = typing.get_type_hints(Recipe)
+    for name in _recipe_numbers():
+        values = {suite: getattr(recipe, name) for suite, recipe in RECIPES.items()}
+        group.add_argument(f"--{name}", type=_kind(kinds[name]), help=f"default: {_by_suite(values)}")
     for name in ("resize", "filter", "normalization"):
         values = {suite: _image_setting(recipe, name) for suite, recipe in RECIPES.items()}
         group.add_argument(
@@ -99,7 +114,6 @@ def build_parser(command: str, description: str, lists: bool, method: str | None
         metavar=("LOW", "HIGH"),
         help="the values that are black and white in images of more than 8 bits (CT, X-ray, satellite)",
     )
-    return parser
 
 
 def _option_help(option: Option, lists: bool) -> str:

@@ -16,9 +16,9 @@ def run(argv: list[str]) -> int:
         prog="peft-heads bench offline",
         description="Fine-tunes the small ViT that ships with the package on six tasks (scikit-learn's digits and five "
         "generated ones, written to OUTPUT_DIR/data) with every method and criterion, and prints what the results say. "
-        "Runs on one thread of one CPU, for results that can be repeated: start it several times at once, with other "
-        "seeds or tasks, to use several, and at the end without, for the report on all. What has a result is not run "
-        "again, and a killed run is begun anew.",
+        "Runs on one thread of one CPU, so that results can be repeated. To use several CPUs, start it several times at "
+        "once with other seeds or tasks, and in the end once more without them, for the report on all. A run that has a "
+        "result is not repeated; a killed run starts again.",
         allow_abbrev=False,
     )
     parser.add_argument("--output_dir", required=True, type=Path, help="data, results and the report")
@@ -53,7 +53,7 @@ def run(argv: list[str]) -> int:
         raise ValueError(
             "bench offline runs in one process: start it several times, with other seeds or tasks, not by torchrun"
         )
-    torch.set_num_threads(1)  # sums in another order give other results
+    torch.set_num_threads(1)  # sums in another order have other results
     names = args.task or (QUICK_TASKS if args.quick else [task.name for task in OFFLINE_TASKS])
     tasks = [find_task(name, OFFLINE) for name in names]
     recipe = dataclasses.replace(RECIPES[OFFLINE], **(QUICK if args.quick else {}))
@@ -84,7 +84,7 @@ def run(argv: list[str]) -> int:
         execute(specs, places, outcome, progress=progress_bar)
     clear_trunks(places)
     if outcome.runs:
-        # with what other processes have run
+        # including the runs of other processes
         found = {run.spec.run_id: run for run in read_results(args.output_dir, unofficial=True)}
         found = {run_id: run for run_id, run in found.items() if run.spec.epochs == recipe.epochs}
         report(list((found | outcome.runs).values()), args.output_dir / "report")

@@ -10,14 +10,14 @@ def run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="peft-heads bench report",
         description="Prints the tables of a folder of results, with the published rows beside; with --output_dir, "
-        "writes report.md, every table as CSV and LaTeX, and the figures (PNG). What lies in RESULTS_DIR/official are "
-        "complete runs of committed code, or of an installed package; where they depart from the recipe of their suite, "
-        "the report says so.",
+        "writes report.md, every table as CSV and LaTeX, and the figures (PNG). RESULTS_DIR/official holds complete "
+        "runs of committed code, or of an installed package; the report says where they depart from the recipe of "
+        "their suite.",
     )
     parser.add_argument("results", metavar="RESULTS_DIR", help="the folder that `bench run` and `bench sweep` wrote")
-    parser.add_argument("--suite", default="vtab", help="whose results (default vtab)")
+    parser.add_argument("--suite", default="vtab", help="suite to report (default vtab)")
     parser.add_argument("--output_dir", type=Path, metavar="DIR", help="write the report there")
-    parser.add_argument("--unofficial", action="store_true", help="also runs of uncommitted code and partial ones")
+    parser.add_argument("--unofficial", action="store_true", help="include runs of uncommitted code and partial ones")
     parser.add_argument("--overwrite", action="store_true", help="replace files in DIR")
     args = parser.parse_args(argv)
 

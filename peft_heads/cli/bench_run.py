@@ -19,7 +19,7 @@ def run(argv: list[str]) -> int:
     parser = build_parser(
         "run",
         "Trains one setting and evaluates it once, at the end: by default on all but the test images and on these, with "
-        "--validation by the half of the protocol by which settings are chosen. What has a result is not run again.",
+        "--validation on the images by which settings are chosen. A run that has a result is not repeated.",
         lists=False,
         method=named_method(argv),
     )
@@ -50,22 +50,24 @@ def sweep(argv: list[str]) -> int:
         "sweep",
         "Compares settings under the protocol: --tune is chosen task by task on validation images, everything else that "
         "has several values makes rows of the report; then each is trained on all but the test images and evaluated on "
-        "these, once. Without more arguments, what the papers try. What has a result is not run again, and a killed run "
-        "goes on from its checkpoint.",
+        "these, once. Without more arguments, what the papers try. A run that has a result is not "
+        "repeated, and a killed run goes on from its checkpoint.",
         lists=True,
         method=named_method(argv),
     )
-    parser.add_argument("--tune", nargs="*", metavar="NAME", help="settings chosen per task (default: scale)")
-    parser.add_argument("--search_seed", type=int, nargs="+", default=[0], help="of the runs to choose by")
+    parser.add_argument("--tune", nargs="*", metavar="NAME", help="settings to choose per task (default: scale)")
+    parser.add_argument("--search_seed", type=int, nargs="+", default=[0], help="seeds of the runs to choose by")
     parser.add_argument(
-        "--no_shared_warmup", action="store_true", help="train the epochs before heads are selected in each run anew"
+        "--no_shared_warmup", action="store_true", help="let every run train the epochs before its heads are selected"
     )
     parser.add_argument(
         "--storage", metavar="URL|FILE", help="share the sweep with other machines by Optuna's storage"
     )
     parser.add_argument("--study_name", help="in the storage (default: one per plan)")
     parser.add_argument(
-        "--take_over", action="store_true", help="take what other machines have begun by now as well: they are gone"
+        "--take_over",
+        action="store_true",
+        help="also take the runs that other machines have begun so far, because those machines are gone",
     )
     parser.add_argument(
         "--dry_run", action="store_true", help="only say how many runs there are, and with which settings"
@@ -120,7 +122,7 @@ def _prepare(args: argparse.Namespace, settings: dict[str, Any]):
     from ..benchmark.engine.training import Places
     from .bench_arguments import read_method, read_recipe
 
-    # first of all: without a word on the device a process on a CPU takes itself for the only one
+    # First of all: a process that is not told its device takes itself for the only one, on a CPU.
     use_cpu = args.use_cpu or not torch.accelerator.is_available()
     PartialState(cpu=use_cpu)
     has_shots = bool(SUITES[args.suite].shots)
@@ -156,7 +158,7 @@ def _queue(args: argparse.Namespace, sweep):
 
 
 def _check_single(args: argparse.Namespace) -> None:
-    """`bench run` runs one setting: what the papers try several values of must be said."""
+    """Raise ValueError if a setting has several values: `bench run` runs one, and the papers try several."""
     from .bench_arguments import read_method
 
     open_choices = [name for name, value in read_method(args).items() if isinstance(value, list)]
@@ -172,14 +174,14 @@ def progress_bar(count: int, title: str):
 
 
 def say(lines: list[str]) -> None:
-    """Once, where several processes run."""
+    """Print lines once, from the main process."""
     if _is_main():
         print("\n".join(lines), flush=True)
 
 
 @contextmanager
 def goes_on(outcome) -> Iterator[None]:
-    """Around the runs: Ctrl-C says what is done, and how the rest is."""
+    """Around the runs: Ctrl-C reports how many are finished, and how to go on."""
     try:
         yield
     except KeyboardInterrupt as interrupt:
@@ -197,7 +199,7 @@ def _is_main() -> bool:
 
 
 def finish(outcome, args: argparse.Namespace) -> int:
-    """The exit code; the processes end together."""
+    """Report the failures and return the exit code; the processes end together."""
     from accelerate import PartialState
 
     if _is_main():

@@ -11,17 +11,17 @@ from ..benchmark.records.results import RunSpec
 
 
 def effective_lines(specs: list[RunSpec], any_size: bool = False) -> list[str]:
-    """Lines for a terminal, on runs of one suite.
+    """Lines for a terminal about runs of one suite.
 
     Args:
-        specs: Of all methods and tasks; one seed of each will do.
-        any_size: Whether trees with other numbers of images than the published ones are taken.
+        specs: Runs of all methods and tasks; one seed of each is enough.
+        any_size: Whether trees may have other numbers of images than the published ones.
     """
     methods: dict[str, list[dict[str, Any]]] = {}
     for spec in specs:
         methods.setdefault(spec.method.name, []).append(effective_method(spec.method.to_json(), spec.recipe))
     recipe = merge_settings([{"epochs": spec.epochs} | spec.recipe for spec in specs])
-    recipe.pop("head_warmup_epochs", None)  # stands with the methods that it concerns
+    recipe.pop("head_warmup_epochs", None)  # is shown with the methods that it concerns
     departs = [*_unique(text for spec in specs for text in deviations(spec))]
     if any_size:
         departs.append("trees with any number of images (--any_size)")

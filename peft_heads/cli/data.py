@@ -1,4 +1,4 @@
-"""`peft-heads data`: checks benchmark trees, and shows and empties the cache of decoded images."""
+"""`peft-heads data`: check benchmark trees, show or empty the cache of decoded images."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run(argv: list[str]) -> int:
     )
     info = commands.add_parser("info", description="Shows what the cache of decoded images holds.")
     clean = commands.add_parser(
-        "clean", description="Deletes the cache of decoded images; it is made again if needed."
+        "clean", description="Deletes the cache of decoded images, which is made again when it is needed."
     )
     for command in (info, clean):
         command.add_argument(
@@ -62,7 +62,7 @@ def check_trees(root: str, suite: str, names: list[str], image_range: list[float
 
 
 def describe(report) -> list[str]:
-    """What was found of one task as lines of text."""
+    """The report on one task, as lines of text."""
     from ..data.trees import SHOWN_FAULTS
 
     state = f"{len(report.faults):,} fault{'s' if len(report.faults) > 1 else ''}" if report.faults else "in order"

@@ -1,4 +1,4 @@
-"""What a command says, in one line, of an error that is no bug; a bug keeps its traceback."""
+"""Errors that are no bugs, in one line for the user; a bug keeps its traceback."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from ..adapter_folder.weights_file import one_line
 
 
 TRACEBACK = "PEFT_HEADS_TRACEBACK"  # set in the environment, every error keeps its traceback
-INTERRUPTED = 130  # the exit code of a shell's command that Ctrl-C has ended
+INTERRUPTED = 130  # exit code of a command that Ctrl-C has ended, as shells have it
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# How those say it that have no error number: safetensors (Rust) and torch's writer of archives (C++).
+# Messages of a full disk without an error number, from safetensors (Rust) and torch's writer of archives (C++).
 FULL_TEXTS = ("No space left on device", "os error 28", "Disk quota exceeded", "File too large")
 WRITER_TEXTS = ("PytorchStreamWriter failed writing", "iostream error", "unexpected pos")
 
 
 class CommandError(Exception):
-    """What a command tells its user, where the machine is at fault and not the arguments."""
+    """Message of a command to its user, where the machine is at fault and not the arguments."""
 
 
 def explain(error: BaseException) -> tuple[int, str] | None:
-    """`(exit code, one line)`; None for what may be a bug.
+    """The exit code and the line for the user; None for what may be a bug.
 
-    The exit code is 2 for a wrong argument or unusable data, which a check of this package has found, and 1 for what
+    The exit code is 2 for a wrong argument or unusable data that a check of this package has found. It is 1 for what
     the machine or the network has refused: a full disk, a folder without permission, a Hub that cannot be reached.
     """
     if os.environ.get(TRACEBACK):
@@ -46,7 +46,7 @@ def explain(error: BaseException) -> tuple[int, str] | None:
 
 
 def disk_full(error: BaseException) -> str | None:
-    """What could not be written because a disk, or a quota, is full; None if that is not the reason of the error."""
+    """What could not be written because a disk or a quota is full; None if the error has another reason."""
     for cause in _causes(error):
         text = one_line(cause)
         if isinstance(cause, OSError) and cause.errno in FULL:
@@ -59,7 +59,7 @@ def disk_full(error: BaseException) -> str | None:
 
 
 def raised_by_this_package(error: BaseException) -> bool:
-    """Whether the error comes from a check of ours, with a message for the user; a library's keeps its traceback."""
+    """Whether a check of this package raised the error, so that its message is for the user."""
     traceback = error.__traceback__
     while traceback.tb_next is not None:
         traceback = traceback.tb_next
@@ -67,7 +67,7 @@ def raised_by_this_package(error: BaseException) -> bool:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, and what it came from."""
+    """The error and those that led to it."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

@@ -1,4 +1,4 @@
-"""`--push_to_hub`: refused before the training where it cannot work, and no loss where it fails after it."""
+"""`--push_to_hub`: refused before the training if it cannot work, and harmless if it fails afterwards."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_hub(args: TrainingArguments) -> None:
 
 @contextmanager
 def reachable_hub(args: TrainingArguments) -> Iterator[None]:
-    """Around what makes the repository, before the training: raises ValueError if the Hub refuses or is not there."""
+    """Around the creation of the repository, before the training; raises ValueError if the Hub refuses or is away."""
     try:
         yield
     except Exception as error:
@@ -38,7 +38,10 @@ def reachable_hub(args: TrainingArguments) -> Iterator[None]:
 
 
 def push(trainer: Trainer) -> str | None:
-    """Upload what was saved; gives None, or if it failed, why, where everything lies, and how to upload it later."""
+    """Upload what was saved.
+
+    Returns None. If the upload failed: why, where everything lies, and how to upload it later.
+    """
     try:
         trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""`peft-heads inspect`: what a saved adapter is, from its files."""
+"""`peft-heads inspect`: show what a saved adapter is, from its files."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def run(argv: list[str]) -> int:
 
 
 def describe(report) -> list[str]:
-    """The report as lines of text."""
+    """The report, as lines of text."""
     from ..tuners.common.registry import method_of
 
     settings = report.settings

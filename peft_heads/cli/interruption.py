@@ -1,4 +1,4 @@
-"""What is said when a training is interrupted, or finds the disk full: how far it came, and how it goes on."""
+"""Messages when a training is interrupted or the disk is full: how far it came, and how to go on."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ SECRETS = ("--token", "--hub_token")
 
 @contextmanager
 def how_to_go_on(trainer: Trainer, argv: list[str]) -> Iterator[None]:
-    """Around the training: Ctrl-C and a full disk come out with the step, and with the command that resumes.
+    """Around the training: Ctrl-C and a full disk are reported with the step and the command that resumes.
 
     Args:
-        trainer: Whose `output_dir` holds the checkpoints.
+        trainer: The training; its `output_dir` holds the checkpoints.
         argv: The words after `peft-heads train`.
 
     Raises:
@@ -41,7 +41,7 @@ def how_to_go_on(trainer: Trainer, argv: list[str]) -> Iterator[None]:
 
 
 def resume_command(argv: list[str], checkpoint: str) -> str:
-    """The command of this run, but from a checkpoint. Of arguments that are given twice the last one counts."""
+    """The command that resumes this run from a checkpoint. The last of two equal arguments counts."""
     if "WORLD_SIZE" in os.environ:  # begun by torchrun or accelerate, whose own words are not known here
         return f"the same command and --resume_from_checkpoint {shlex.quote(checkpoint)}"
     words = [*plugin_words(), *_without_secrets(argv), "--resume_from_checkpoint", checkpoint]
@@ -53,7 +53,7 @@ def resume_command(argv: list[str], checkpoint: str) -> str:
 def _where(trainer: Trainer, argv: list[str]) -> str:
     args = trainer.args
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the checkpoint that was being written
+        warnings.simplefilter("ignore")  # about the checkpoint that was being written
         last = last_complete_checkpoint(args.output_dir, args.save_only_model)
     step = f"{trainer.state.global_step:,} of {trainer.state.max_steps:,}"
     if last is None:
@@ -64,7 +64,7 @@ def _where(trainer: Trainer, argv: list[str]) -> str:
 
 
 def _without_secrets(argv: list[str]) -> list[str]:
-    """A terminal's text ends in logs."""
+    """The words without tokens: what a terminal shows ends in logs."""
     words = []
     for index, word in enumerate(argv):
         name, given, _ = word.partition("=")

@@ -15,7 +15,7 @@ from .errors import INTERRUPTED, explain
 
 @dataclass(frozen=True)
 class Command:
-    """A module with `run(argv: list[str]) -> int`, and its line in --help (kept here, so that nothing is imported)."""
+    """A module with `run(argv: list[str]) -> int`, and its line in --help (which is kept here, so that no command is imported)."""
 
     module: str
     help: str
@@ -40,10 +40,10 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; gives its exit code.
+    """Run one command and return its exit code.
 
-    2: a wrong argument or unusable data; 1: a full disk, no network, or what the command says; 130: Ctrl-C. Each is said
-    in one line, and with PEFT_HEADS_TRACEBACK=1 in the environment where it happened, too.
+    2 means a wrong argument or unusable data, 1 a full disk, no network, or what the command says, 130 Ctrl-C. One line
+    says what happened; with PEFT_HEADS_TRACEBACK=1 in the environment the traceback follows.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] not in COMMANDS:

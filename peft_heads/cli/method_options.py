@@ -17,7 +17,7 @@ def method_names() -> tuple[str, ...]:
 
 
 def named_method(argv: list[str]) -> str | None:
-    """Value of `--method` among a command's words, whatever else is wrong with them; None if it is not given."""
+    """Value of `--method` among a command's words, which need not be valid; None if it is not given."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--method")
     try:
@@ -33,7 +33,7 @@ def method_arguments(first: str | None = None) -> type:
         first: Method whose types come first where several methods have an option.
     """
     names = method_names()
-    what = f"What is trained besides the classification head; `--method X --help` shows its options ({names[0]})."
+    what = f"What is trained besides the classifier; `--method X --help` shows its options ({names[0]})."
     fields: list[tuple[str, Any, Any]] = [
         ("method", Literal[names], dataclasses.field(default=names[0], metadata={"help": what}))
     ]

@@ -1,4 +1,4 @@
-"""The output folder of `peft-heads train`: whose run it is, and what becomes of an earlier one's files."""
+"""The output folder of `peft-heads train`: which run owns it, and what becomes of an earlier run's files."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from ..adapter_folder.checkpoints import (
 
 logger = logging.getLogger(__name__)
 
-# By these, and by checkpoints, a folder shows that something was trained there.
+# Something was trained in a folder that holds one of these, or checkpoints.
 TRAINED = ("adapter_config.json", *WEIGHTS)
-# What a training writes beside. The model card stays: PEFT keeps what users have written in it.
+# Other files that a training writes. The model card stays: PEFT keeps what users have written in it.
 BESIDE = (
     "adapter_model*.safetensors",
     "model-*-of-*.safetensors",
@@ -49,7 +49,7 @@ BESIDE = (
 )
 # Trainer neither uploads nor deletes names with an underscore.
 REPLACED, FOREIGN = "_replaced", "_foreign"
-# In the run's file: what was moved into the folders `_replaced`. Whatever else lies in such a folder is the user's.
+# Key of the run's file: what was moved into the folders `_replaced`. Other files in such a folder are the user's.
 REPLACED_FILES = "replaced"
 
 
@@ -70,14 +70,14 @@ class TrainingRun(TrainerCallback, ExportableState):
 def check_output_folder(
     args: TrainingArguments, checkpoint: str | None, inputs: Mapping[str, str | None] | None = None
 ) -> None:
-    """Raise ValueError if a training would write over an earlier one without the user having said so.
+    """Raise ValueError if a training would write over an earlier one, and the user has not said so.
 
-    Also if it would move or delete what it reads itself: `--overwrite_output_dir` in the folder of the base model.
+    Also raised if it would move or delete what it reads itself: `--overwrite_output_dir` in the base model's folder.
 
     Args:
-        args: With `output_dir` and `overwrite_output_dir`.
-        checkpoint: From which training is resumed.
-        inputs: `{argument: value}` of what else the run reads. Values that are no local path are passed over.
+        args: Arguments with `output_dir` and `overwrite_output_dir`.
+        checkpoint: Checkpoint from which training is resumed, if any.
+        inputs: `{argument: value}` of everything else that the run reads. Values that are no local path are ignored.
     """
     folder = Path(args.output_dir)
     own = _lies_in(checkpoint, folder)
@@ -104,7 +104,7 @@ def check_output_folder(
 
 
 def claim_output_folder(args: TrainingArguments, checkpoint: str | None) -> str:
-    """Make the folder this run's, just before it trains; gives the run's id, which a resumed run keeps.
+    """Claim the folder for this run, just before it trains; returns the run's id, which a resumed run keeps.
 
     What `--overwrite_output_dir` replaces is moved to a folder `_replaced` in it, and deleted by `forget_replaced`.
     Checkpoints of other runs, which a resumed run could write over, are moved to `_foreign`, and stay there.
@@ -127,7 +127,7 @@ def claim_output_folder(args: TrainingArguments, checkpoint: str | None) -> str:
 
 
 def forget_replaced(output_dir: str | os.PathLike) -> None:
-    """Delete what `--overwrite_output_dir` has replaced, once the new training is saved; nothing else."""
+    """Delete what `--overwrite_output_dir` has replaced, and nothing else, once the new training is saved."""
     folder = Path(output_dir)
     run = run_of_folder(folder)
     replaced = _replaced(folder, run)
@@ -157,7 +157,7 @@ def _files_of_training(folder: Path) -> list[Path]:
 
 
 def _lies_in(checkpoint: str | None, folder: Path) -> bool:
-    """By its name or by where a link leads."""
+    """Whether a checkpoint lies in a folder, by its name or by its link's target."""
     if checkpoint is None:
         return False
     path = Path(checkpoint)
@@ -165,19 +165,19 @@ def _lies_in(checkpoint: str | None, folder: Path) -> bool:
 
 
 def _runs(checkpoint: str | None, folder: Path) -> tuple[str | None, str | None]:
-    """The ids of the checkpoint's run and of the folder's; a training that is not resumed has neither."""
+    """Ids of the checkpoint's run and of the folder's run; both None if no training is resumed."""
     return (None, None) if checkpoint is None else (run_of(checkpoint), run_of_folder(folder))
 
 
 def _given_up(folder: Path, run: str | None, overwrite: bool) -> list[Path]:
-    """What `claim_output_folder` moves and `forget_replaced` deletes."""
+    """Files that `claim_output_folder` moves and `forget_replaced` deletes."""
     moved = _files_of_training(folder) if overwrite else list(foreign_checkpoints(folder, run))
     replaced = _replaced(folder, run, overwrite)
     return moved + [folder / name / file for name, files in replaced.items() for file in files]
 
 
 def _lost(needed: Path, given_up: list[Path]) -> Path | None:
-    """Which of the paths is `needed`, or holds it, or is one of the files in it; links are followed."""
+    """The path that is `needed`, holds it, or is one of its files; links are followed. None if there is none."""
     places = {place: path for path in given_up for place in (path.parent.resolve() / path.name, path.resolve())}
     return next((places[above] for path in _parts(needed) for above in (path, *path.parents) if above in places), None)
 
@@ -191,7 +191,7 @@ def _parts(path: Path) -> Iterator[Path]:
 
 
 def _replaced(folder: Path, run: str | None, overwrite: bool = False) -> dict[str, list[str]]:
-    """`{folder: names}` of what was moved there for this run; for any run if its training is replaced, too."""
+    """`{folder: names}` of files moved there for this run, or for any run if its training is replaced as well."""
     if not overwrite and (run is None or run != run_of_folder(folder)):
         return {}
     try:
@@ -202,7 +202,7 @@ def _replaced(folder: Path, run: str | None, overwrite: bool = False) -> dict[st
 
 
 def _is_ours(path: Path) -> bool:
-    """A folder, which was not made a link since, under a name that `_move` gives."""
+    """Whether a path is a folder with a name that `_move` chooses, and no link was put in its place."""
     return re.fullmatch(rf"{REPLACED}(-\d+)?", path.name) is not None and path.is_dir() and not path.is_symlink()
 
 
@@ -212,7 +212,7 @@ def _write_run(folder: Path, run: str | None, replaced: dict[str, list[str]]) ->
 
 
 def _move(paths: list[Path], folder: Path, name: str) -> Path:
-    """Into a new folder in `folder`."""
+    """Move files into a new folder in `folder`, and return it."""
     target, number = folder / name, 1
     while os.path.lexists(target):
         number += 1

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 def run(argv: list[str]) -> int:
-    """Train, save and evaluate as `argv` says. Raises ValueError or FileNotFoundError for what the user got wrong."""
+    """Train, save and evaluate as `argv` says; raises ValueError or FileNotFoundError for a mistake of the user's."""
     model_args, data_args, method, training_args = parse_arguments(argv)
     check_method(method)
     checkpoint = find_checkpoint(training_args)
@@ -55,7 +55,7 @@ def run(argv: list[str]) -> int:
     choose_steps(training_args, data)
     names = label_names(data, data_args.label_column_name)
 
-    # Before the model: its new classification head and the adapter are drawn.
+    # Before the model, whose new classifier and adapter are initialised at random.
     seed = transformers.enable_full_determinism if training_args.full_determinism else transformers.set_seed
     seed(training_args.seed)
     model, callbacks = apply_method(load_model(model_args, names), method)
@@ -102,7 +102,7 @@ def run(argv: list[str]) -> int:
     not_pushed = push(trainer) if training_args.do_train and training_args.push_to_hub else None
     if training_args.do_train and trainer.is_world_process_zero():
         print(summary(trainer, method.name))
-    # together: torchrun ends every process as soon as one has failed, be it only while Python cleans up
+    # The processes end together: torchrun kills all of them as soon as one fails, even while Python cleans up.
     PartialState().wait_for_everyone()
     PartialState().destroy_process_group()
     if not_pushed is not None:
@@ -111,7 +111,7 @@ def run(argv: list[str]) -> int:
 
 
 def find_checkpoint(args: TrainingArguments) -> str | None:
-    """`--resume_from_checkpoint`: a checkpoint's folder, or `true` for the last complete one in the output folder."""
+    """The checkpoint that `--resume_from_checkpoint` means; `true` is the last complete one in the output folder."""
     asked = args.resume_from_checkpoint
     if asked is None or asked.lower() in ("false", "no"):
         return None
@@ -134,7 +134,7 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
 
 
 def begin_run(trainer: Trainer, checkpoint: str | None) -> None:
-    """The output folder becomes this run's, and its checkpoints say so."""
+    """Claim the output folder for this run, and mark its checkpoints."""
     args, state = trainer.args, PartialState()
     if state.is_main_process:
         claim_output_folder(args, checkpoint)
@@ -143,20 +143,20 @@ def begin_run(trainer: Trainer, checkpoint: str | None) -> None:
 
 
 def set_up_logging(args: TrainingArguments) -> None:
-    """What the package says (the deactivated heads) is shown once, by the main process."""
+    """Show the package's messages (the deactivated heads) once, from the main process."""
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("peft_heads").setLevel(logging.INFO if args.should_log else logging.WARNING)
     transformers.utils.logging.set_verbosity(args.get_process_log_level())
 
 
 def load_data(data_args: DataArguments, model_args: ModelArguments, seed: int):
-    """Everything in DataArguments but `do_normalize` has the name of a parameter."""
+    """Load the splits; every field of DataArguments but `do_normalize` is a parameter of the loader."""
     arguments = {name: value for name, value in vars(data_args).items() if name != "do_normalize"}
     return load_image_dataset(**arguments, seed=seed, cache_dir=model_args.cache_dir, token=model_args.token)
 
 
 def choose_steps(args: TrainingArguments, data) -> None:
-    """As in the example of transformers, but with neither do_train nor do_eval given both are done."""
+    """Decide whether to train and to evaluate: as transformers' example does, but both if neither is asked for."""
     if args.do_train is None and args.do_eval is None:
         args.do_train, args.do_eval = True, "validation" in data
     args.do_train = bool(args.do_train)
@@ -180,12 +180,12 @@ def hub_arguments(args: ModelArguments) -> dict:
 
 
 def trusts_processor(args: ModelArguments) -> bool:
-    """Whether code may run that comes with the image processor: the base model's own, if the user trusts that."""
+    """Whether code that comes with the image processor may run: only the base model's own, if the user trusts it."""
     return args.trust_remote_code and args.image_processor_name in (None, args.model_name_or_path)
 
 
 def load_model(args: ModelArguments, names: list[str]):
-    """The checkpoint with the data's labels."""
+    """The checkpoint, with a classifier for the data's labels."""
     return new_image_classifier(
         args.model_name_or_path,
         names,
@@ -196,7 +196,7 @@ def load_model(args: ModelArguments, names: list[str]):
 
 
 def save(trainer: Trainer) -> None:
-    """The final adapter or model, the image processor, and for adapters the label names; uploaded by `push`."""
+    """Save the final adapter or model, the image processor and, for adapters, the label names; `push` uploads them."""
     folder = Path(trainer.args.output_dir)
     try:
         trainer.save_model(_internal_call=True)
@@ -208,7 +208,7 @@ def save(trainer: Trainer) -> None:
     configs = getattr(trainer.model, "peft_config", {}).values()
     is_stock = any(configs) and not any(isinstance(config, AdapterFolderConfig) for config in configs)
     if trainer.args.should_save and is_stock:
-        # Ours say their labels by themselves; without them the head of a stock adapter could not be rebuilt.
+        # Our adapters save their labels themselves. Without labels the classifier of another adapter could not be rebuilt.
         write_labels(folder, trainer.model.get_base_model().config.id2label)
 
 

@@ -41,11 +41,12 @@ def load_task(
     image_range: tuple[float, float] | None = None,
 ) -> Split:
     """A split of a task of any suite; arguments and errors as of `load_split`."""
-    if find_suite(suite).generated:
+    kind = find_suite(suite)
+    if kind.generated:
         return _load_generated(os.path.abspath(root), suite, name, split)
-    (task,) = find_tasks(root, suite, [name])
-    if not find_suite(suite).layouts:
-        return load_folder_split(root, task, split, image_range)
+    if not kind.layouts:
+        return load_folder_split(root, folder_task(root, name), split, image_range)
+    task = find_task(name, suite)
     return load_split(
         root, task, split, shots=shots, list_seed=list_seed, check_sizes=check_sizes, image_range=image_range
     )

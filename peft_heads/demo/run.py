@@ -14,6 +14,7 @@ from ..backbones.classifier import classifier_names
 from ..backbones.targets import default_targets
 from ..heads.protocol import describe_masks
 from ..image_classifier import load_image_classifier
+from ..methods import scores_heads
 from ..metrics.accuracy import compute_metrics
 from ..scoring.callback import HEAT_MAP_FILE, TaylorHeadScorer
 from ..tuners import HeadMaskedLoraConfig
@@ -84,7 +85,7 @@ def fine_tune(
         eval_dataset=data["test"],
         compute_metrics=compute_metrics,
         processing_class=load_demo_processor(),
-        callbacks=[scorer] if isinstance(config, HeadMaskedLoraConfig) else [],
+        callbacks=[scorer] if scores_heads(config) else [],
     )
     trainer.remove_callback(PrinterCallback)  # the table shows the results
     start = time.perf_counter()

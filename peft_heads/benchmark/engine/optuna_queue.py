@@ -1,7 +1,7 @@
-"""A sweep that several machines share through a storage of Optuna: each takes the next group of runs that is free.
+"""A sweep that several machines share through a storage of Optuna: each takes the next free group of runs.
 
-A group, the runs that share a warm-up, is a trial. What came out travels with it, so that in the end every machine has all
-result files, with a common disk or without.
+A group is a trial: the runs that share a warm-up. Their results are stored with the trial, so that in the end every
+machine has all result files, even without a common disk.
 """
 
 from __future__ import annotations
@@ -24,21 +24,23 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 5.0
 CLAIM_SECONDS = 0.2
 ATTEMPTS = 5
-# What databases say when two make the same tables or rows, or write at once.
+# Words in a database's errors when two machines create the same tables or rows, or write at once.
 AT_ONCE = ("already exists", "unique", "duplicate", "locked")
 RESULT = "result "
 WAIT = ""
 
 
 class SharedQueue:
-    """The groups of a sweep in a storage.
+    """The groups of a sweep, in a storage.
 
     Args:
         storage: URL of a database (`sqlite:///sweep.db`, `postgresql://…`), or the path of a file, which becomes a journal
             of Optuna: that one may lie on a network drive.
-        study_name: The same on all machines.
-        output_dir: Of this machine's results. With the host it says who took a group: begun again, it goes on with it.
-        take_over: Take groups as well that other machines have begun and, by now, not finished, because they are gone.
+        study_name: Name of the study, the same on all machines.
+        output_dir: Folder of this machine's results. Host and folder name the worker: started again, it goes on with
+            the groups that it has taken.
+        take_over: Whether groups that other machines have started and not finished are taken as well, because those
+            machines are gone.
 
     Raises:
         ValueError: Optuna is not installed, or there is no such storage.
@@ -54,21 +56,21 @@ class SharedQueue:
         self.states = optuna.trial.TrialState
         self.finished = optuna.exceptions.UpdateFinishedTrialError
         self.worker = f"{socket.gethostname()}:{os.path.abspath(output_dir)}"
-        # what a machine that lives begins later on stays its own
+        # groups that a running machine starts later stay its own
         begun = self._trials(self.states.RUNNING) if take_over else []
         self.left_behind = {(trial.number, trial.user_attrs.get("worker")) for trial in begun}
 
     def enqueue(self, groups: list[str]) -> None:
-        """Put up the groups that nobody has put up yet."""
+        """Add the groups that no machine has added yet."""
         known = {trial.user_attrs.get("group") for trial in self._trials()}
         for group in groups:
             if group not in known:
                 self.study.enqueue_trial({}, user_attrs={"group": group})
 
     def take(self, groups: list[str]) -> tuple[Any, str] | None:
-        """`(trial, group)` of the next group to run here, first those begun before; None if none is left to take.
+        """`(trial, group)` of the next group to run here, those started before first; None if none is left to take.
 
-        Trials are taken by number: `Study.ask` would take those of another plan in the study too, and make new ones.
+        Trials are taken by number: `Study.ask` would also take those of another plan in the study, and create new ones.
         """
         first = self._first()
         for trial in self._trials(self.states.RUNNING):
@@ -80,17 +82,17 @@ class SharedQueue:
             group = trial.user_attrs.get("group")
             if group not in groups:
                 continue
-            if trial.number != first[group]:  # two machines have put it up at once
+            if trial.number != first[group]:  # two machines have added it at once
                 self._become(trial, self.states.FAIL)
-            # the name comes first: of a machine killed in between, no trial stays that runs and is nobody's
+            # The name is written first: if the machine is killed in between, no running trial is left without an owner.
             elif self._set(trial, worker=self.worker) and self._become(trial, self.states.RUNNING):
                 if self._claim(trial):
                     return trial, group
         return None
 
     def finish(self, trial: Any, runs: list[Run], failed: dict[str, str]) -> None:
-        """Say what came out of a group: its mean accuracy, or that a run of it has failed."""
-        # one attribute per run: MySQL takes 64 KB of text
+        """Store the result of a group: its mean accuracy, or that one of its runs has failed."""
+        # one attribute per run: MySQL allows 64 KB of text
         parts = {f"{RESULT}{run.spec.run_id}": json.dumps(_content(run)) for run in runs}
         if self._set(trial, **parts, failed=failed, finished=True):
             if runs and not failed:
@@ -99,12 +101,12 @@ class SharedQueue:
                 self._become(trial, self.states.FAIL)
 
     def unfinished(self, groups: list[str]) -> list[str]:
-        """The groups that are waiting, or are being run by some machine."""
+        """Groups that are waiting, or that a machine is running."""
         finished = self._finished()
         return [group for group in groups if group not in finished]
 
     def collect(self, groups: list[str], output_dir: str | os.PathLike) -> dict[str, str]:
-        """Write the result files that this machine lacks; gives `{run: why it failed}`.
+        """Write the result files that this machine lacks; returns `{run: why it failed}`.
 
         A damaged file stays as it is, and its run counts as failed.
         """
@@ -126,14 +128,14 @@ class SharedQueue:
         return failed
 
     def _claim(self, trial: Any) -> bool:
-        """Write the worker's name on it. SQLite can give one trial to two that ask at once: the last name stands."""
+        """Write the worker's name on a trial. SQLite can hand it to two machines at once; the last name counts."""
         if not self._set(trial, worker=self.worker):
             return False
         time.sleep(CLAIM_SECONDS)
         return self._trials()[trial.number].user_attrs.get("worker") == self.worker
 
     def _set(self, trial: Any, **attributes: Any) -> bool:
-        """False if another machine has finished the trial."""
+        """Write attributes; False if another machine has finished the trial."""
         try:
             for name, value in attributes.items():
                 self.storage.set_trial_user_attr(trial_id(trial), name, value)
@@ -142,19 +144,19 @@ class SharedQueue:
         return True
 
     def _become(self, trial: Any, state: Any, values: list[float] | None = None) -> bool:
-        """False if another machine has taken or finished the trial."""
+        """Change the trial's state; False if another machine has taken or finished it."""
         try:
             return self.storage.set_trial_state_values(trial_id(trial), state, values)
         except self.finished:
             return False
 
     def _finished(self) -> dict[str, dict[str, Any]]:
-        """`{group: what is known of it}`."""
+        """`{group: attributes of its trial}` of the finished groups."""
         trials = self._trials(self.states.COMPLETE, self.states.FAIL)
         return {x.user_attrs["group"]: x.user_attrs for x in trials if "finished" in x.user_attrs}
 
     def _first(self) -> dict[str | None, int]:
-        """`{group: the lowest number of a trial of it}`."""
+        """`{group: lowest number of its trials}`."""
         return {trial.user_attrs.get("group"): trial.number for trial in reversed(self._trials())}
 
     def _trials(self, *states: Any) -> list[Any]:
@@ -171,8 +173,8 @@ def _open_study(storage: str, study_name: str) -> tuple[Any, Any]:
                 storage=backend, study_name=study_name, direction="maximize", load_if_exists=True
             )
             return backend, study
-        except Exception as error:  # of whatever library is behind the URL
-            # two machines have made the tables of a new storage at once
+        except Exception as error:  # any error: the library depends on the URL
+            # two machines have created the tables of a new storage at once
             at_once = any(word in str(error).lower() for word in AT_ONCE)
             if not at_once or attempt == ATTEMPTS - 1:
                 raise ValueError(f"--storage {storage!r} cannot be used: {' '.join(str(error).split())}") from error
@@ -192,12 +194,12 @@ def _content(run: Run) -> dict[str, Any]:
 
 
 def group_name(specs: list[RunSpec], title: str) -> str:
-    """What a group is called in the storage: equal for equal runs."""
+    """A group's name in the storage, equal for equal runs."""
     return f"{title} {_digest(specs)[:16]}"
 
 
 def default_study_name(specs: list[RunSpec]) -> str:
-    """Equal for equal plans."""
+    """A study's name, equal for equal plans."""
     return f"peft-heads-{_digest(specs)[:12]}"
 
 
@@ -212,16 +214,17 @@ def take_turns(
     failed: dict[str, str],
     title: str,
 ) -> Iterator[str]:
-    """The keys of the groups that are this machine's to run, one after the other; then waits for the others.
+    """The keys of this machine's groups, one after the other; then wait for the groups of other machines.
 
-    While it waits it gives `WAIT`, again and again: processes that hear nothing for long end each other.
+    While it waits it yields `WAIT` repeatedly: processes that hear nothing for long end each other.
 
     Args:
-        queue: The groups of all machines.
+        queue: Queue of all machines.
         groups: `{key: runs}`, the same on all machines.
-        output_dir: Where the runs' results are found when the next group is asked for; the others' are written there.
-        failed: `{run: why}`, filled by the caller for its own runs, and here for the others'.
-        title: Of this part of the sweep.
+        output_dir: Folder in which the runs' results are found when the next group is asked for, and into which the
+            results of other machines are written.
+        failed: `{run: why}`; the caller adds its own runs, this function those of other machines.
+        title: Title of this part of the sweep.
     """
     names = {group_name(specs, title): key for key, specs in groups.items()}
     queue.enqueue(list(names))

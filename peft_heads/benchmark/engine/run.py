@@ -50,16 +50,16 @@ def make_spec(
     shots: int | None = None,
     list_seed: int | None = None,
 ) -> RunSpec:
-    """What is run, by the protocol: on validation images to choose by, or (`final`) on test images to report.
+    """The run of a method on a task by the protocol: on validation images, or on test images (`final`).
 
     Args:
-        task: Of `data.tasks`.
+        task: Task of `data.tasks`.
         method: `{"name": …}` and settings, as [`MethodSettings.from_json`] reads them.
-        recipe: How it is trained.
-        backbone: Checkpoint, a folder or a repository of the Hub, or `SHIPPED`, the small ViT of this package.
-        seed: Of everything that is drawn.
-        final: Which half of the protocol.
-        shots, list_seed: Of a few-shot task.
+        recipe: Recipe of the training.
+        backbone: Checkpoint: a folder, a repository of the Hub, or `SHIPPED`, the small ViT of this package.
+        seed: Seed of everything random.
+        final: Whether the run is reported, and not one to choose a setting by.
+        shots, list_seed: Images per class and number of the list, in a few-shot task.
 
     Raises:
         ValueError: The method's settings contradict each other, or there is no such checkpoint.
@@ -104,32 +104,32 @@ def run(
     test_every: int = 0,
     also: tuple[RunSpec, ...] = (),
 ) -> tuple[Run, bool]:
-    """Train and evaluate, unless there is a result of this very run; goes on where a killed one has stopped.
+    """Train and evaluate, unless the run has a result; a killed run goes on where it has stopped.
 
-    On several processes all call this, and the first writes.
+    All processes call this, and the first writes.
 
     Args:
-        spec: What is run.
-        places: Where.
+        spec: The run.
+        places: Folders of data and results.
         begin_with: A checkpoint of the same training, from `train_trunk`.
-        test_every: Look at the evaluation split every so many epochs as well, for `best_on_test`; 0 does not.
-        also: Runs without a result that differ in `eval_split` alone (equal `training_key`): trained with this one,
-            evaluated apart, each with a result file of its own. Not looked at if this run has its result.
+        test_every: Number of epochs after which the evaluation split is looked at, for `best_on_test`; 0 for never.
+        also: Runs without a result that differ in `eval_split` alone (equal `training_key`). They are trained with this
+            one and evaluated separately, each with its own result file. Ignored if this run has its result.
 
     Returns:
-        The run, whose file is written, and whether it was run now.
+        The run, whose file is written, and whether it was trained now.
 
     Raises:
         ValueError, FileNotFoundError: Data, checkpoint or method are not as they should be.
     """
     training = Training(spec, places)
     environment = training.environment()
-    # of uncommitted code only as long as the code is not committed
+    # a result of uncommitted code counts only while the code is not committed
     found = find_result(places.output_dir, spec, environment, unofficial=bool(environment.dirty))
-    PartialState().wait_for_everyone()  # nobody writes before all have looked
+    PartialState().wait_for_everyone()  # no process writes before all have looked
     if found is not None:
         return found, False
-    # before the training: of the code that is run
+    # before the training, since the code may change meanwhile
     twins = [(twin := Training(other, places), twin.environment()) for other in also]
     folder, path = places.work / spec.run_id, None
     with _alone(folder):
@@ -154,7 +154,7 @@ def run(
 
 
 def _add_twin(twin: Training, environment: Environment, trainer: Trainer, result: RunResult) -> None:
-    """The result of a run of the same training on its own images. If they are at fault, this run does not suffer."""
+    """Evaluate the same training on another run's images. If they are at fault, this run does not suffer."""
     try:
         accuracy = twin.accuracy(trainer)
     except (ValueError, OSError) as error:
@@ -169,7 +169,7 @@ def _add_twin(twin: Training, environment: Environment, trainer: Trainer, result
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Two sweeps in one output folder must not train in one folder at once. A killed one's lock is free."""
+    """Lock a folder: two sweeps in one output folder must not train in it at once. A killed sweep's lock is free."""
     if not PartialState().is_main_process:
         yield
         return
@@ -191,7 +191,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _begin(folder: Path, environment: Environment) -> None:
-    """Remember on what the checkpoints in a folder are trained; those of other data or other code are not gone on from."""
+    """Note the environment of the checkpoints in a folder, and delete those of other data or other code."""
     path, now = folder / "environment.json", environment.to_json()
     if PartialState().is_main_process:
         try:
@@ -200,21 +200,24 @@ def _begin(folder: Path, environment: Environment) -> None:
             then = None
         if then != now:
             if folder.exists():
-                logger.warning("%s is of other data or other code and begun anew", folder)
+                logger.warning("%s holds checkpoints of other data or other code; its training starts again", folder)
                 shutil.rmtree(folder)
             write_atomically(path, json.dumps(now))
     PartialState().wait_for_everyone()
 
 
 def training_key(spec: RunSpec) -> str:
-    """Equal for runs that train alike and are evaluated on different images."""
+    """A key that is equal for runs that train alike, and may be evaluated on different images."""
     settings = spec.to_json()
     del settings["eval_split"]
     return json.dumps(settings, sort_keys=True)
 
 
 def trunk_key(spec: RunSpec) -> str:
-    """Equal for runs that train alike until heads are scored; where nothing can be shared, for those that do to the end."""
+    """A key that is equal for runs that train alike until heads are scored.
+
+    If they can share nothing, it is that of runs that train alike to the end.
+    """
     epochs = trunk_epochs(spec)
     if epochs == 0:
         return training_key(spec)
@@ -237,11 +240,11 @@ def trunk_epochs(spec: RunSpec) -> int:
 
 
 def train_trunk(spec: RunSpec, places: Places) -> Path:
-    """The first `trunk_epochs` alone, for several runs to begin with; gives the checkpoint at their end.
+    """Train the first `trunk_epochs` alone, for several runs to begin with; returns the checkpoint at their end.
 
     Args:
         spec: One of the runs.
-        places: Where.
+        places: Folders of data and results.
     """
     training, epochs = Training(spec, places), trunk_epochs(spec)
     folder = trunk_folder(spec, places)
@@ -260,7 +263,7 @@ def train_trunk(spec: RunSpec, places: Places) -> Path:
 
 @contextmanager
 def held_trunk(spec: RunSpec, places: Places) -> Iterator[None]:
-    """As long as runs begin with a trunk, no other process uses or clears it.
+    """Hold a trunk while runs begin with it, so that no other process uses or deletes it.
 
     Raises:
         ValueError: Another process holds it.
@@ -278,11 +281,11 @@ def trunk_folder(spec: RunSpec, places: Places) -> Path:
 def clear_trunks(places: Places, needed: Iterable[RunSpec] = ()) -> None:
     """Delete the trunks that killed sweeps have left behind.
 
-    One that another process is using is locked, and stays.
+    A trunk that another process is using is locked, and stays.
 
     Args:
-        places: Where.
-        needed: Runs that are still to be done, here or on other machines: their trunks stay.
+        places: Folders of data and results.
+        needed: Runs that are not finished, here or on other machines; their trunks stay.
     """
     if not PartialState().is_main_process or not places.work.is_dir():
         return
@@ -301,5 +304,5 @@ def clear_trunks(places: Places, needed: Iterable[RunSpec] = ()) -> None:
 
 
 def _use_of(folder: Path) -> Path:
-    """The name under which a trunk is locked while runs begin with it."""
+    """The name by which a trunk is locked while runs begin with it."""
     return folder.with_name(folder.name + IN_USE)

@@ -1,4 +1,4 @@
-"""Many runs: settings chosen by validation images, then reported on test images, with the beginnings they share."""
+"""Many runs: settings are chosen on validation images, then reported on test images; shared warm-ups are trained once."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ TUNED = ("scale", "lora_alpha")
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is compared.
+    """A comparison of settings.
 
     Attributes:
-        tasks: Of one suite.
+        tasks: Tasks of one suite.
         method: `{"name": …}` and, per setting, a value or a list of values: all combinations are run.
-        recipe, backbone: As for one run.
-        seeds: Of the runs that are reported.
-        search_seeds: Of the runs by which settings are chosen.
-        tuned: Settings whose value is chosen task by task on validation images; the combinations of the others are
-            rows of the report.
-        shots, list_seeds: Of few-shot tasks.
+        recipe, backbone: Recipe and backbone of all runs.
+        seeds: Seeds of the runs that are reported.
+        search_seeds: Seeds of the runs by which settings are chosen.
+        tuned: Settings whose value is chosen task by task on validation images. Each combination of the others is a
+            row of the report.
+        shots, list_seeds: Images per class and numbers of the lists, in few-shot tasks.
     """
 
     tasks: tuple[Task, ...]
@@ -69,7 +69,7 @@ class Sweep:
     list_seeds: tuple[int | None, ...] = (None,)
 
     def methods(self) -> list[dict[str, Any]]:
-        """All combinations; where no head is deactivated, how heads are chosen makes no difference."""
+        """All combinations that differ: where no head is deactivated, the settings of the selection are left out."""
         names = list(self.method)
         values = [value if isinstance(value, list | tuple) else [value] for value in self.method.values()]
         combinations = [dict(zip(names, chosen, strict=True)) for chosen in itertools.product(*values)]
@@ -81,7 +81,7 @@ class Sweep:
         return _unique(combinations)
 
     def variants(self) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
-        """`(what a row of the report has, the combinations among which one is chosen per task)`."""
+        """`(settings of a row of the report, combinations among which one is chosen per task)`."""
         families: dict[str, tuple[dict, list]] = {}
         for method in self.methods():
             row = {name: value for name, value in method.items() if name not in self.tuned}
@@ -92,16 +92,16 @@ class Sweep:
         return itertools.product(self.tasks, self.shots)
 
     def search(self) -> list[RunSpec]:
-        """The runs by which settings are chosen; none where there is no choice."""
+        """The runs by which settings are chosen; none if there is one combination only."""
         methods = self.methods()
         return self.runs(methods, self.search_seeds, final=False) if len(methods) > 1 else []
 
     def plan(self) -> list[RunSpec]:
-        """All runs that there may be, whatever is chosen."""
+        """All runs that may be needed, whichever settings are chosen."""
         return self.search() + self.runs(self.methods(), self.seeds, final=True)
 
     def runs(self, methods: list[dict[str, Any]], seeds: tuple[int, ...], *, final: bool) -> list[RunSpec]:
-        """All of these methods, on every task and list, with every seed."""
+        """The runs of these methods on every task and list, with every seed."""
         return [
             self._spec(task, method, seed, shots, list_seed, final=final)
             for task, shots in self.cells()
@@ -114,9 +114,9 @@ class Sweep:
         """The runs that are reported, once those of `search` are done.
 
         Args:
-            results: Spec to finished run; None if it failed, was refused or is not finished: nothing is chosen then, and
-                the row is not run on this task. The best of
-                the candidates that happen to be finished would be another choice than the protocol's.
+            results: Returns the finished run of a spec; None if it failed, was refused or is not finished. Nothing is
+                chosen then, and the row is not run on this task: the best of the candidates that happen to be finished
+                would be another choice than the protocol's.
         """
         specs = []
         for task, shots in self.cells():
@@ -131,7 +131,7 @@ class Sweep:
         return specs
 
     def choices(self) -> list[Choice]:
-        """What is chosen by the runs of `search`, task by task."""
+        """The choices that the runs of `search` decide, task by task."""
         return [
             Choice(
                 what=f"{describe_method(row)} on {task.name}" + ("" if shots is None else f", {shots} shots"),
@@ -148,7 +148,7 @@ class Sweep:
         ]
 
     def _best(self, task, shots, candidates, results) -> dict[str, Any] | None:
-        """The candidate with the highest mean accuracy on validation images; of equals the first in the report's order.
+        """The candidate with the highest mean accuracy on validation images; among equals the first in the report's order.
 
         None if a run of a candidate is missing.
         """
@@ -177,7 +177,7 @@ class Sweep:
 
 @dataclass
 class Outcome:
-    """What came of a list of runs: those that are finished, why others failed, and what could not be chosen for that."""
+    """The outcome of a list of runs: those finished, why others failed, and which choices that left open."""
 
     runs: dict[str, Run] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
@@ -196,19 +196,19 @@ def run_sweep(
 ) -> Outcome:
     """Run what has no result yet. A run that fails is recorded, and the others go on.
 
-    Settings are chosen among this sweep's own candidates, whatever else lies in the output folder, and only where all
-    of them are finished.
+    Settings are chosen only among this sweep's own candidates, not among others in the output folder, and only if all
+    candidates are finished.
 
     Args:
-        sweep: What.
-        places: Where.
-        outcome: Filled while runs are finished, and given back; by default a new one.
+        sweep: The sweep.
+        places: Folders of data and results.
+        outcome: Outcome that is filled as runs finish, and returned; a new one by default.
         share_warmup: Whether runs that differ in the selection of heads alone train the epochs before it once. The
             results are the same.
-        test_every: As for `run`, for the runs on test images.
-        progress: Called with the number of runs to be done and a title; gives an object with `update()` and `close()`,
-            such as a tqdm.
-        queue: The groups of runs of all the machines that share the sweep, on the main process of each.
+        test_every: `test_every` of `run`, for the runs on test images.
+        progress: Called with the number of runs to be done and a title; returns an object with `update()` and
+            `close()`, such as a tqdm.
+        queue: Queue that machines share, on the main process of each.
     """
     outcome, plan, choices = Outcome() if outcome is None else outcome, sweep.plan(), sweep.choices()
     clear_trunks(places, needed=plan)
@@ -243,7 +243,7 @@ def execute(
     title: str = "",
     queue: SharedQueue | None = None,
 ) -> None:
-    """Runs in groups that share a beginning; see `run_sweep`."""
+    """Run specs in groups that share a warm-up; see `run_sweep`."""
     groups: dict[str, list[RunSpec]] = {}
     for spec in specs:
         groups.setdefault(trunk_key(spec), []).append(spec)
@@ -258,7 +258,7 @@ def execute(
         if bar is not None:
             bar.close()
     for spec in () if shared else itertools.chain(*groups.values()):
-        # what was refused here, another sweep in this folder may have finished meanwhile
+        # another sweep in this folder may meanwhile have finished a run that was refused here
         if spec.run_id in outcome.failed and _is_done(spec, places, dirty):
             done = _attempt(outcome, spec, places, lambda spec=spec: run(spec, places))
             if done is not None:
@@ -279,14 +279,14 @@ def _run_group(
     test_every: int,
     bar: Any,
 ) -> None:
-    """The runs that share a beginning, which is trained once; `missing` are those without a result."""
+    """Run a group that shares a warm-up, which is trained once; `missing` are its runs without a result."""
     trunk = None
     with ExitStack() as stack:
         if share_warmup and len(set(map(training_key, missing))) > 1 and trunk_epochs(missing[0]) > 0:
-            # a run without masks can go on from a checkpoint with them, in which all heads are active, not vice versa
+            # A run without masks can go on from a checkpoint with masks, in which all heads are active. The reverse fails.
             first = max(missing, key=lambda spec: bool(spec.method.get("ne", 1)))
             trunk = _attempt(outcome, first, places, lambda: _hold_trunk(stack, first, places))
-        # to be trained together; not if they are looked at in between: each has a best epoch of its own
+        # Runs to train together; none if they are evaluated in between, since each has its own best epoch.
         open_specs = [] if test_every else list(missing)
         for spec in group:
             twins = _twins(spec, open_specs, outcome)
@@ -308,13 +308,13 @@ def _run_group(
 
 
 def _hold_trunk(stack: ExitStack, spec: RunSpec, places: Places) -> Path:
-    """The shared beginning, this process's until the stack is closed."""
+    """Train the shared warm-up and hold it until the stack is closed."""
     stack.enter_context(held_trunk(spec, places))
     return train_trunk(spec, places)
 
 
 def _twins(spec: RunSpec, open_specs: list[RunSpec], outcome: Outcome) -> tuple[RunSpec, ...]:
-    """Other runs of the same training. One that has failed is not tried again in passing."""
+    """Other runs of the same training. A run that has failed is not among them."""
     key = training_key(spec)
     others = [other for other in open_specs if other != spec and other.run_id not in outcome.failed]
     return tuple(other for other in others if training_key(other) == key)
@@ -324,13 +324,13 @@ def _is_done(spec: RunSpec, places: Places, dirty: bool) -> bool:
     try:
         return find_result(places.output_dir, spec, unofficial=dirty) is not None
     except ValueError:
-        return False  # a damaged file, which the run is going to name
+        return False  # a damaged file, which the run will name
 
 
 def _turns(
     groups: dict[str, list[RunSpec]], places: Places, outcome: Outcome, title: str, queue: SharedQueue | None
 ) -> Iterator[str]:
-    """The keys of the groups that are to be run here; the main process asks the queue and tells the others."""
+    """Keys of the groups to run here; the main process asks the queue and tells the other processes."""
     turns = iter(()) if queue is None else take_turns(queue, groups, places.output_dir, outcome.failed, title)
     while (key := _from_main(next(turns, None))) is not None:
         if key != WAIT:
@@ -338,12 +338,12 @@ def _turns(
 
 
 def _from_main(value: Any) -> Any:
-    """The main process's value, on all of them."""
+    """The main process's value, on every process."""
     return broadcast_object_list([value])[0] if PartialState().num_processes > 1 else value
 
 
 def _attempt(outcome: Outcome, spec: RunSpec, places: Places, call: Callable[[], Any]) -> Any:
-    """What the call gives; None if it failed, which is written down."""
+    """The value of the call; None if it failed, which is written down."""
     path = Path(places.output_dir) / "failed" / f"{spec.run_id}.txt"
     try:
         value = call()
@@ -353,7 +353,7 @@ def _attempt(outcome: Outcome, spec: RunSpec, places: Places, call: Callable[[],
         if PartialState().is_main_process:
             write_atomically(path, traceback.format_exc())
         if PartialState().num_processes > 1:
-            raise  # the others wait for this process; begun again, the sweep goes on
+            raise  # the other processes wait for this one; started again, the sweep goes on
         return None
     if PartialState().is_main_process:
         path.unlink(missing_ok=True)
@@ -361,7 +361,7 @@ def _attempt(outcome: Outcome, spec: RunSpec, places: Places, call: Callable[[],
 
 
 def _without(method: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a method that its row leaves open."""
+    """Settings of a method that its row leaves open."""
     return {name: value for name, value in method.items() if name not in row}
 
 

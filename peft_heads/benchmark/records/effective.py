@@ -1,4 +1,4 @@
-"""What a run really uses: the settings that nobody gave as well, and where it departs from the recipe of its suite."""
+"""The settings that a run uses, defaults included, and where it departs from the recipe of its suite."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def with_warmup(method: MethodSettings, recipe: dict[str, Any]) -> MethodSetting
 
 
 def effective_method(method: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
-    """`{"name": …}` with every setting of the method, also those that are by default as they are.
+    """`{"name": …}` with every setting of the method, defaults included.
 
     Args:
-        method, recipe: Of a [`RunSpec`], as its file holds them.
+        method, recipe: Parts of a [`RunSpec`], as its file holds them.
 
     Raises:
         ValueError: There is no such setting, or it contradicts another.
@@ -47,8 +47,8 @@ def deviations(spec: RunSpec, environment: Environment | None = None) -> list[st
     """Where a run departs from the recipe of its suite, in words: epochs, optimizer, backbone, images.
 
     Args:
-        spec: What is run.
-        environment: On what it ran; with it, the number of images is compared with the published one.
+        spec: The run.
+        environment: Its environment, if the number of images is to be compared with the published one.
     """
     recipe = RECIPES.get(spec.suite)
     if recipe is None:
@@ -66,12 +66,12 @@ def deviations(spec: RunSpec, environment: Environment | None = None) -> list[st
 
 
 def describe_settings(settings: dict[str, Any]) -> str:
-    """Settings in words; of several values, as a sweep has them, with a bar between."""
+    """Settings in words, with a bar between several values, as a sweep has them."""
     return ", ".join(f"{name}={_words(value)}" for name, value in settings.items() if name != "name")
 
 
 def merge_settings(several: list[dict[str, Any]]) -> dict[str, Any]:
-    """One dictionary for some: a setting that differs has the list of its values."""
+    """One dictionary for several; a setting that differs has the list of its values."""
     names = dict.fromkeys(name for settings in several for name in settings)
     values = {name: _unique([settings[name] for settings in several if name in settings]) for name in names}
     return {name: found[0] if len(found) == 1 else found for name, found in values.items()}
@@ -82,7 +82,7 @@ def _unique(values: list[Any]) -> list[Any]:
 
 
 def _differences(values: dict[str, Any], expected: dict[str, Any], prefix: str = "") -> list[str]:
-    """What differs, in words, among the names that both have."""
+    """The differences, in words, among the names that both have."""
     return [
         f"{prefix}{name} {_words(values[name])} (recipe: {_words(value)})"
         for name, value in expected.items()
@@ -91,7 +91,7 @@ def _differences(values: dict[str, Any], expected: dict[str, Any], prefix: str =
 
 
 def _images(spec: RunSpec) -> list[str]:
-    """How images are read, and changed at random."""
+    """The differences in how images are read and augmented."""
     recipe, found = RECIPES[spec.suite], {}
     for part, settings in (("train", recipe.train_images), ("eval", recipe.eval_images)):
         values, expected = spec.preprocessing.get(part), Preprocessing(**settings).to_dict()

@@ -1,4 +1,4 @@
-"""On what a run happens: versions, the commit of this package, the device."""
+"""The environment of a run: versions, the commit of this package, the device."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def describe_environment(
     device: torch.device | str = "cpu",
     num_processes: int = 1,
 ) -> Environment:
-    """The environment of a run in this process; versions, commit and device name are found here."""
+    """The environment of a run in this process; versions, commit and device name are looked up here."""
     commit, dirty = source_state()
     return Environment(
         versions=installed_versions(),
@@ -54,11 +54,11 @@ def installed_versions() -> dict[str, str]:
 def source_state(package: str | os.PathLike | None = None) -> tuple[str | None, bool | None]:
     """`(commit, dirty)` of the git checkout that holds the package; `(None, None)` for an installed package.
 
-    Dirty is the package's folder, new files included, not the rest of the checkout: an edited README changes no number.
-    A checkout that git cannot read counts as dirty.
+    Only the package's folder counts as dirty, new files included: an edited README changes no number. A checkout that git
+    cannot read is dirty.
 
     Args:
-        package: Folder of the package; by default, this one's.
+        package: Folder of the package; by default that of this one.
     """
     package = Path(package or Path(__file__).parents[2]).resolve()
     if not (package.parent / ".git").exists():

@@ -1,4 +1,7 @@
-"""Which runs a setting is chosen by, written before they are run: what is chosen among a part of them is no choice."""
+"""Plans of a sweep: the runs by which a setting is chosen.
+
+A plan is written before they are run, since a choice among a part of the runs would be another choice.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ class Choice:
     """One setting that is chosen.
 
     Args:
-        what: The row of the report, and the task, in words.
+        what: Row of the report and task, in words.
         split: The validation images.
         runs: `{run id: candidate in words}` of all runs of all candidates.
     """
@@ -33,15 +36,15 @@ class Choice:
         check_fields(self)
 
     def missing(self, finished: set[str]) -> list[str]:
-        """The runs that are not among the finished."""
+        """Runs that are not finished."""
         return [run_id for run_id in self.runs if run_id not in finished]
 
 
 def unfinished_choices(choices: Iterable[Choice], finished: set[str]) -> tuple[list[str], set[str]]:
-    """What cannot be chosen yet, in words, and the finished runs by which it must not be.
+    """What cannot be chosen yet, in words, and the finished runs of these choices, which must not decide them.
 
     Args:
-        choices: Of one sweep or several.
+        choices: Choices of one sweep or several.
         finished: Ids of the runs that have a result.
     """
     notes, partly = [], set()
@@ -58,19 +61,19 @@ def unfinished_choices(choices: Iterable[Choice], finished: set[str]) -> tuple[l
 
 
 def write_plan(root: str | os.PathLike, name: str, choices: Iterable[Choice]) -> Path:
-    """Write what a sweep is going to choose; the same sweep, begun again, writes the same.
+    """Write what a sweep is going to choose. The same sweep writes the same plan when it is started again.
 
     Args:
         root: The folder given to `write_result`.
-        name: Equal for equal sweeps.
-        choices: All of the sweep's.
+        name: Name of the plan, equal for equal sweeps.
+        choices: All choices of the sweep.
     """
     text = json.dumps([asdict(choice) for choice in choices], indent=1)
     return write_atomically(Path(root) / FOLDER / f"{name}.json", text + "\n")
 
 
 def read_plans(root: str | os.PathLike) -> list[Choice]:
-    """What the sweeps in a folder were to choose; none where older versions have written it.
+    """The choices of the sweeps in a folder; none in a folder of an older version.
 
     Raises:
         ValueError: A file is damaged.

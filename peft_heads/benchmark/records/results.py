@@ -1,4 +1,4 @@
-"""One JSON file per run: what was run, what came out, and on what."""
+"""One JSON file per run: the specification, the result and the environment."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ from .schema import canonical_json, check_fields, from_mapping, jsonable
 
 FORMAT = 1
 FOLDERS = {True: "official", False: "unofficial"}
-CONTENT = "content_sha256"  # of a part of `data_fingerprint`; results of earlier versions have none
+CONTENT = "content_sha256"  # key in a part of `data_fingerprint`; results of earlier versions have none
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
-    """What is run: everything that is decided before it starts.
+    """A run: everything that is decided before it starts.
 
     Args:
-        suite, task: As `data.tasks` names them.
+        suite, task: Names of the suite and the task in `data.tasks`.
         method: Name of the method, and the settings given for it, for example `ne`, `criterion`, `scale`.
-        backbone: Checkpoint, a repository of the Hub or a folder.
-        seed: Of initialisation, order and augmentation.
-        shots, list_seed: Few-shot: images per class, and which of the published lists.
-        train_split, eval_split: `"train800"` and `"val200"`, `"train800val200"` and `"test"`, …
+        backbone: Checkpoint: a repository of the Hub or a folder.
+        seed: Seed of initialisation, order and augmentation.
+        train_split, eval_split: Splits, such as `"train800"` and `"val200"`, `"train800val200"` and `"test"`.
+        epochs: Number of epochs.
         recipe: Optimizer, schedule, batch size, `drop_path`, …
         preprocessing: `resize`, `normalization`, augmentation, …
+        shots, list_seed: Images per class and number of the published list, in a few-shot task.
 
     Raises:
         ValueError: A field has the wrong type, or a name that makes no file name.
@@ -82,20 +83,19 @@ class RunSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What came out.
+    """The result of a run.
 
     Args:
-        accuracy: In [0, 1], after the *last* epoch, on the run's `eval_split`. None only where `partial`.
+        accuracy: Accuracy in [0, 1] on the run's `eval_split`, after the *last* epoch. None only where `partial`.
         epoch_losses: Mean training loss of every epoch; None where it was not finite.
-        seconds: Of training, without evaluation.
-        peak_memory_bytes: Of the accelerator; None where there is none.
-        trained_parameters: All of them, the classification head included.
-        adapter_bytes, head_bytes: Bytes in the file: of the adapter alone, as the papers count, and of the
-            classification head.
+        seconds: Duration of training, without evaluation.
+        peak_memory_bytes: Peak memory of the accelerator; None where there is none.
+        trained_parameters: Number of trained parameters, the classifier included.
+        adapter_bytes, head_bytes: Bytes in the file: of the adapter alone, as the papers count, and of the classifier.
         masks: `{projection: one bool per head}`, True = active. Empty where the method has no head masks.
         head_scores: `{projection: one score per head}` by the run's criterion, or None.
         best_on_test: The best accuracy over all epochs on the test split: a labelled extra, never the result.
-        partial: Interrupted, or fewer steps or images than the recipe says.
+        partial: Whether the run was interrupted, or had fewer steps or images than the recipe says.
     """
 
     accuracy: float | None
@@ -129,16 +129,17 @@ class RunResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """On what it ran. `environment.describe_environment` fills it in.
+    """The environment of a run. `environment.describe_environment` fills it in.
 
     Args:
-        versions: `{"peft_heads": …, "torch": …, "python": …, …}`.
-        commit, dirty: Of the checkout that the package was imported from; both None for an installed package.
-        data_fingerprint: What tells the data apart, such as `{"train": hash, "test": hash}`, by `on_different_data`.
+        versions: `{"peft_heads": …, "torch": …, "python": …, …}`, plugins included.
+        commit, dirty: Commit of the checkout that the package was imported from, and whether it was changed; both None
+            for an installed package.
+        data_fingerprint: Hashes that tell data apart, such as `{"train": hash, "test": hash}`, by `on_different_data`.
         image_format: `"JPEG"`, `"PNG"`, …
         checkpoint_revision: The backbone's commit on the Hub, or a hash of its weights.
-        device: In words.
-        num_processes: Of the training.
+        device: The device, in words.
+        num_processes: Number of processes of the training.
     """
 
     versions: dict[str, str]
@@ -176,23 +177,23 @@ class Run:
 
 
 def is_official(result: RunResult, environment: Environment) -> bool:
-    """Whether a result is one of a complete run of code that is committed (or installed): it can be found again.
+    """Whether a result is that of a complete run of committed (or installed) code, so that it can be reproduced.
 
-    It says nothing on the recipe: see `effective.deviations`.
+    This says nothing about the recipe: see `effective.deviations`.
     """
     return not result.partial and not environment.dirty
 
 
 def result_path(root: str | os.PathLike, spec: RunSpec, official: bool = True) -> Path:
-    """Where the result of a run lies: `root/official/<suite>/<task>/<run_id>.json`."""
+    """The path of a run's result: `root/official/<suite>/<task>/<run_id>.json`."""
     return Path(root) / FOLDERS[official] / spec.suite / spec.task / f"{spec.run_id}.json"
 
 
 def write_result(root: str | os.PathLike, spec: RunSpec, result: RunResult, environment: Environment) -> Path:
     """Write one result, complete or not at all; dirty or partial runs go to `root/unofficial`.
 
-    For readers, the file says besides which settings of the method were in effect, and where the run departs from the
-    recipe of its suite; both follow from the rest and are not read.
+    For human readers the file also says which settings of the method were in effect, and where the run departs from the
+    recipe of its suite. Both follow from the rest and are not read.
 
     Raises:
         ValueError: There is an official result of this run already; it is never replaced.
@@ -238,7 +239,7 @@ def read_results(root: str | os.PathLike, unofficial: bool = False) -> list[Run]
 
     Args:
         root: The folder given to `write_result`.
-        unofficial: Read the dirty and partial ones as well (`run.official` tells them apart).
+        unofficial: Whether dirty and partial ones are read as well (`run.official` tells them apart).
 
     Raises:
         FileNotFoundError: No such folder.
@@ -254,13 +255,13 @@ def read_results(root: str | os.PathLike, unofficial: bool = False) -> list[Run]
 def find_result(
     root: str | os.PathLike, spec: RunSpec, environment: Environment | None = None, unofficial: bool = False
 ) -> Run | None:
-    """The finished run of this spec, if there is one: it need not be repeated.
+    """The finished run of this spec, which need not be repeated; None if there is none.
 
     Args:
         root: The folder given to `write_result`.
         spec: The run.
         environment: If given, the finished run must have been on the same data and checkpoint.
-        unofficial: A finished run of uncommitted code will do.
+        unofficial: Whether a finished run of uncommitted code is enough.
 
     Raises:
         ValueError: There is one, but on other images, another image format or another checkpoint revision.
@@ -285,9 +286,9 @@ def find_result(
 
 
 def on_different_data(fingerprints: list[dict[str, Any]]) -> bool:
-    """Whether the `data_fingerprint` of some run is not that of the others.
+    """Whether the `data_fingerprint` of a run differs from that of the others.
 
-    Results of earlier versions have no hash of the images' content: of them names, labels and sizes are compared.
+    Results of earlier versions have no hash of the images' content; their names, labels and sizes are compared.
     """
     plain = [_without_content(fingerprint) for fingerprint in fingerprints]
     full = [x for x, without in zip(fingerprints, plain, strict=True) if x != without]
@@ -303,7 +304,7 @@ def _effective(spec: RunSpec) -> dict[str, Any]:
     try:
         return jsonable(effective_method(spec.method.to_json(), spec.recipe))
     except (ValueError, KeyError):
-        return jsonable(spec.method)  # of a method that this version does not know
+        return jsonable(spec.method)  # a method that this version does not know
 
 
 def describe_method(method: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Dataclasses that are written as JSON: every field has the type that its annotation says, here and in the file."""
+"""Dataclasses that are written as JSON: fields have the types of their annotations, in memory and in the file."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def check_fields(instance: Any) -> None:
 def check_type(value: Any, hint: Any, name: str) -> None:
     """Raise ValueError unless `value` has the type `hint`: plain types, None, unions, lists and dicts of them.
 
-    A whole number will do for a float, but True for neither.
+    A whole number passes for a float, but True passes for neither.
     """
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:

@@ -1,4 +1,4 @@
-"""Options of the command line: most are fields of a method's configuration, some stand for several."""
+"""Options of the command line. Most are fields of a method's configuration."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from typing import Any, Literal
 
 from peft import PeftConfig
 
+from .head_selection import HEAD_SELECTION
+
 
 @dataclass(frozen=True)
 class Option:
-    """One option, `--name value`. What is left out here is read from the configuration's field of this name.
+    """One option, `--name value`. Type, help and default are those of the configuration's field, if not given here.
 
     Attributes:
         name: Name of the option.
         type: Type of its value: `int`, `float`, `bool`, `str` or a `Literal` of strings.
         help: One sentence that says what it does, without the default.
-        default: Value in effect where the option is not given; None if there is none.
+        default: Value in effect if the option is not given; None if there is none.
         instead_of: Option that says the same thing in another way; only one of the two can be given.
-        write: Returns the fields of the configuration, of the value, all settings given and the configuration's class.
-            By default the field of the option's name.
-        read: Returns the option's value of a configuration. By default that field's.
+        write: Returns the configuration's fields, given the value, all settings and the configuration's class. By
+            default it is the field of the option's name.
+        read: Returns the option's value, given a configuration. By default it is that field's.
     """
 
     name: str
@@ -37,36 +39,34 @@ class Option:
 
     @property
     def choices(self) -> tuple[str, ...] | None:
-        """Values that there are, if they are names."""
+        """The possible values, if they are names; None otherwise."""
         return typing.get_args(self.type) if typing.get_origin(self.type) is Literal else None
 
 
 def complete(option: Option, config: type[PeftConfig] | None) -> Option | None:
-    """The option with type, help and default of its field.
+    """The option with the type, help and default of its field.
 
-    None for a field whose value is no single number, word or truth value: those are left to `--peft_config`.
+    None if the field's value is no single number, word or truth value: those fields are left to `--peft_config`.
 
     Args:
         option: An option of a method.
         config: Class of the method's configuration; None if it has none.
     """
-    if config is None:
-        return option
-    if option.read is not None:
-        return dataclasses.replace(option, default=option.read(config()))
-    field = next((f for f in fields(config) if f.name == option.name), None)
-    if field is None:
-        return option
+    field = None if config is None else next((f for f in fields(config) if f.name == option.name), None)
     kind = option.type or _kind(field, config)
     if kind is None:
         return None
-    text = option.help or field.metadata.get("help", "")
-    return dataclasses.replace(option, type=kind, help=text, default=getattr(config(), option.name))
+    text, default = option.help, option.default
+    if field is not None:
+        text, default = text or field.metadata.get("help", ""), getattr(config(), option.name)
+    if option.read is not None:
+        default = option.read(config())
+    return dataclasses.replace(option, type=kind, help=text, default=default)
 
 
 def _kind(field: dataclasses.Field, config: type[PeftConfig]) -> Any:
-    """Type of a field's value, without None; None for a type of several."""
-    if "choices" in field.metadata:  # names that may be more than the annotation knows
+    """Type of a field's value, without None; None if it is no single type."""
+    if "choices" in field.metadata:  # names, to which plugins may add
         choices = field.metadata["choices"]
         return Literal[tuple(choices() if callable(choices) else choices)]
     hint = typing.get_type_hints(config)[field.name]
@@ -75,31 +75,23 @@ def _kind(field: dataclasses.Field, config: type[PeftConfig]) -> Any:
         hint = parts[0] if len(parts) == 1 else None
     if typing.get_origin(hint) is Literal:
         values = typing.get_args(hint)
-        # of numbers the configuration says itself which there are
+        # which numbers are possible, the configuration checks itself
         return hint if all(isinstance(value, str) for value in values) else type(values[0])
     return hint if hint in (int, float, bool, str) else None
 
 
-# How heads are selected: read when they are, and not before.
-HEAD_OPTIONS = (
-    Option("ne"),
-    Option("ratio", instead_of="ne"),
-    Option("granularity"),
-    Option("joint"),
-    Option("criterion"),
-    Option("mask_scope"),
-    Option("mask_seed"),
-)
-HEAD_SETTINGS = tuple(option.name for option in HEAD_OPTIONS)
+# Settings that say which heads are deactivated; they have no effect before heads are selected.
+HEAD_SETTINGS = (*(name for name in HEAD_SELECTION if name != "num_heads"), "mask_scope")
+HEAD_OPTIONS = tuple(Option(name, instead_of="ne" if name == "ratio" else None) for name in HEAD_SETTINGS)
 
 
 def head_options(config: type[PeftConfig]) -> tuple[Option, ...]:
-    """Those of `HEAD_OPTIONS` that are fields of a configuration."""
+    """The options of `HEAD_OPTIONS` that are fields of a configuration."""
     names = {field.name for field in fields(config)}
     return tuple(option for option in HEAD_OPTIONS if option.name in names)
 
 
-# When heads are selected: arguments of `TaylorHeadScorer`, by which every method with heads is scored.
+# Arguments of `TaylorHeadScorer`, which says when heads are selected.
 SCORER_OPTIONS = (
     Option("head_select_at", float, "When heads are selected: below 1 a share of the steps, else a step.", 0.1),
     Option(
@@ -116,7 +108,7 @@ SCORER_OPTIONS = (
     ),
 )
 SCORER_SETTINGS = tuple(option.name for option in SCORER_OPTIONS)
-# LoRA's, in the words of the papers: PEFT's own help says little.
+# Options of LoRA, with a help of our own: PEFT's says little.
 LORA_OPTIONS = (
     Option("r", help="Rank."),
     Option("lora_alpha", float, "LoRA's alpha; s = alpha / r.", instead_of="scale"),

@@ -1,6 +1,6 @@
-"""The registry of methods: one record for each, which says all that the rest of the package must know of it.
+"""The registry of methods: one record each, with all that the rest of the package must know about a method.
 
-A method of one's own is a configuration and a tuner as PEFT has them, and one call of [`register_method`].
+Your own method is a configuration and a tuner, as PEFT has them, and one call of [`register_method`].
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ class Method:
     """A way of fine-tuning an image classifier.
 
     Attributes:
-        name: Value of `--method`. With underscores and in capitals it is the PEFT type of the method's adapters.
+        name: Value of `--method`. In capitals, with underscores, it is the PEFT type of the method's adapters.
         help: What is trained, in a few words.
-        config: Class of the configuration. None if the method adds no adapter, or reads which one (`read_config`).
-        model: The tuner. None if the method has none, or PEFT's own. A tuner is registered with PEFT.
-        apply: Prepares a model for training and returns it, where there is no adapter to add.
-        read_config: Returns the configuration as `adapter_config.json` holds it (`peft_type` and fields), of the
-            settings given; for a method that is told which adapter to add.
+        config: Class of the configuration. None if the method adds no adapter, or is told which one (`read_config`).
+        model: Class of the tuner, which is registered with PEFT. None if the method has none, or PEFT's own.
+        apply: Prepares a model for training and returns it, for a method that adds no adapter.
+        read_config: Returns a configuration as `adapter_config.json` holds it (`peft_type` and fields), given the
+            settings; for a method that is told which adapter to add.
         options: Options of `train` and `bench`: names of the configuration's fields, or [`Option`]s. A field whose
             type is a union or a dict is left to `--peft_config`.
-        grid: Settings that the benchmark uses where none is given; of a list, each value is tried.
-        shown: Settings that `inspect` shows; by default the options.
+        grid: Settings of the benchmark where none is given; every value of a list is tried.
+        shown: Settings that `inspect` shows; the options by default.
         masked_parts: Initials of the parts of a fused projection whose heads the adapter masks, where its settings have
             no `fused_parts`.
         head_rows: Parameters whose rows belong to heads, and are zero in a file where a head is deactivated.
-        no_norms: Why `inspect` cannot compute the norms of the heads' updates; empty if the adapter is LoRA.
+        no_norms: Why `inspect` cannot compute the norms of the heads' updates; empty if it can, as for LoRA.
         pack: Replaces a trained adapter's weights by its codes, given the model and the adapter's name; called after a
             training whose configuration `has_few_bits`.
     """
@@ -86,7 +86,7 @@ class Method:
 
     @property
     def prefix(self) -> str:
-        """What the names of parameters begin with that the tuner puts into a module; empty if there is no tuner."""
+        """Beginning of the names of parameters that the tuner puts into a module; empty if there is no tuner."""
         return PEFT_TYPE_TO_PREFIX_MAPPING.get(self.peft_type, "")
 
     @property
@@ -107,7 +107,7 @@ class Method:
 
     @property
     def deactivates_by_default(self) -> bool:
-        """Whether heads are deactivated if no setting says how many."""
+        """Whether heads are deactivated if no setting says how many are."""
         return self.config is not None and bool(getattr(self.config(), "masks_heads", False))
 
     def config_of(self, settings: Mapping[str, Any]) -> tuple[type[PeftConfig] | None, dict[str, Any]]:
@@ -127,9 +127,9 @@ _METHODS: dict[str, Method] = {}
 
 
 def register_method(method: Method) -> None:
-    """Make a method known: to PEFT, if it has a tuner, to the commands, and to all that reads adapters.
+    """Make a method known to PEFT (if it has a tuner), to the commands, and to everything that reads adapters.
 
-    The same again is harmless.
+    Registering the same method again is harmless.
 
     Raises:
         ValueError: There is a method of this name, or its name or type is one of PEFT's own.
@@ -189,12 +189,12 @@ def adapter_types(base: type[PeftConfig] = PeftConfig) -> tuple[str, ...]:
 
 
 def parameter_prefixes() -> tuple[str, ...]:
-    """What the names of parameters begin with that some method puts into a module."""
+    """Beginnings of the names of parameters that a method puts into a module."""
     return tuple(dict.fromkeys(method.prefix for method in _METHODS.values() if method.prefix))
 
 
 def own_prefixes() -> tuple[str, ...]:
-    """Those that no method of PEFT's has."""
+    """The prefixes that no method of PEFT has."""
     theirs = {prefix for peft_type, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items() if peft_type in PEFT_TYPES}
     return tuple(prefix for prefix in parameter_prefixes() if prefix not in theirs)
 

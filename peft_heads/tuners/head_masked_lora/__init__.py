@@ -1,7 +1,8 @@
 """Head-masked LoRA (HEAT, Heart-LoRA)."""
 
 from ..._compat import allow_hotswap, extend_hotswap, extend_hotswap_check
-from ..common.options import HEAD_SETTINGS, LORA_OPTIONS, SCALES, SCORER_OPTIONS, head_options
+from ..common.head_selection import ON_CARD
+from ..common.options import LORA_OPTIONS, SCALES, SCORER_OPTIONS, head_options
 from ..common.registry import Method, register_method
 from .config import HeadMaskedLoraConfig
 from .hotswap import check_configs, check_padding, prepare
@@ -34,7 +35,7 @@ register_method(
             "ne": [0, 1, 3, 6],
             "criterion": ["absolute", "positive", "negative"],
         },
-        shown=(*(name for name in HEAD_SETTINGS if name != "mask_seed"), "r", "lora_alpha", "use_dora"),
+        shown=(*ON_CARD, "mask_scope", "r", "lora_alpha", "use_dora"),
         pack=pack_adapter,
     )
 )

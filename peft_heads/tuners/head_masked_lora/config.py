@@ -125,10 +125,12 @@ class HeadMaskedLoraConfig(HeadSelectionConfig, AdapterFolderConfig, LoraConfig)
         default="qv", metadata={"help": "The parts of a fused qkv projection to adapt, by their initials."}
     )
     adapter_bits: Literal[1, 2, 4, 8, 32] = field(
-        default=FULL_PRECISION, metadata={"help": "Bits per entry of lora_A and lora_B; 32 does not quantise."}
+        default=FULL_PRECISION,
+        metadata={"help": "Bits per weight of lora_A and lora_B: 1, 2, 4, 8, or 32, not quantised."},
     )
     classifier_bits: Literal[1, 2, 4, 8, 32] = field(
-        default=FULL_PRECISION, metadata={"help": "Bits per entry of the classification head's weight."}
+        default=FULL_PRECISION,
+        metadata={"help": "Bits per weight of the classifier: 1, 2, 4, 8, or 32, not quantised."},
     )
     bottleneck_dropout: float = field(
         default=0.0, metadata={"help": "Dropout between lora_A and lora_B; lora_dropout is the one before lora_A."}

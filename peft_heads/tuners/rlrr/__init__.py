@@ -1,6 +1,7 @@
 """RLRR: residual low-rank rescaling."""
 
-from ..common.options import HEAD_SETTINGS, SCORER_OPTIONS, head_options
+from ..common.head_selection import ON_CARD
+from ..common.options import SCORER_OPTIONS, head_options
 from ..common.registry import Method, register_method
 from .config import RLRRConfig
 from .layer import RLRRConv2d, RLRRLinear, RLRRScale
@@ -19,7 +20,7 @@ register_method(
         model=RLRRModel,
         options=("r", *VARIANT, "shift_without_bias", *head_options(RLRRConfig), *SCORER_OPTIONS),
         grid={"r": 1},
-        shown=(*(name for name in HEAD_SETTINGS if name != "mask_seed"), "r", *VARIANT),
+        shown=(*ON_CARD, "r", *VARIANT),
         masked_parts="qv",
         head_rows=("rlrr_left", "rlrr_shift"),
         no_norms="the update of RLRR depends on the frozen weights, which are not read",

@@ -1,15 +1,20 @@
 """The registry of methods: what is registered is known wherever methods are, and nothing is registered twice."""
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from peft import LoHaConfig, LoHaModel, LoraConfig
+import tiny
+from peft import LoHaConfig, LoHaModel, LoraConfig, get_peft_model
 from throwaway import ThrowawayConfig, ThrowawayModel, registered, throwaway
+from transformers import AutoModelForImageClassification
 
 import peft_heads
-from peft_heads import Method, register_method
+from peft_heads import Method, RLRRConfig, register_method
 from peft_heads._compat import is_own, no_faults
+from peft_heads.convert.inspect import inspect_adapter
+from peft_heads.tuners.common import registry
 from peft_heads.tuners.common.registry import (
     adapter_types,
     card_tags,
@@ -117,6 +122,17 @@ def test_nothing_else_names_a_method():
             if any(value in names for value in constants):
                 found.append(f"{path.relative_to(root)}:{node.lineno}")
     assert found == []
+
+
+def test_a_method_that_says_nothing_of_norms(tmp_path, monkeypatch):
+    """`inspect` says that it has none, instead of showing nothing."""
+    tiny.make("vit").save_pretrained(tmp_path / "base")
+    base = AutoModelForImageClassification.from_pretrained(tmp_path / "base")
+    get_peft_model(base, RLRRConfig()).save_pretrained(tmp_path / "adapter")
+    known = get_method("rlrr")
+    assert inspect_adapter(tmp_path / "adapter").no_norms == known.no_norms != ""
+    monkeypatch.setitem(registry._METHODS, "rlrr", replace(known, no_norms=""))
+    assert inspect_adapter(tmp_path / "adapter").no_norms == "the update of RLRR is not computed from its file"
 
 
 def test_the_tuner_is_peft_s():
