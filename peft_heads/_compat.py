@@ -417,7 +417,8 @@ def announce_loading(check: Callable[[nn.Module, PeftConfig, dict[str, Any], Loa
         ignore = given.get("kwargs", {}).get("ignore_mismatched_sizes", False)
         with loading_begins(Loading(mapping, ignore)) as loading:
             config = given.get("config")
-            if is_own(config) and config.carried.source is None:
+            carried = getattr(config, "carried", None) if is_own(config) else None  # of an AdapterFolderConfig
+            if carried is not None and carried.source is None:
                 # a folder's own is checked when it is prepared; with another PEFT adds the adapter before it reads
                 download_kwargs = split_download_kwargs(cls, given.get("kwargs", {}))
                 check(model, config, {"path_or_repo": os.fspath(given["model_id"]), **download_kwargs}, loading)

@@ -9,6 +9,7 @@ from peft import PeftConfig
 from torch import nn
 
 from ..._compat import COMPILED, Loading, is_own, uncompiled
+from ..common.folder_config import AdapterFolderConfig
 from ..common.head_mask import masks_for_model
 from ..common.saved_folder import check_before_writing
 from ..common.saved_settings import split_settings
@@ -54,7 +55,7 @@ def prepare(
             code and would change all the others, and put a larger one into a layer of the old rank.
     """
     if is_own(config):
-        if config.carried.source is not None:
+        if isinstance(config, AdapterFolderConfig) and config.carried.source is not None:
             check_before_writing(uncompiled(model), config, config.carried.source, Loading())
         state_dict, _ = split_settings(state_dict)
     layers = list(_layers(model, adapter_name))
