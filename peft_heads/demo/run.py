@@ -115,7 +115,7 @@ def logits_of(model: torch.nn.Module, data: list[dict]) -> torch.Tensor:
 
 
 def run_demo(output_dir: Path, *, ne: int = 3, epochs: int = 10, seed: int = 0, progress: bool = False) -> bool:
-    """Run the comparison and print it; returns whether the reloaded adapter gives the same predictions."""
+    """Run the comparison and print it; returns whether the reloaded adapter predicts the same."""
     digits = load_digits_dataset()
     data = {split: prepare(digits[split]) for split in ("train", "test")}
     print(
