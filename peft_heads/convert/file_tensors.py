@@ -15,7 +15,8 @@ from ..functional.quantization import quantize
 from ..heads.detect import resolve_heads
 from ..heads.layout import ProjectionLayout
 from ..heads.protocol import check_mask
-from ..tuners.common.head_mask import LORA_MASK, is_mask_key, rows_in_file
+from ..tuners.common.head_mask import rows_in_file
+from ..tuners.common.mask_keys import LORA_MASK, is_mask_key
 from ..tuners.common.registry import method_of
 from ..tuners.common.saved_keys import is_adapter_key, module_of
 from ..tuners.head_masked_lora.packed import PACKED

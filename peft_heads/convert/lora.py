@@ -16,7 +16,7 @@ from ..adapter_folder.atomic import new_folder
 from ..adapter_folder.labels import read_labels, write_labels
 from ..adapter_folder.settings import read_settings
 from ..image_classifier import fetch_adapter
-from ..tuners.common.head_mask import LORA_MASK
+from ..tuners.common.mask_keys import LORA_MASK
 from ..tuners.common.registry import adapter_types
 from ..tuners.common.saved_settings import is_settings_key
 from ..tuners.head_masked_lora.packed import PACKED

@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import nn
 
 
-if TYPE_CHECKING:
-    from .recorder import HeadRecorder
+class Attachable(Protocol):
+    """A scorer, as far as its place on the layers goes; `run` is the Trainer's run it belongs to, if any."""
+
+    adapter_name: str
+    run: object | None
+
+    def close(self) -> None: ...
+
 
 # `{layer: {adapter name: its scorer}}`, by weak references: a scorer that nobody holds any more stands in nobody's way.
-_ATTACHED: weakref.WeakKeyDictionary[nn.Module, dict[str, weakref.ref[HeadRecorder]]] = weakref.WeakKeyDictionary()
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, dict[str, weakref.ref[Attachable]]] = weakref.WeakKeyDictionary()
 
 
-def attach(scorer: HeadRecorder, layers: Iterable[nn.Module]) -> None:
+def attach(scorer: Attachable, layers: Iterable[nn.Module]) -> None:
     """Reserve an adapter's layers for a scorer.
 
     The scorer of a Trainer's run takes them from one that an earlier run has left behind.
@@ -42,13 +48,13 @@ def attach(scorer: HeadRecorder, layers: Iterable[nn.Module]) -> None:
         _ATTACHED.setdefault(layer, {})[scorer.adapter_name] = weakref.ref(scorer)
 
 
-def detach(scorer: HeadRecorder, layers: Iterable[nn.Module]) -> None:
+def detach(scorer: Attachable, layers: Iterable[nn.Module]) -> None:
     """Free the layers that are reserved for a scorer; those of another one stay reserved."""
     for layer in layers:
         if _attached_to(layer, scorer.adapter_name) is scorer:
             del _ATTACHED[layer][scorer.adapter_name]
 
 
-def _attached_to(layer: nn.Module, adapter_name: str) -> HeadRecorder | None:
+def _attached_to(layer: nn.Module, adapter_name: str) -> Attachable | None:
     scorer = _ATTACHED.get(layer, {}).get(adapter_name)
     return None if scorer is None else scorer()

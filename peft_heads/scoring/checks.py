@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from torch import nn
 from transformers import TrainingArguments
 
-from ..functional.sharding import whole_shape
-from ..heads.protocol import HeadMaskable, module_patterns
+from ..heads.protocol import module_patterns
 from ..heads.scores import find_criterion
-
-
-if TYPE_CHECKING:
-    from .scorer import HeadScorer
-
-
-def check_parameters(layers: dict[str, HeadMaskable], adapter_name: str) -> None:
-    """Raise ValueError if no gradient can be taken of a head-wise parameter, or its rows are not those of heads.
-
-    Args:
-        layers: `{module name: layer}` of the adapter's head-maskable layers.
-        adapter_name: The adapter.
-    """
-    for name, layer in layers.items():
-        for scored in layer.scored_parameters(adapter_name):
-            problem = _problem_of(name, scored.param, layer.head_layout[adapter_name].out_features)
-            if problem is not None:
-                raise ValueError(f"the heads of adapter {adapter_name!r} cannot be scored: {problem}")
+from .scorer import HeadScorer
 
 
 def check_deepspeed(args: TrainingArguments, config: Any) -> None:
@@ -88,16 +69,3 @@ def check_late_selection(scorer: HeadScorer, step: int, select_step: int) -> Non
             f"training resumes at step {step}, after the selection of heads at step {select_step}, and the checkpoint "
             f"holds neither masks nor scores; pass a select_at of more than {step}"
         )
-
-
-def _problem_of(name: str, param: nn.Parameter, num_rows: int) -> str | None:
-    """What keeps a parameter of a module from being scored; None if nothing does."""
-    if not param.requires_grad:
-        return f"its parameters in {name} are frozen; load the adapter with is_trainable=True and make it active"
-    shape = tuple(whole_shape(param))
-    if shape[:1] != (num_rows,):
-        return (
-            f"a parameter in {name} has the shape {shape} instead of ({num_rows}, …): it was flattened, as FSDP1 does; "
-            "use FSDP2 (fsdp_version 2, torch.distributed.fsdp.fully_shard), DistributedDataParallel or ZeRO"
-        )
-    return None

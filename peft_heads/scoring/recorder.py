@@ -8,10 +8,10 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
+from ..functional.sharding import whole_shape
 from ..heads.protocol import HeadMaskable, head_layers, named_layouts
 from ..heads.scores import STATISTICS, all_head_statistics
 from .attachment import attach, detach
-from .checks import check_parameters
 from .gradients import StepGradients
 
 
@@ -151,3 +151,30 @@ class HeadRecorder:
     def _by_projection(self, of_modules: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """`{projection: (num_rows, n)}` from `{module name: (out_features, n)}`: a fused projection is divided."""
         return {name: layout.rows(of_modules[self._module_of[name]]) for name, layout in self.layouts.items()}
+
+
+def check_parameters(layers: dict[str, HeadMaskable], adapter_name: str) -> None:
+    """Raise ValueError if no gradient can be taken of a head-wise parameter, or its rows are not those of heads.
+
+    Args:
+        layers: `{module name: layer}` of the adapter's head-maskable layers.
+        adapter_name: The adapter.
+    """
+    for name, layer in layers.items():
+        for scored in layer.scored_parameters(adapter_name):
+            problem = _problem_of(name, scored.param, layer.head_layout[adapter_name].out_features)
+            if problem is not None:
+                raise ValueError(f"the heads of adapter {adapter_name!r} cannot be scored: {problem}")
+
+
+def _problem_of(name: str, param: nn.Parameter, num_rows: int) -> str | None:
+    """What keeps a parameter of a module from being scored; None if nothing does."""
+    if not param.requires_grad:
+        return f"its parameters in {name} are frozen; load the adapter with is_trainable=True and make it active"
+    shape = tuple(whole_shape(param))
+    if shape[:1] != (num_rows,):
+        return (
+            f"a parameter in {name} has the shape {shape} instead of ({num_rows}, …): it was flattened, as FSDP1 does; "
+            "use FSDP2 (fsdp_version 2, torch.distributed.fsdp.fully_shard), DistributedDataParallel or ZeRO"
+        )
+    return None

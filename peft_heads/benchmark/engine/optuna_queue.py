@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..._compat import trial_id
-from ..records.results import Environment, Run, RunResult, RunSpec, find_result, write_result
+from ..records.record import Environment, Run, RunResult, RunSpec
+from ..records.results import find_result, write_result
 
 
 logger = logging.getLogger(__name__)

@@ -30,7 +30,8 @@ from ...methods import MethodSettings, check_method
 from ...tuners.common.options import HEAD_SETTINGS
 from ..recipes import Recipe
 from ..records.effective import with_warmup
-from ..records.results import Environment, Run, RunResult, RunSpec, find_result, write_result
+from ..records.record import Environment, Run, RunResult, RunSpec
+from ..records.results import find_result, write_result
 from .training import Places, Training, checkpoint_of
 
 

@@ -22,7 +22,8 @@ from ...tuners.common.options import HEAD_SETTINGS
 from ..recipes import Recipe
 from ..records.environment import source_state
 from ..records.plans import Choice, unfinished_choices, write_plan
-from ..records.results import Run, RunSpec, describe_method, find_result
+from ..records.record import Run, RunSpec, describe_method
+from ..records.results import find_result
 from ..report.rows import method_order
 from .optuna_queue import WAIT, SharedQueue, default_study_name, take_turns
 from .run import (

@@ -35,7 +35,7 @@ from ...metrics.accuracy import compute_metrics
 from ..recipes import SHIPPED
 from ..records.effective import with_warmup
 from ..records.environment import describe_environment
-from ..records.results import CONTENT, Environment, RunResult, RunSpec
+from ..records.record import CONTENT, Environment, RunResult, RunSpec
 from .callbacks import Clock, EpochEnds
 
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...data.preprocessing import Preprocessing
 from ...data.tasks import TASKS
 from ...methods import MethodSettings, deactivates_heads, effective_settings
 from ..recipes import RECIPES
+from .record import Environment, RunSpec
 from .schema import canonical_json
 
-
-if TYPE_CHECKING:
-    from .results import Environment, RunSpec
 
 # `mean` and `std` are what `normalization` stands for.
 IMAGES = ("size", "resize", "resize_size", "crop", "filter", "normalization")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ...plugins import loaded_plugins
-from .results import Environment
+from .record import Environment
 
 
 LIBRARIES = ("peft-heads", "torch", "transformers", "peft", "accelerate", "datasets", "numpy", "pillow", "kornia")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ...data.suites import SUITES
-from ..records.results import Run
+from ..records.record import Run
 
 
 ONE_GROUP = "all tasks"

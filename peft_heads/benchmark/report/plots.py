@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..records.results import describe_method
+from ..records.record import describe_method
 from ..records.schema import canonical_json
 from .averages import averages_over_seeds, mean_and_std
 from .rows import VARIANTS, Row, common_and_own

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..records.results import Run, describe_method, on_different_data
+from ..records.record import Run, describe_method, on_different_data
 from ..records.schema import canonical_json
 from .averages import mean_and_std
 

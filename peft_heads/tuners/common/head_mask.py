@@ -13,13 +13,8 @@ from ...heads.layout import ProjectionLayout
 from ...heads.protocol import check_mask, deactivated_heads
 from ...heads.traversal import own_modules
 from .head_selection import HeadSelectionConfig
+from .mask_keys import IN_FILE, IN_MODEL
 from .saved_keys import BASE
-
-
-# The last part of a mask's key: in files (and in the models of earlier versions), and in a model.
-IN_FILE, IN_MODEL = ".mask", ".off"
-# The end of a mask's key in the file of a head-masked LoRA adapter.
-LORA_MASK = "lora_head_mask" + IN_FILE
 
 
 class HeadMask(nn.Module):
@@ -65,49 +60,6 @@ class HeadMask(nn.Module):
         if hasattr(self, "mask"):
             self.register_buffer("off", ~self.mask)
             del self.mask
-
-
-def masks_for_file(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Convert the masks among an adapter's tensors to the form of files: `….mask`, True = active."""
-    return _inverted(state_dict, IN_MODEL, IN_FILE)
-
-
-def masks_for_model(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Convert the masks of a file, or of an old state dict, to the form of models: `….off`, True = deactivated.
-
-    Raises:
-        ValueError: A mask is not bool.
-    """
-    return _inverted(state_dict, IN_FILE, IN_MODEL)
-
-
-def is_mask_key(key: str, end: str = IN_FILE) -> bool:
-    """Whether a key belongs to a mask, with an adapter name in it or without.
-
-    Args:
-        key: A key of a file, or with `end=IN_MODEL` of a model's state dict.
-        end: The key's last part.
-    """
-    return key.endswith(end) and any(part.endswith("_head_mask") for part in key.split(".")[-3:-1])
-
-
-def deactivates(state_dict: dict[str, torch.Tensor]) -> bool:
-    """Whether any mask in a state dict with a model's names deactivates a head."""
-    return any(is_mask_key(key, IN_MODEL) and bool(value.any()) for key, value in state_dict.items())
-
-
-def _inverted(state_dict: dict[str, torch.Tensor], end: str, new_end: str) -> dict[str, torch.Tensor]:
-    converted = {}
-    for key, value in state_dict.items():
-        if is_mask_key(key, end):
-            if value.dtype != torch.bool:
-                raise ValueError(
-                    f"{key} must be a bool tensor of shape (num_heads,), one entry per head; got {value.dtype} "
-                    f"{tuple(value.shape)}: was it edited or averaged?"
-                )
-            key, value = key.removesuffix(end) + new_end, ~value
-        converted[key] = value
-    return converted
 
 
 def masked_layers(model: nn.Module, adapter_name: str) -> list[tuple[str, HeadMaskedLayer]]:

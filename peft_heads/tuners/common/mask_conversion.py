@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
-from .head_mask import IN_FILE, IN_MODEL
+from .mask_keys import IN_FILE, IN_MODEL
 
 
 class InvertMask(ConversionOps):

@@ -22,7 +22,8 @@ from ...adapter_folder.weights_file import NAMES, TensorInfo, find_weights, read
 from ...heads.traversal import named_targets
 from .classifiers import QuantizedLinear, get_labels
 from .folder_config import AdapterFolderConfig
-from .head_mask import IN_MODEL, LORA_MASK, is_mask_key, masked_layers
+from .head_mask import masked_layers
+from .mask_keys import IN_MODEL, LORA_MASK, is_mask_key
 from .saved_keys import BASE, PACKED, follow_file, is_adapter_key, module_of, renamed_keys
 from .saved_settings import is_settings_key
 from .setting_types import refusal

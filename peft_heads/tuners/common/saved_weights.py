@@ -10,7 +10,8 @@ from ...adapter_folder.contents import folder_contents
 from ...functional.sharding import whole_entry
 from ...heads.protocol import read_masks
 from .folder_config import AdapterFolderConfig
-from .head_mask import complete_masks, masked_layers, masks_for_file, masks_for_model
+from .head_mask import complete_masks, masked_layers
+from .mask_keys import masks_for_file, masks_for_model
 from .saved_keys import BASE, is_adapter_key, rename_modules
 from .saved_settings import check_settings, split_settings, write_settings
 

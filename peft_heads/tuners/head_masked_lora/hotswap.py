@@ -10,7 +10,7 @@ from torch import nn
 
 from ..._compat import COMPILED, Loading, is_own, uncompiled
 from ..common.folder_config import AdapterFolderConfig
-from ..common.head_mask import masks_for_model
+from ..common.mask_keys import masks_for_model
 from ..common.saved_folder import check_before_writing
 from ..common.saved_settings import split_settings
 from .layer import HeadMaskedLinear

@@ -8,7 +8,8 @@ from torch import nn
 from ...functional.sharding import whole_entry
 from ...heads.traversal import own_modules
 from ..common.classifiers import QuantizedLinear
-from ..common.head_mask import check_saved_masks, deactivates, masked_layers
+from ..common.head_mask import check_saved_masks, masked_layers
+from ..common.mask_keys import deactivates
 from .config import HeadMaskedLoraConfig
 from .layer import HeadMaskedLinear
 from .packed import is_packed, read_packed, write_packed

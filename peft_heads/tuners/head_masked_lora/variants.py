@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import LoraVariant
+from peft.tuners.lora.layer import Linear, LoraVariant
 from torch import nn
 
 from ..._compat import must_be_called
 from ...functional.rows import without_rows
-
-
-if TYPE_CHECKING:
-    from .layer import HeadMaskedLinear
 
 
 class VanillaVariant(LoraVariant):
@@ -23,12 +19,12 @@ class VanillaVariant(LoraVariant):
     Rows of `lora_B` can be left out: they count as zeros, in its bias as well.
     """
 
-    def init(self, module: HeadMaskedLinear, adapter_name: str, **kwargs: Any) -> None:
+    def init(self, module: Linear, adapter_name: str, **kwargs: Any) -> None:
         pass
 
     def forward(
         self,
-        module: HeadMaskedLinear,
+        module: Linear,
         active_adapter: str,
         x: torch.Tensor,
         result: torch.Tensor,
@@ -48,11 +44,11 @@ class VanillaVariant(LoraVariant):
         hidden = self.down(module, active_adapter, module.lora_dropout[active_adapter](x))
         return result + self.up(module, active_adapter, hidden, off)
 
-    def down(self, module: HeadMaskedLinear, active_adapter: str, x: torch.Tensor) -> torch.Tensor:
+    def down(self, module: Linear, active_adapter: str, x: torch.Tensor) -> torch.Tensor:
         """What `lora_B` is applied to: (…, in) to (…, r)."""
         return module.lora_A[active_adapter](x)
 
-    def up_weight(self, module: HeadMaskedLinear, active_adapter: str) -> torch.Tensor | None:
+    def up_weight(self, module: Linear, active_adapter: str) -> torch.Tensor | None:
         """The weight by which `lora_B` acts, (out, r); None where `lora_B` itself must be called.
 
         It is a unit of FSDP then, which gathers its weight around the call, or its hooks cast or move the weight.
@@ -60,9 +56,7 @@ class VanillaVariant(LoraVariant):
         lora_B = module.lora_B[active_adapter]
         return None if type(lora_B) is not nn.Linear or must_be_called(lora_B) else lora_B.weight
 
-    def up(
-        self, module: HeadMaskedLinear, active_adapter: str, hidden: torch.Tensor, off: torch.Tensor | None
-    ) -> torch.Tensor:
+    def up(self, module: Linear, active_adapter: str, hidden: torch.Tensor, off: torch.Tensor | None) -> torch.Tensor:
         """The update of the output: (…, r) to (…, out)."""
         lora_B, scaling = module.lora_B[active_adapter], module.scaling[active_adapter]
         weight = self.up_weight(module, active_adapter)
@@ -78,20 +72,20 @@ class VanillaVariant(LoraVariant):
         is_one = not isinstance(scaling, torch.Tensor) and scaling == 1
         return update if is_one else update * scaling
 
-    def merge_safe(self, module: HeadMaskedLinear, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+    def merge_safe(self, module: Linear, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
         return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype)
 
-    def merge_unsafe(self, module: HeadMaskedLinear, active_adapter: str, orig_weight: torch.Tensor) -> None:
+    def merge_unsafe(self, module: Linear, active_adapter: str, orig_weight: torch.Tensor) -> None:
         orig_weight.data += module.get_delta_weight(active_adapter)
 
-    def unmerge(self, module: HeadMaskedLinear, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+    def unmerge(self, module: Linear, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
         return orig_weight.data - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
 
 
 class KBitVariant(VanillaVariant):
     """LoRA by quantised factors, with a dropout between the two, or only one of these (Bi-LoRA)."""
 
-    def down(self, module: HeadMaskedLinear, active_adapter: str, x: torch.Tensor) -> torch.Tensor:
+    def down(self, module: Linear, active_adapter: str, x: torch.Tensor) -> torch.Tensor:
         if active_adapter in module.lora_quantizer:
             hidden = F.linear(x, module.quantized_down(active_adapter))
         else:
@@ -100,7 +94,7 @@ class KBitVariant(VanillaVariant):
             hidden = module.lora_bottleneck_dropout[active_adapter](hidden)
         return hidden
 
-    def up_weight(self, module: HeadMaskedLinear, active_adapter: str) -> torch.Tensor | None:
+    def up_weight(self, module: Linear, active_adapter: str) -> torch.Tensor | None:
         if active_adapter in module.lora_quantizer:
             return module.quantized_up(active_adapter)
         return super().up_weight(module, active_adapter)
@@ -132,11 +126,11 @@ class HeadMaskVariant(LoraVariant):
         # with mask_scope="head" the delta holds minus the frozen weight, and the bias changes: not a low-rank update
         return self.mask_scope == "adapter" and self.inner.supports_lora_conversion()
 
-    def init(self, module: HeadMaskedLinear, adapter_name: str, **kwargs: Any) -> None:
+    def init(self, module: Linear, adapter_name: str, **kwargs: Any) -> None:
         self.inner.init(module, adapter_name=adapter_name, **kwargs)
 
     def forward(
-        self, module: HeadMaskedLinear, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
+        self, module: Linear, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
         has_mask = active_adapter in module.lora_head_mask
         off = module.frozen_rows(active_adapter) if has_mask else None
@@ -156,11 +150,11 @@ class HeadMaskVariant(LoraVariant):
             output = torch.where(module.deactivated_rows(active_adapter), 0, output)
         return output
 
-    def merge_safe(self, module: HeadMaskedLinear, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+    def merge_safe(self, module: Linear, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
         return self.inner.merge_safe(module, active_adapter, orig_weight)
 
-    def merge_unsafe(self, module: HeadMaskedLinear, active_adapter: str, orig_weight: torch.Tensor) -> None:
+    def merge_unsafe(self, module: Linear, active_adapter: str, orig_weight: torch.Tensor) -> None:
         self.inner.merge_unsafe(module, active_adapter, orig_weight)
 
-    def unmerge(self, module: HeadMaskedLinear, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+    def unmerge(self, module: Linear, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
         return self.inner.unmerge(module, active_adapter, orig_weight)

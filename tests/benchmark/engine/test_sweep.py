@@ -12,7 +12,8 @@ from peft_heads.benchmark.engine import sweep as sweep_module
 from peft_heads.benchmark.engine.sweep import Outcome, Sweep, execute, run_sweep
 from peft_heads.benchmark.engine.training import Training
 from peft_heads.benchmark.records.plans import read_plans, unfinished_choices
-from peft_heads.benchmark.records.results import Run, RunResult, find_result, read_results, write_result
+from peft_heads.benchmark.records.record import Run, RunResult
+from peft_heads.benchmark.records.results import find_result, read_results, write_result
 from peft_heads.benchmark.report import make_report
 
 
