@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import posixpath
 import re
 from dataclasses import dataclass, replace
 
@@ -240,4 +240,4 @@ def _common_module(names: list[str]) -> str:
         >>> _common_module(["blocks.0.mlp.fc1", "blocks.0.mlp.fc2"])
         'blocks.0.mlp'
     """
-    return os.path.commonpath([name.replace(".", "/") for name in names]).replace("/", ".")
+    return posixpath.commonpath([name.replace(".", "/") for name in names]).replace("/", ".")

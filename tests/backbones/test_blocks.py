@@ -222,6 +222,26 @@ def test_drop_paths_that_are_switched_on(make, without):
         assert len(seen.calls[block.drop_path1]) == 2
 
 
+def test_what_torchvision_calls_them():
+    """Its Swin reads the weights of qkv and proj, so that no hook sees them."""
+    models = pytest.importorskip("torchvision.models", exc_type=ImportError)
+    model = models.SwinTransformer([4, 4], 8, depths=[1, 1], num_heads=[2, 4], window_size=[2, 2])
+    name = "features.3.0"
+    assert whole_blocks(model)[1] == Block(
+        name=name,
+        fused=f"{name}.attn.qkv",
+        out=f"{name}.attn.proj",
+        num_heads=4,
+        scaling=0.5,
+        norm1=f"{name}.norm1",
+        norm2=f"{name}.norm2",
+        mlp=f"{name}.mlp",
+        mlp_layers=(f"{name}.mlp.0", f"{name}.mlp.3"),
+        drop_path1=f"{name}.stochastic_depth",
+        drop_path2=f"{name}.stochastic_depth",
+    )
+
+
 class LayerScale(nn.Module):
     def __init__(self, width):
         super().__init__()
