@@ -51,7 +51,7 @@ class Family:
         prefix: What the names of adapted projections begin with.
         projections: Last components of the adapted projections, in the order query, value; one name if fused.
         output: Last component of the module that takes the heads' outputs side by side, seen from the attention layer.
-        head: Modules trained from scratch.
+        classifiers: Modules trained from scratch.
         heads: Numbers of heads, ascending.
         layers: Number of attention layers that are adapted.
     """
@@ -60,7 +60,7 @@ class Family:
     prefix: str
     projections: tuple[str, ...] = ("q_proj", "v_proj")
     output: str = "o_proj"
-    head: tuple[str, ...] = ("classifier",)
+    classifiers: tuple[str, ...] = ("classifier",)
     heads: tuple[int, ...] = (6,)
     layers: int = 4
 
@@ -191,13 +191,13 @@ _FPN = ("fpn",) if hasattr(hf.models.beit.modeling_beit, "BeitFPNNeck") else ("f
 
 FAMILIES = {
     "vit": Family(_hf("ViTForImageClassification", "ViTConfig", **VIT, **LABELS), "vit."),
-    "vit bare": Family(_hf("ViTModel", "ViTConfig", False, **VIT), "layers.", head=()),
-    "vit pretraining": Family(_hf("ViTForMaskedImageModeling", "ViTConfig", **VIT), "vit.", head=()),
+    "vit bare": Family(_hf("ViTModel", "ViTConfig", False, **VIT), "layers.", classifiers=()),
+    "vit pretraining": Family(_hf("ViTForMaskedImageModeling", "ViTConfig", **VIT), "vit.", classifiers=()),
     "deit": Family(_hf("DeiTForImageClassification", "DeiTConfig", **VIT, **LABELS), "deit."),
     "deit with teacher": Family(
         _hf("DeiTForImageClassificationWithTeacher", "DeiTConfig", **VIT, **LABELS),
         "deit.",
-        head=("cls_classifier", "distillation_classifier"),
+        classifiers=("cls_classifier", "distillation_classifier"),
     ),
     "beit": Family(_hf("BeitForImageClassification", "BeitConfig", **VIT, **LABELS), "beit."),
     "beit relative bias": Family(
@@ -206,15 +206,15 @@ FAMILIES = {
     "beit segmentation": Family(
         _hf("BeitForSemanticSegmentation", "BeitConfig", **_BEIT_SEGMENTATION, **LABELS),
         "beit.",
-        head=(*_FPN, "decode_head", "auxiliary_head"),
+        classifiers=(*_FPN, "decode_head", "auxiliary_head"),
     ),
     "dinov2": Family(_hf("Dinov2ForImageClassification", "Dinov2Config", **VIT, **LABELS), "dinov2."),
     "dinov2 with registers": Family(
         _hf("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", **VIT, **LABELS),
         "dinov2_with_registers.",
     ),
-    "dinov3": Family(_hf("DINOv3ViTModel", "DINOv3ViTConfig", **VIT), "model.", head=()),
-    "vit mae": Family(_hf("ViTMAEModel", "ViTMAEConfig", **VIT, mask_ratio=0.0), "layers.", head=()),
+    "dinov3": Family(_hf("DINOv3ViTModel", "DINOv3ViTConfig", **VIT), "model.", classifiers=()),
+    "vit mae": Family(_hf("ViTMAEModel", "ViTMAEConfig", **VIT, mask_ratio=0.0), "layers.", classifiers=()),
     "vit mae pretraining": Family(
         _hf(
             "ViTMAEForPreTraining",
@@ -227,7 +227,7 @@ FAMILIES = {
             decoder_intermediate_size=8,
         ),
         "vit.",
-        head=(),
+        classifiers=(),
     ),
     "vit msn": Family(_hf("ViTMSNForImageClassification", "ViTMSNConfig", **VIT, **LABELS), "vit."),
     "swin": Family(_hf("SwinForImageClassification", "SwinConfig", **SWIN, **LABELS), "swin.", heads=(2, 4), layers=3),
@@ -239,22 +239,29 @@ FAMILIES = {
         heads=(2, 4),
         layers=3,
     ),
-    "clip": Family(_two_towers("CLIPModel", "CLIPConfig"), "vision_model.", output="out_proj", head=()),
-    "clip vision": Family(_hf("CLIPVisionModel", "CLIPVisionConfig", **VIT), "encoder.", output="out_proj", head=()),
+    "clip": Family(_two_towers("CLIPModel", "CLIPConfig"), "vision_model.", output="out_proj", classifiers=()),
+    "clip vision": Family(
+        _hf("CLIPVisionModel", "CLIPVisionConfig", **VIT), "encoder.", output="out_proj", classifiers=()
+    ),
     "clip vision projection": Family(
-        _hf("CLIPVisionModelWithProjection", "CLIPVisionConfig", **VIT), "vision_model.", output="out_proj", head=()
+        _hf("CLIPVisionModelWithProjection", "CLIPVisionConfig", **VIT),
+        "vision_model.",
+        output="out_proj",
+        classifiers=(),
     ),
     "clip classifier": Family(
         _two_towers("CLIPForImageClassification", "CLIPConfig", **LABELS), "vision_model.", output="out_proj"
     ),
-    "siglip": Family(_two_towers("SiglipModel", "SiglipConfig"), "vision_model.", output="out_proj", head=()),
+    "siglip": Family(_two_towers("SiglipModel", "SiglipConfig"), "vision_model.", output="out_proj", classifiers=()),
     "siglip vision": Family(
-        _hf("SiglipVisionModel", "SiglipVisionConfig", **VIT), "encoder.", output="out_proj", head=()
+        _hf("SiglipVisionModel", "SiglipVisionConfig", **VIT), "encoder.", output="out_proj", classifiers=()
     ),
     "siglip classifier": Family(
         _two_towers("SiglipForImageClassification", "SiglipConfig", **LABELS), "vision_model.", output="out_proj"
     ),
-    "siglip2": Family(_two_towers("Siglip2Model", "Siglip2Config"), "vision_model.", output="out_proj", head=()),
+    "siglip2": Family(
+        _two_towers("Siglip2Model", "Siglip2Config"), "vision_model.", output="out_proj", classifiers=()
+    ),
     "siglip2 classifier": Family(
         _two_towers("Siglip2ForImageClassification", "Siglip2Config", **LABELS), "vision_model.", output="out_proj"
     ),
@@ -271,7 +278,7 @@ FAMILIES = {
     "segformer segmentation": Family(
         _hf("SegformerForSemanticSegmentation", "SegformerConfig", **PYRAMID, decoder_hidden_size=8, **LABELS),
         "segformer.",
-        head=("decode_head",),
+        classifiers=("decode_head",),
         heads=(1, 2, 4),
     ),
     "upernet swin": Family(
@@ -286,7 +293,7 @@ FAMILIES = {
             )
         ),
         "backbone.",
-        head=("decode_head", "auxiliary_head"),
+        classifiers=("decode_head", "auxiliary_head"),
         heads=(1, 2, 4),
     ),
     "depth anything": Family(
@@ -303,7 +310,7 @@ FAMILIES = {
             )
         ),
         "backbone.",
-        head=("neck", "head"),
+        classifiers=("neck", "head"),
     ),
     "hiera": Family(
         _hf("HieraForImageClassification", "HieraConfig", **_HIERA, **LABELS),
@@ -313,7 +320,7 @@ FAMILIES = {
         heads=(1, 2, 4),
         layers=3,
     ),
-    "sam": Family(_sam, "vision_encoder.", _FUSED, "proj", head=()),
+    "sam": Family(_sam, "vision_encoder.", _FUSED, "proj", classifiers=()),
     "fused vit": Family(lambda: FusedViT((6, 6, 6, 6)), "blocks.", _FUSED, "proj", ("head",)),
     "fused vit bare": Family(lambda: FusedViT((6, 6, 6, 6), num_classes=0), "blocks.", _FUSED, "proj", ()),
     "fused swin": Family(lambda: FusedViT((2, 4, 4)), "blocks.", _FUSED, "proj", ("head",), (2, 4), 3),

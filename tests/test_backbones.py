@@ -93,7 +93,7 @@ def forward(model):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_finds_projections_and_head(name):
+def test_finds_projections_and_classifiers(name):
     family = FAMILIES[name]
     _, model = adapted(name)
     names = list(lora_layers(model))
@@ -112,7 +112,7 @@ def test_finds_projections_and_head(name):
     assert {n: len(mask) for n, mask in get_head_masks(model).items()} == expected
 
     trained = {n.partition(".modules_to_save")[0] for n, _ in model.get_base_model().named_modules() if "modules_to_save.default" in n}  # fmt: skip
-    assert trained == set(family.head)
+    assert trained == set(family.classifiers)
     others = {n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n}
     assert all(".modules_to_save.default." in n for n in others)
 
@@ -182,7 +182,7 @@ def test_context_of_the_head(name, scope):
 def test_saves_and_reloads_exactly(name, tmp_path):
     base, model = adapted(name)
     deactivate(model, 1)
-    for module in FAMILIES[name].head:
+    for module in FAMILIES[name].classifiers:
         for param in model.get_base_model().get_submodule(module).modules_to_save["default"].parameters():
             param.data += 0.1
     model.save_pretrained(tmp_path)
@@ -207,18 +207,18 @@ def test_a_second_adapter_finds_the_same(name):
     assert first.modules_to_save == second.modules_to_save
     base = model.get_base_model()
     assert default_targets(base) == default_targets(build(name))
-    assert classifier_names(base) == classifier_names(build(name)) == list(FAMILIES[name].head)
+    assert classifier_names(base) == classifier_names(build(name)) == list(FAMILIES[name].classifiers)
 
 
 # Attention to a single key does not depend on the query (segformer's, in such small images); BEiT's last layer lies
-# behind the last one that its head reads.
+# behind the last one that its classifier reads.
 WITHOUT_GRADIENT = {"segformer segmentation": "q", "beit segmentation": "layer.*3"}
 
 
 @pytest.mark.parametrize("name", ["segformer segmentation", "beit segmentation", "upernet swin"])
-def test_segmentation_trains_and_saves_its_head(name, tmp_path):
+def test_segmentation_trains_and_saves_its_classifier(name, tmp_path):
     base, model = adapted(name)
-    head = FAMILIES[name].head[0]
+    head = FAMILIES[name].classifiers[0]
     wrapper = model.get_base_model().get_submodule(head)
     start = copy.deepcopy(wrapper.modules_to_save["default"].state_dict())
     images = backbones.inputs(base)["pixel_values"]
@@ -520,7 +520,7 @@ def test_towers_for_text_are_never_adapted():
     assert default_targets(model) == []
 
 
-def test_heads_of_segmentation_transformers():
+def test_classifiers_of_segmentation_transformers():
     import transformers as hf
 
     swin = hf.SwinConfig(**{**backbones._UPERNET_SWIN, "embed_dim": 8})
@@ -622,7 +622,7 @@ def test_interleaved_rows_are_refused(attribute):
 
 
 class Wrapped(nn.Module):
-    """As transformers wraps timm's models, whose heads are their own."""
+    """As transformers wraps timm's models, which have the classifier inside."""
 
     base_model_prefix = "timm_model"
 
@@ -635,7 +635,7 @@ class Wrapped(nn.Module):
         return self.timm_model(pixel_values)
 
 
-def test_heads_of_a_wrapped_model():
+def test_classifiers_of_a_wrapped_model():
     assert classifier_names(Wrapped()) == ["timm_model.head", "timm_model.head_dist"]
     assert classifier_names(Wrapped().timm_model) == ["head", "head_dist"]
     model = get_peft_model(Wrapped(), HeadMaskedLoraConfig(ne=1))

@@ -1,1 +1,4 @@
-"""What a vision model is made of: blocks, norms, the classifier, and what its parts are called in which version."""
+"""What a vision model consists of: the part that sees the images, its blocks and norms, and the classifier.
+
+Depends on torch and `heads` alone.
+"""

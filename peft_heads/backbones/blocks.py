@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..heads.layout import ProjectionLayout
-from ..heads.traversal import named_targets
+from ..heads.traversal import named_targets, unwrapped
 from .bypass import child_uses
 from .image_part import image_projections
 from .norms import normalises
@@ -72,7 +72,7 @@ class Block:
 def find_blocks(model: nn.Module) -> tuple[Block, ...]:
     """The blocks of a model's image backbone in the model's order, whole or not; adapters are looked through."""
     layouts = image_projections(model)
-    modules = {name: _own(module) for name, module in named_targets(model)}
+    modules = {name: unwrapped(module) for name, module in named_targets(model)}
     by_block: dict[str, dict[str, ProjectionLayout]] = {}
     for name, layout in layouts.items():
         by_block.setdefault(block_of(name), {})[name] = layout
@@ -206,7 +206,9 @@ def _mlp_layers(names: list[str]) -> list[str]:
 def _with_surroundings(block: Block, module: nn.Module) -> Block:
     """The block with the norms, layer scales and drop paths that are its own children or parameters."""
     prefix = f"{block.name}." if block.name else ""
-    children = {name: _own(child) for name, child in module.named_children() if not isinstance(child, nn.Identity)}
+    children = {
+        name: unwrapped(child) for name, child in module.named_children() if not isinstance(child, nn.Identity)
+    }
     norms = [name for name, child in children.items() if normalises(child)]
     branches = 1 + bool(block.mlp_layers)
     norms = norms if len(norms) == branches else []
@@ -239,8 +241,3 @@ def _common_module(names: list[str]) -> str:
         'blocks.0.mlp'
     """
     return os.path.commonpath([name.replace(".", "/") for name in names]).replace("/", ".")
-
-
-def _own(module: nn.Module) -> nn.Module:
-    """The model's own module under what adapters have put around it."""
-    return getattr(module, "original_module", getattr(module, "base_layer", module))

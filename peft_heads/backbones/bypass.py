@@ -1,4 +1,4 @@
-"""Layers whose weight a module reads instead of calling them, so that no adapter can work there; found in its code."""
+"""Finds layers that the module around them never calls, because it reads their weight: no adapter can work there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import nn
 from ..heads.detect import FUSED_PROJECTIONS
 
 
-# What code asks of a weight without computing with it.
+# Attributes of a weight that code reads without computing with the weight.
 _DESCRIPTIONS = {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "requires_grad", "is_meta", "is_cuda"}
 
 
@@ -25,11 +25,11 @@ class ChildUses:
     """How the code of a module's class uses its children; all empty where the source is not at hand.
 
     Attributes:
-        read: Those whose weight it computes with.
-        called: Those that it calls.
-        called_once: Those of them that it calls at one place only.
-        forwarded: Those whose `forward` it calls, past the hooks.
-        passed: Those that it hands to something else, which may do either.
+        read: Children whose weight it computes with.
+        called: Children that it calls.
+        called_once: Those among them that it calls at one place only.
+        forwarded: Children whose `forward` it calls, past the hooks.
+        passed: Children that it hands to something else, which may do any of these.
     """
 
     read: frozenset[str] = frozenset()
@@ -44,9 +44,9 @@ class ChildUses:
 
 
 def bypassed_modules(model: nn.Module, names: list[str]) -> list[str]:
-    """Those of the named modules that the module around them never calls, because it reads their weight.
+    """The names among these of modules that the module around them never calls, because it reads their weight.
 
-    Its code says so (torchvision's Swin, VideoMAE before transformers 5, `out_proj` of `nn.MultiheadAttention`), or an
+    Its code shows that (torchvision's Swin, VideoMAE before transformers 5, `out_proj` of `nn.MultiheadAttention`), or an
     attribute on which that depends (timm's BEiT, EVA and Swin V2, which keep the bias of q and v apart), or torch has
     a fast path for it (`nn.TransformerEncoderLayer` in evaluation mode).
     """
@@ -69,9 +69,9 @@ def child_uses(module_class: type[nn.Module]) -> ChildUses:
             try:
                 tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
             except (OSError, TypeError, SyntaxError):
-                return ChildUses()  # what cannot be read could be the call
+                return ChildUses()  # the code that cannot be read may call any child
             for use, child in _uses(tree):
-                # a method beside, which folds weights, say, is not how the module acts
+                # a weight that another method reads does not matter: that method may fold weights, say
                 if use != "read" or name == "forward":
                     found[use][child] += 1
     called_once = frozenset(child for child, places in found["called"].items() if places == 1)
@@ -88,7 +88,7 @@ def _is_bypassed(owner: nn.Module, name: str) -> bool:
         and not getattr(owner, "qkv_bias_separate", False)
     ):
         return True
-    if "forward" in vars(owner):  # replaced on this module: its class does not say what it does
+    if "forward" in vars(owner):  # it is replaced on this module, and the class does not show what it does
         return False
     return child in child_uses(type(owner)).only_read
 
@@ -119,7 +119,7 @@ def _is_child(node: ast.AST) -> bool:
 
 
 def _use(node: ast.Attribute, parents: dict[ast.AST, ast.AST]) -> str | None:
-    """What is done with `self.something`; None if nothing that shows whether it is called."""
+    """How `self.something` is used; None if that does not show whether it is called."""
     parent = parents[node]
     if isinstance(parent, ast.Call) and parent.func is node:
         return "called"

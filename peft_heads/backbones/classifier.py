@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..heads.detect import resolve_heads
-from ..heads.traversal import own_modules
+from ..heads.traversal import own_modules, unwrapped
 from .image_part import backbone_name
 
 
@@ -172,7 +172,7 @@ def label_sized_modules(model: nn.Module, classifiers: Iterable[str]) -> tuple[l
         return [], []
     parameters = [name for name in _dependent_parameters(model, num_labels) if not name.startswith(known or ("\0",))]
     modules = dict.fromkeys(name.rpartition(".")[0] for name in parameters)
-    shared = {name for name in modules if any(True for _ in _own(model.get_submodule(name)).children())}
+    shared = {name for name in modules if any(True for _ in unwrapped(model.get_submodule(name)).children())}
     return (
         [name for name in modules if name not in shared],
         [name for name in parameters if name.rpartition(".")[0] in shared],
@@ -215,8 +215,3 @@ def _dependent_parameters(model: nn.Module, num_labels: int) -> list[str]:
             return []
         shapes.append({name: param.shape for name, param in built.named_parameters()})
     return [name for name, shape in shapes[0].items() if shapes[1].get(name, shape) != shape]
-
-
-def _own(module: nn.Module) -> nn.Module:
-    """The model's own module under what adapters have put around it."""
-    return getattr(module, "original_module", getattr(module, "base_layer", module))

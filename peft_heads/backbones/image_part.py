@@ -1,4 +1,4 @@
-"""Which part of a model sees the images: the backbone, beside a task's head, a text tower or a decoder."""
+"""Which part of a model sees the images: the backbone, beside a classifier, a text tower or a decoder."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from ..heads.traversal import own_modules
 
 
 # Configurations of transformers name the part that sees the image where there are other parts: towers for other inputs
-# (`encoder` in a vision encoder-decoder), or what a task adds to a backbone.
+# (`encoder` in a vision encoder-decoder), or modules that a task adds to a backbone.
 TOWER_CONFIGS = ("vision_config", "image_config", "encoder")
 BACKBONE_CONFIGS = (*TOWER_CONFIGS, "backbone_config")
 
 
 def backbone_name(model: nn.Module) -> str:
-    """Name of the image backbone in a model that has more than that (a task's head, a text tower); else `""`."""
+    """Name of the image backbone in a model that has other parts as well (a classifier, a text tower); else `""`."""
     for key in BACKBONE_CONFIGS:
         config = _config_of(model, key)
         if config is not None:
             for name, module in own_modules(model):
                 if name and type(getattr(module, "config", None)) is type(config):
                     return name
-    prefix = getattr(model, "base_model_prefix", "")  # transformers: the attribute that holds the headless model
+    prefix = getattr(
+        model, "base_model_prefix", ""
+    )  # transformers: the attribute that holds the model without its classifier
     return prefix if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
 
 
@@ -34,12 +36,12 @@ def image_projections(model: nn.Module) -> dict[str, ProjectionLayout]:
 
 
 def in_image_part(model: nn.Module, names: list[str], projections: list[str]) -> list[str]:
-    """Those of the named modules that lie in the part of the model whose projections are adapted.
+    """The names among these of modules in the part of the model whose projections are adapted.
 
     Args:
         model: The model.
         names: Names of modules in it.
-        projections: Names of the projections in the whole of it.
+        projections: Names of all projections in it.
     """
     towers = tuple(f"{tower}." for tower in _text_towers(model))
     names, projections = ([n for n in some if not n.startswith(towers or ("\0",))] for some in (names, projections))
@@ -52,7 +54,7 @@ def in_image_part(model: nn.Module, names: list[str], projections: list[str]) ->
 
 
 def _text_towers(model: nn.Module) -> list[str]:
-    """Names of the models inside a model that read text, and are neither a vision tower nor around or in one."""
+    """Names of the models inside a model that read text, and are neither a vision tower nor inside or around one."""
     models = {name: getattr(module, "main_input_name", None) for name, module in own_modules(model) if name}
     vision = [name for name, main_input in models.items() if main_input == "pixel_values"]
     vision += [backbone] if (backbone := backbone_name(model)) else []

@@ -1,4 +1,4 @@
-"""Attention layers of an image backbone whose projections are not recognised, where those of others are."""
+"""Finds attention layers of an image backbone that are not recognised, although others in it are."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..heads.traversal import own_modules
 from .image_part import image_projections, in_image_part
 
 
-# What stands around the letters or words that say what a projection is for: `to_kv`, `proj_q`, `Wqkv`, `qkv_conv`.
+# Words in the name of a projection beside those that tell its role: `to_kv`, `proj_q`, `Wqkv`, `qkv_conv`.
 _AFFIXES = {"to", "in", "proj", "projection", "linear", "fc", "conv", "dw", "w", "weight", "layer"}
 _ROLE = re.compile("w?([qkv]+)|(q)uer(?:y|ies)|(k)eys?|(v)alues?")
 # A pooling by attention is not one of the backbone's layers (SigLIP's, timm's AttentionPoolLatent).
@@ -20,10 +20,10 @@ _HEADS = ("head_dim", "num_attention_heads", "num_heads", "n_heads", "n_head", "
 
 
 def overlooked_attention(model: nn.Module) -> list[str]:
-    """Names of the attention layers of the image backbone that are not recognised; empty if none at all is.
+    """Names of the attention layers of the image backbone that are not recognised; empty if none is recognised.
 
-    An attention layer is a module that owns projections for at least two of query, key and value by name, or
-    states a number of heads and is called attention.
+    Here an attention layer is a module that owns projections for at least two of query, key and value, by their names,
+    or one that states a number of heads and whose class is named after attention.
     """
     recognised = image_projections(model)
     if not recognised:
@@ -56,7 +56,7 @@ def _looks_like_attention(module: nn.Module) -> bool:
 
 
 def _roles(name: str) -> set[str]:
-    """Which of q, k and v a projection of that name is for.
+    """Which of q, k and v a projection of that name computes.
 
     Example:
         >>> [sorted(_roles(name)) for name in ("to_kv", "qkv_proj", "projection_query", "in_proj_weight", "proj", "key")]
@@ -70,6 +70,6 @@ def _roles(name: str) -> set[str]:
 
 
 def _has_matrix(module: nn.Module) -> bool:
-    """A linear layer or a convolution, in whatever wrapper, but no larger network."""
+    """Whether a module is a linear layer or a convolution, in whatever wrapper, and no larger network."""
     weights = [param for param in module.parameters() if param.dim() > 1]
     return 0 < len(weights) <= 2

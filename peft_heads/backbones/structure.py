@@ -41,16 +41,26 @@ class Backbone:
 
 
 def find_backbone(model: nn.Module) -> Backbone:
-    """Find the image backbone of a model, plain or with adapters in it; all fields are empty if none is recognised."""
-    modules = {name: getattr(module, "base_layer", module) for name, module in named_targets(model)}
+    """Find the image backbone of a model, plain or with adapters in it; blocks and layers are empty if there is none."""
     classifiers = tuple(classifier_names(model))
-    modules = {name: m for name, m in modules.items() if not any(f"{name}.".startswith(f"{c}.") for c in classifiers)}
+    prefixes = tuple(f"{name}." for name in classifiers)
+    modules = {
+        name: getattr(module, "base_layer", module)
+        for name, module in named_targets(model)
+        if not f"{name}.".startswith(prefixes)
+    }
     blocks = find_blocks(model)
-    if not blocks:
-        # attention layers that are there but not recognised (quantised, say) do not make it a convolutional network
-        has_attention = any(owns_projections(module) for _, module in own_modules(model))
-        return Backbone(classifiers=classifiers) if has_attention else _convolutional(model, modules, classifiers)
+    if blocks:
+        return _transformer(model, modules, blocks, classifiers)
+    # attention layers that are there but not recognised (quantised, say) do not make it a convolutional network
+    if any(owns_projections(module) for _, module in own_modules(model)):
+        return Backbone(classifiers=classifiers)
+    return _convolutional(model, modules, classifiers)
 
+
+def _transformer(
+    model: nn.Module, modules: dict[str, nn.Module], blocks: tuple[Block, ...], classifiers: tuple[str, ...]
+) -> Backbone:
     order = list(modules)
     inside = {name: module for name, module in modules.items() if any(is_inside(name, block.name) for block in blocks)}
     first, last = (at(map(order.index, inside)) for at in (min, max))

@@ -1,4 +1,4 @@
-"""What an adapter changes by default, and names that PEFT's `target_modules` reads as exactly these modules."""
+"""Modules that an adapter changes by default, and how PEFT's `target_modules` names exactly these."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .image_part import image_projections
 def default_targets(model: nn.Module) -> list[str]:
     """The query, value and fused projections of the image backbone as PEFT `target_modules`.
 
-    The papers adapt q and v, not k. The last components of the names where they are enough (`["q_proj", "v_proj"]`),
-    full names where a module of the same last component is something else (the text tower of CLIP).
+    Keys are left out, as in the papers. The last components of the names are returned where they are enough
+    (`["q_proj", "v_proj"]`), and full names where other modules end in the same (the text tower of CLIP).
     """
     wanted = [
         name
@@ -34,7 +34,7 @@ def shortest_names(names: list[str], model: nn.Module) -> list[str]:
 def exact_targets(names: list[str], model: nn.Module) -> list[str] | str:
     """`target_modules` that mean these modules and no others: the last components, the names, or a pattern of them.
 
-    PEFT reads a name as the end of others: timm's final `norm` is `patch_embed.norm` as well.
+    PEFT reads a name as the end of others: to it, timm's final `norm` means `patch_embed.norm` as well.
     """
     targets = shortest_names(names, model)
     ends = tuple(f".{target}" for target in targets)

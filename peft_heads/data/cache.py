@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from .cache_entry import CacheEntry
-from .image_store import cache_entries, cache_size, cached_entry, clean_cache, read_pixels, remake_entry
+from .decoding import read_pixels
+from .image_store import cache_entries, cache_size, cached_entry, clean_cache, remake_entry
 from .preprocessing import Preprocessing
 from .splits import Split
 

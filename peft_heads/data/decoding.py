@@ -1,4 +1,4 @@
-"""From a file, or its bytes, to an image with 8 bits per channel in RGB; every error names the file."""
+"""From a file, or its bytes, to an image with 8 bits per channel in RGB, or its pixels; every error names the file."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import warnings
 from collections.abc import Callable
 
 import datasets
+import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
 from ..adapter_folder.ordinary import check_regular
 from .deep_images import check_image_range, eight_bits, is_deep
+from .preprocessing import Preprocessing
 
 
 ORIENTATION = PIL.Image.ExifTags.Base.Orientation
@@ -26,7 +28,7 @@ def decode_image(image, image_range: tuple[float, float] | None = None) -> PIL.I
 
     Args:
         image: Path; or row of a `datasets.Image` column that is not decoded, `{"path": …, "bytes": …}`; or one of
-            Pillow's images, which is taken the way up it is. (Of 16-bit colours it has only 8 bits: give the path.)
+            Pillow's images, taken as it is, EXIF ignored. (Of 16-bit colours it has only 8 bits: give the path.)
         image_range: (LOW, HIGH), the values that become black and white in images of more than 8 bits per channel;
             what lies outside is clipped. Without it unsigned 16-bit values are divided by 257. Images of 8 bits are
             taken as they are.
@@ -50,6 +52,19 @@ def decode_image(image, image_range: tuple[float, float] | None = None) -> PIL.I
     if transparent:
         _say_alpha_is_dropped(name_of(image))
     return picture
+
+
+def read_pixels(image, preprocessing: Preprocessing) -> np.ndarray:
+    """Decode and resize an image of a column that is not decoded: uint8 (3, H, W).
+
+    Raises:
+        ValueError: It cannot be decoded or resized; the message names its file.
+    """
+    picture = decode_image(image, preprocessing.image_range)
+    try:
+        return preprocessing.pixels(picture)
+    except ValueError as error:
+        raise ValueError(f"image {name_of(image)} cannot be resized: {error}") from error
 
 
 def check_values(path: str, image_range: tuple[float, float] | None = None) -> None:

@@ -22,12 +22,11 @@ from pathlib import Path
 
 import datasets
 import filelock
-import numpy as np
 import PIL
 
 from ..adapter_folder.atomic import new_folder
 from .cache_entry import ENTRY, PIXELS, CacheEntry, checksum, folder_size, read_entry
-from .decoding import decode_image, name_of
+from .decoding import read_pixels
 from .files import content_hashes
 from .preprocessing import Preprocessing
 
@@ -38,19 +37,6 @@ FORMAT_VERSION = 2
 CHUNK = 64  # images decoded before they are written
 # an entry or, with an underscore, an unfinished one (see `new_folder`)
 FOLDER_NAME = re.compile(r"([0-9a-f]{64})|_([0-9a-f]{64})\..+")
-
-
-def read_pixels(image, preprocessing: Preprocessing) -> np.ndarray:
-    """Decode and resize an image of a column that is not decoded: uint8 (3, H, W).
-
-    Raises:
-        ValueError: It cannot be decoded or resized; the message names its file.
-    """
-    picture = decode_image(image, preprocessing.image_range)
-    try:
-        return preprocessing.pixels(picture)
-    except ValueError as error:
-        raise ValueError(f"image {name_of(image)} cannot be resized: {error}") from error
 
 
 def default_cache_dir() -> Path:

@@ -40,12 +40,13 @@ def load_task(
     check_sizes: bool = True,
     image_range: tuple[float, float] | None = None,
 ) -> Split:
-    """A split of a task of any suite; arguments and errors as of `load_split`."""
-    if find_suite(suite).generated:
+    """A split of a task of any suite; arguments and errors as for `load_split`."""
+    kind = find_suite(suite)
+    if kind.generated:
         return _load_generated(os.path.abspath(root), suite, name, split)
-    (task,) = find_tasks(root, suite, [name])
-    if not find_suite(suite).layouts:
-        return load_folder_split(root, task, split, image_range)
+    if not kind.layouts:
+        return load_folder_split(root, folder_task(root, name), split, image_range)
+    task = find_task(name, suite)
     return load_split(
         root, task, split, shots=shots, list_seed=list_seed, check_sizes=check_sizes, image_range=image_range
     )
@@ -70,7 +71,7 @@ def check_tasks(
     names: Sequence[str] = (),
     image_range: tuple[float, float] | None = None,
 ) -> list[TaskReport]:
-    """Check every file of the tasks of a suite that are named, or of all; errors as of `find_tasks`."""
+    """Check every file of the tasks of a suite that are named, or of all; errors as for `find_tasks`."""
     if not find_suite(suite).layouts:
         return check_folders(root, list(names), image_range)
     return check_tree(root, suite, tuple(dict.fromkeys(find_task(name, suite) for name in names)), image_range)

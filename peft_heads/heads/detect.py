@@ -15,8 +15,7 @@ from .layout import HeadLayout, ProjectionLayout
 from .traversal import own_modules
 
 
-# Attribute names of the projections inside an attention layer, by role: transformers >= 5.9 and CLIP, transformers
-# before that (and SwinV2, PVT-v2), plain names.
+# Roles of the projections of an attention layer by their names, in today's models, in older ones, and plain ones.
 PROJECTION_ROLES = {
     "q_proj": "query",
     "query": "query",
@@ -28,7 +27,7 @@ PROJECTION_ROLES = {
     "value": "value",
     "v": "value",
 }
-# One projection for all three, in this order of rows: timm, Hiera, SAM, BLIP.
+# One projection for all three, and the order of its rows.
 FUSED_PROJECTIONS = {"qkv": ("query", "key", "value")}
 NUM_HEADS_ATTRIBUTES = ("num_attention_heads", "num_heads")
 _ATTENTION_CLASS = re.compile("attention|attn", re.IGNORECASE)
@@ -37,17 +36,15 @@ _ATTENTION_CLASS = re.compile("attention|attn", re.IGNORECASE)
 def resolve_heads(
     model: nn.Module, num_heads: int | dict[str, int] | None = None, fused_parts: str = "qkv"
 ) -> dict[str, ProjectionLayout]:
-    """Find every query, key, value and fused projection of a model.
-
-    Modules that PEFT has wrapped already are looked through.
+    """Find every query, key, value and fused projection of a model; adapters in it are looked through.
 
     Args:
         model: The model, plain or with adapters in it.
-        num_heads: Overrides what the attention layers say. An int applies to every projection with a query, key,
+        num_heads: Numbers of heads, instead of those that the attention layers state. An int applies to every projection with a query, key,
             value or fused (`qkv`) name; a dict maps name patterns (read as `rank_pattern` reads them) to a number of heads
             and applies to any linear module it matches. A projection that the given number does not divide has no
             heads.
-        fused_parts: Initials of the parts of fused projections that are wanted.
+        fused_parts: Initials of the wanted parts of fused projections.
 
     Returns:
         `{module name: ProjectionLayout}` in the order of the model's modules.
@@ -68,9 +65,10 @@ def resolve_heads(
 
 
 def interleaved_projections(model: nn.Module) -> list[str]:
-    """Fused projections whose rows are q, k and v of the first head, then of the second, …: not laid out part by part.
+    """Names of the fused projections whose rows are q, k and v of the first head, then of the second, and so on.
 
-    timm's MaxViT (`head_first`), TinyViT and LeViT (`key_dim`) have them.
+    A `ProjectionLayout` cannot describe them: it has one block of rows for each of q, k and v. Attention layers with
+    `head_first` (timm's MaxViT) or `key_dim` (TinyViT, LeViT) have such rows.
     """
     return [
         f"{name}.{child_name}"
@@ -113,7 +111,7 @@ def _attention_layouts(attention: nn.Module) -> dict[str, ProjectionLayout]:
     stated_dim = getattr(attention, "head_dim", None)
     stated_dim = stated_dim if isinstance(stated_dim, int) and stated_dim > 0 else None
     rows = {name: _linear_out_features(child) for name, child in attention.named_children()}
-    if heads is None and stated_dim is not None:  # DETR and its kin
+    if heads is None and stated_dim is not None:  # some state the width of their heads alone (DETR)
         heads = _heads_of_width(rows, stated_dim)
     if not isinstance(heads, int) or heads < 1:
         return {}
@@ -138,7 +136,7 @@ def _attention_layouts(attention: nn.Module) -> dict[str, ProjectionLayout]:
 
 
 def _heads_of_width(rows: dict[str, int | None], head_dim: int) -> int | None:
-    """How many heads of this width an attention layer's query, or its fused projection, has; None if it has no such."""
+    """Number of heads of this width in an attention layer's query or fused projection; None if it has neither."""
     for name, out_features in rows.items():
         parts = len(FUSED_PROJECTIONS.get(name, ())) or int(PROJECTION_ROLES.get(name) == "query")
         if out_features and parts and out_features % (parts * head_dim) == 0:
@@ -150,10 +148,10 @@ def _layout(child_name: str, out_features: int, heads: int, kv_heads: int | None
     """The layout of a projection of that name; None if its rows do not divide into so many heads.
 
     Args:
-        child_name: Says the role, or that it is fused.
-        out_features: Its rows.
-        heads: Its heads, or a fused projection's query heads.
-        kv_heads: The key and the value heads of a fused projection (grouped-query attention), if not as many.
+        child_name: Name that tells the role, or that the projection is fused.
+        out_features: Number of its rows.
+        heads: Number of its heads; for a fused projection, of its query heads.
+        kv_heads: Number of key heads, and of value heads, of a fused projection; as many as query heads if None.
     """
     roles = FUSED_PROJECTIONS.get(child_name) or (PROJECTION_ROLES.get(child_name, "projection"),)
     counts = [heads if role == "query" or kv_heads is None else kv_heads for role in roles]

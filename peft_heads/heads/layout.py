@@ -13,14 +13,14 @@ from ..functional.rows import without_rows
 class HeadLayout:
     """The heads of one query, key or value.
 
-    Its `num_heads * head_dim` output rows are consecutive blocks of `head_dim` rows; block `i` is head `i`, as in every
-    attention layer of transformers and timm. They are a projection of their own, or a part of a fused `qkv`.
+    Its `num_heads * head_dim` output rows are consecutive blocks of `head_dim` rows; block `i` is head `i`
+    (`interleaved_projections` finds the exceptions). The rows are a projection of their own or a part of a fused `qkv`.
 
     Attributes:
         role: `"query"`, `"key"`, `"value"`, or `"projection"` where only `num_heads=` says that there are heads.
         num_heads: Number of heads.
         head_dim: Rows per head.
-        first_row: Where the rows begin in the layer's output.
+        first_row: Index of the first of the rows in the layer's output.
     """
 
     role: str
@@ -56,7 +56,7 @@ class ProjectionLayout:
     """The heads of one linear layer that an adapter may change: all of its rows, or parts of a fused `qkv`.
 
     A mask of the layer is a bool tensor (num_heads,), the heads of all parts one after the other, True = active. Rows
-    outside of the parts (the keys of a fused projection of which q and v are adapted) never change.
+    outside the parts (the keys of a fused projection of which q and v are adapted) never change.
 
     Example, a fused projection with 2 heads of one row each, of which q and v are adapted:
         >>> parts = (HeadLayout("query", 2, 1), HeadLayout("value", 2, 1, first_row=4))
@@ -117,11 +117,11 @@ class ProjectionLayout:
         return without_rows(rows, ~self.active_rows(mask))
 
     def rows_of(self, heads: torch.Tensor, outside: bool = False) -> torch.Tensor:
-        """The rows of some heads.
+        """Whether each row belongs to one of the chosen heads.
 
         Args:
-            heads: bool (num_heads,), True for heads whose rows are meant.
-            outside: What rows outside of the parts get.
+            heads: bool (num_heads,), True for the chosen heads.
+            outside: Value for the rows outside the parts.
 
         Returns:
             bool (out_features,).

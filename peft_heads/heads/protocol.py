@@ -65,7 +65,7 @@ class HeadMaskable(Protocol):
         """bool (rows of the projection,), True = the adapter may change the row: by the mask, and by the method."""
 
 
-# What wrappers put into module names: PeftModel, DistributedDataParallel, torch.compile.
+# Parts of module names that wrappers add: PeftModel, DistributedDataParallel, torch.compile.
 _WRAPPER_NAMES = re.compile(rf"^(module\.)?({COMPILED}\.)?(base_model\.model\.)?|(?<=\.){COMPILED}\.")
 
 
@@ -193,8 +193,8 @@ def module_patterns(names: Iterable[str], among: Collection[str] = ()) -> str:
     """Module names with layer numbers folded: `vit.layers.*.attention.q_proj`.
 
     Args:
-        names: The names.
-        among: All names of the kind, if a pattern is to stand only where every one of them that fits it is meant.
+        names: Names to be written.
+        among: All names of their kind. A pattern is then written only if it matches none but the given names.
 
     Example:
         >>> module_patterns(["layers.0.q_proj", "layers.1.q_proj", "layers.0.v_proj"])

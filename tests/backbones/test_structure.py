@@ -1,20 +1,47 @@
+import backbones
+import pytest
 import tiny
+import torch
 from backbones import FAMILIES, FusedViT
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from peft_heads.backbones.norms import batch_norms, is_norm
-from peft_heads.backbones.structure import _within, find_backbone
+from peft_heads.backbones.blocks import find_blocks
+from peft_heads.backbones.structure import Backbone, _within, find_backbone
 
 
 def test_vit():
     parts = find_backbone(tiny.make("vit"))
+    assert parts.blocks == find_blocks(tiny.make("vit")) and len(parts.blocks) == 2
     linear = ["attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2"]
     blocks = [tiny.now(f"vit.layers.{i}.") for i in range(2)]
     assert set(parts.matrices) == {tiny.now(f"vit.layers.{i}.{name}") for i in range(2) for name in linear}
     norms = [f"{block}layernorm_{where}" for block in blocks for where in ("before", "after")]
     assert parts.norms == (*norms, "vit.layernorm")
     assert parts.patch_embedding == "vit.embeddings.patch_embeddings.projection"
+
+
+WHOLE = lambda tokens: tokens  # noqa: E731
+WHAT_IS_NORMALISED = {
+    **dict.fromkeys(("vit", "deit", "dinov2", "vit msn", "siglip vision", "swin", "pvt v2"), WHOLE),
+    "clip vision": lambda tokens: tokens[:, 0],
+    "beit": lambda tokens: tokens[:, 1:].mean(dim=1),
+}
+
+
+@pytest.mark.parametrize("name", WHAT_IS_NORMALISED)
+def test_the_final_norm_takes_what_the_last_block_returns(name):
+    model = FAMILIES[name].make().eval()
+    found, seen = find_backbone(model), {}
+    for key in (found.blocks[-1].name, found.final_norm):
+        model.get_submodule(key).register_forward_hook(
+            lambda module, args, output, key=key: seen.update({key: (args[0], output)})
+        )
+    backbones.output(model, **backbones.inputs(model))
+    end = seen[found.blocks[-1].name][1]
+    expected = WHAT_IS_NORMALISED[name](end if torch.is_tensor(end) else end[0])
+    assert torch.equal(seen[found.final_norm][0], expected)
+    assert found.norms[-1] == found.final_norm and found.classifiers == FAMILIES[name].classifiers
 
 
 def test_adapters_are_looked_through():
@@ -50,15 +77,7 @@ def test_the_network_of_a_position_bias_is_no_part_of_a_block():
 
 def test_nothing_is_found_in_what_is_no_backbone():
     parts = find_backbone(nn.Sequential(nn.Embedding(2, 2)))
-    assert (parts.matrices, parts.norms, parts.patch_embedding) == ((), (), None)
-
-
-def test_what_is_a_norm():
-    for norm in (nn.LayerNorm(4), nn.RMSNorm(4), nn.GroupNorm(2, 4)):
-        assert is_norm(norm)
-    for other in (nn.LayerNorm(4, elementwise_affine=False), nn.BatchNorm2d(4), nn.Linear(4, 4)):
-        assert not is_norm(other)
-    assert batch_norms(nn.Sequential(nn.BatchNorm2d(4), nn.LayerNorm(4))) == ["0"]
+    assert parts == Backbone()
 
 
 def test_every_norm_of_a_block_counts():

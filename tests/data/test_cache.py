@@ -15,7 +15,7 @@ import trees
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from peft_heads.data import files, image_store
+from peft_heads.data import decoding, files, image_store
 from peft_heads.data.cache import CachedImages, StreamedImages, cache_entries, cache_size, clean_cache, open_images
 from peft_heads.data.image_folders import folder_task, load_folder_split
 from peft_heads.data.images import collate, decode_image, load_image_dataset
@@ -54,7 +54,7 @@ def decoded(monkeypatch):
         paths.append(image["path"])
         return decode_image(image, image_range)
 
-    monkeypatch.setattr(image_store, "decode_image", decode)
+    monkeypatch.setattr(decoding, "decode_image", decode)
     return paths
 
 
@@ -306,7 +306,7 @@ def test_files_that_change_while_they_are_decoded(split, root, cache_dir, monkey
             os.replace(new, root / "cifar/images/train800/000005.jpg")
         return decode_image(image, image_range)
 
-    monkeypatch.setattr(image_store, "decode_image", decode)
+    monkeypatch.setattr(decoding, "decode_image", decode)
     with pytest.raises(ValueError, match="vtab cifar train800, 8 images: the files have changed since"):
         CachedImages(split, SMALL)
     assert cache_entries() == []
@@ -443,16 +443,16 @@ MAKER = """
 import sys, time
 sys.path[:0] = {path!r}
 import trees
-from peft_heads.data import files, image_store
+from peft_heads.data import decoding, files
 from peft_heads.data.cache import CachedImages
 from peft_heads.data.preprocessing import Preprocessing
 from peft_heads.data.trees import load_split
-decode = image_store.decode_image
+decode = decoding.decode_image
 def slow(image, image_range):
     print("decoding", flush=True)
     time.sleep({seconds})
     return decode(image, image_range)
-image_store.decode_image = slow
+decoding.decode_image = slow
 split = load_split({root!r}, trees.small("cifar", "vtab"), "train800")
 print("values", CachedImages(split, Preprocessing(size=16), workers=1)[7]["pixel_values"].sum().item(), flush=True)
 """

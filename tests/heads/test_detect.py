@@ -3,7 +3,7 @@ from backbones import FusedViT
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from peft_heads.heads.detect import matches_pattern, resolve_heads
+from peft_heads.heads.detect import is_attention, is_called_attention, matches_pattern, owns_projections, resolve_heads
 from peft_heads.heads.layout import HeadLayout, ProjectionLayout
 
 
@@ -94,3 +94,21 @@ def test_attention_layers_that_state_only_the_width_of_their_heads():
     assert layouts["0.q_proj"] == whole("query", 4, 4) and layouts["0.v_proj"] == whole("value", 2, 4)
     assert [part.num_heads for part in layouts["1.qkv"].parts] == [4, 4, 4]
     assert resolve_heads(nn.Sequential(WidthOnly(q_proj=18, k_proj=18, v_proj=18), WidthOnly(qkv=16))) == {}
+
+
+def test_what_is_an_attention_layer_by_its_names():
+    """Signs of their own: the class, a fused projection, or two projections and a number of heads."""
+    kinds = {name: type(name, (nn.Module,), {}) for name in ("Mixer", "WindowAttention", "LinearAttn")}
+    fused, two = nn.ModuleDict({"qkv": nn.Linear(2, 6)}), nn.ModuleDict({"q": nn.Linear(2, 2), "k": nn.Linear(2, 2)})
+    one = nn.ModuleDict({"q": nn.Linear(2, 2), "q_proj": nn.Linear(2, 2)})
+    assert [is_called_attention(kind()) for kind in kinds.values()] == [False, True, True]
+    assert [is_attention(kind()) for kind in kinds.values()] == [False, True, True]
+    assert [owns_projections(module) for module in (fused, two, one, kinds["LinearAttn"]())] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert [is_attention(module) for module in (fused, two)] == [True, False]
+    two.num_heads = 1
+    assert is_attention(two)

@@ -24,11 +24,9 @@ from ...backbones.classifier import classifier_names
 from ...backbones.drop_path import CONFIG_FIELD, add_drop_path, residual_branches
 from ...data.augmentation import Augmentation
 from ...data.cache import open_images
-from ...data.deep_images import check_image_range
 from ...data.images import collate
 from ...data.loading import load_task
 from ...data.preprocessing import Preprocessing
-from ...data.splits import Split
 from ...demo.model import DEMO_MODEL_PATH
 from ...heads.protocol import get_head_masks
 from ...image_classifier import new_image_classifier, quiet_loading
@@ -79,8 +77,19 @@ class Training:
 
     def __init__(self, spec: RunSpec, places: Places) -> None:
         self.spec, self.places = spec, places
-        splits = {"train": spec.train_split, "eval": spec.eval_split}
-        self.splits = {part: self._split(part, split) for part, split in splits.items()}
+        self.splits = {
+            part: load_task(
+                places.data_root,
+                spec.suite,
+                spec.task,
+                split,
+                shots=spec.shots,
+                list_seed=spec.list_seed,
+                check_sizes=places.check_sizes,
+                image_range=spec.preprocessing[part].get("image_range"),
+            )
+            for part, split in (("train", spec.train_split), ("eval", spec.eval_split))
+        }
         processes = PartialState(cpu=places.use_cpu).num_processes
         batch_size, images = spec.recipe["batch_size"], len(self.splits["train"].dataset)
         if batch_size % processes:
@@ -91,18 +100,6 @@ class Training:
         self.batch_size = batch_size // processes
         self.drop_last = bool(spec.recipe["drop_last"]) and images >= batch_size
         self.steps_per_epoch = images // batch_size if self.drop_last else math.ceil(images / batch_size)
-
-    def _split(self, part: str, name: str) -> Split:
-        return load_task(
-            self.places.data_root,
-            self.spec.suite,
-            self.spec.task,
-            name,
-            shots=self.spec.shots,
-            list_seed=self.spec.list_seed,
-            check_sizes=self.places.check_sizes,
-            image_range=check_image_range(self.spec.preprocessing[part].get("image_range")),
-        )
 
     def environment(self) -> Environment:
         backbone = checkpoint_of(self.spec.backbone)

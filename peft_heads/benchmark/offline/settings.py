@@ -6,14 +6,15 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from ...data.tasks import OFFLINE, TASKS, Task
+from ...data.suites import SUITES
+from ...data.tasks import OFFLINE, Task
 from ..engine.run import make_spec
 from ..recipes import RECIPES, SHIPPED, Recipe
 from ..records.results import RunSpec, describe_method
 
 
 SEEDS = (0, 1, 2, 3, 4)
-OFFLINE_TASKS = tuple(task for task in TASKS if task.suite == OFFLINE)
+OFFLINE_TASKS = SUITES[OFFLINE].tasks
 NES = (1, 3)
 RANDOM_MASKS = (0, 1, 2)
 TAYLOR = ("absolute", "positive", "negative")

@@ -9,8 +9,7 @@ from pathlib import Path
 from ..splits import Content, TaskReport, make_report
 from ..suites import SUITES, Suite
 from ..tasks import Task
-from .layouts import find_layout, task_folder
-from .read import class_names, read_content
+from .tree import open_tree
 
 
 def check_tree(
@@ -34,18 +33,14 @@ def check_tree(
 
 def _check_task(root: str | Path, task: Task, image_range: tuple[float, float] | None) -> TaskReport:
     try:
-        folder = task_folder(root, task)
-        layout = find_layout(folder, task)
+        tree = open_tree(root, task)
     except (FileNotFoundError, ValueError) as error:
         return TaskReport(task, faults=(str(error),))
-    names, faults = class_names(folder, task, layout)
-    contents, notes, suite = {}, [], SUITES[task.suite]
+    contents, notes, faults, suite = {}, [], [*tree.faults], SUITES[task.suite]
     for split, shots, list_seed in suite.lists():
         label = split if shots is None else f"{split} ({shots} shots, seed {list_seed})"
         try:
-            content = contents[label] = read_content(
-                folder, task, layout, names, split, shots, list_seed, image_range=image_range
-            )
+            content = contents[label] = tree.read(split, shots, list_seed, image_range=image_range)
         except FileNotFoundError as error:
             faults.append(str(error))
             continue
@@ -54,7 +49,7 @@ def _check_task(root: str | Path, task: Task, image_range: tuple[float, float] |
             notes.append(f"{label}: {content.repeated} lines repeat others and are left out")
         if content.drawn:
             notes.append(f"{label}: drawn {content.drawn}")
-    return make_report(task, folder, layout.name, contents, notes, faults + _faults_between(contents, suite))
+    return make_report(task, tree.folder, tree.layout.name, contents, notes, faults + _faults_between(contents, suite))
 
 
 def _faults_between(contents: dict[str, Content], suite: Suite) -> list[str]:

@@ -7,8 +7,7 @@ from pathlib import Path
 from ..splits import Split, make_split, summary
 from ..suites import SUITES
 from ..tasks import Task
-from .layouts import find_layout, task_folder
-from .read import class_names, read_content
+from .tree import open_tree
 
 
 def load_split(
@@ -38,21 +37,19 @@ def load_split(
         FileNotFoundError: The task's folder or the list is missing.
     """
     shots, list_seed = _check_request(task, split, shots, list_seed)
-    folder = task_folder(root, task)
-    layout = find_layout(folder, task)
-    names, faults = class_names(folder, task, layout)
-    content = read_content(folder, task, layout, names, split, shots, list_seed, check_sizes, image_range)
-    faults += content.faults
+    tree = open_tree(root, task)
+    content = tree.read(split, shots, list_seed, check_sizes, image_range)
+    faults = [*tree.faults, *content.faults]
     if faults:
-        raise ValueError(f"{task.name} ({split}) in {folder} cannot be used: {summary(faults)}")
-    labels = {name: label for label, name in enumerate(names)}
+        raise ValueError(f"{task.name} ({split}) in {tree.folder} cannot be used: {summary(faults)}")
+    labels = {name: label for label, name in enumerate(tree.classes)}
     return make_split(
         task,
         split,
         content,
         [labels[row.label] for row in content.rows],
-        [str(name) for name in names],
-        layout.name,
+        [str(name) for name in tree.classes],
+        tree.layout.name,
         shots,
         list_seed,
     )

@@ -117,6 +117,8 @@ def check_before_writing(
     model: nn.Module, config: AdapterFolderConfig, source: dict[str, Any], loading: Loading
 ) -> None:
     """As `check_folder`, for an adapter that the model has, or that it gets with a configuration of the user's own."""
+    if not isinstance(config, AdapterFolderConfig):
+        return  # of a method from outside, without folders that we know
     base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = copy.copy(config)
     try:

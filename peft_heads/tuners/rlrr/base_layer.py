@@ -1,4 +1,4 @@
-"""What all RLRR layers do alike."""
+"""The base class of all RLRR layers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .config import RLRRConfig
 
 
 class RLRRLayer(nn.Module, BaseTunerLayer):
-    """What all RLRR layers do alike: adapters by name, merging, mixed batches.
+    """Base class of all RLRR layers: adapters by name, merging, mixed batches.
 
-    Several active adapters add up their changes of the frozen tensors, in whatever order they are named or merged.
+    The changes of several active adapters to the frozen tensors add up, whatever the order of naming or merging.
     """
 
     # All names of layers that may contain adapter (trainable) weights
@@ -39,7 +39,7 @@ class RLRRLayer(nn.Module, BaseTunerLayer):
         self.rlrr_variant: dict[str, Rescaling] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        # what a merge has overwritten: weight, and bias (None where there was none)
+        # the tensors that a merge has overwritten: weight, and bias (None where there was none)
         self._frozen: dict[str, torch.Tensor | None] = {}
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, **kwargs)
@@ -61,7 +61,7 @@ class RLRRLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError
 
     def changed_tensors(self, adapter_names: list[str]) -> dict[str, torch.Tensor]:
-        """`{"weight": …, "bias": …}` of the base layer as these adapters have it act; no bias where there is none."""
+        """`{"weight": …, "bias": …}` of the base layer with the changes of these adapters; no bias where there is none."""
         raise NotImplementedError
 
     @property
@@ -70,7 +70,7 @@ class RLRRLayer(nn.Module, BaseTunerLayer):
         return must_be_called(self.get_base_layer())
 
     def call_base_layer(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
-        """The base layer itself with the tensors by which it acts; they are kept for the backward pass."""
+        """Call the base layer with its changed tensors, which autograd keeps for the backward pass."""
         return torch.func.functional_call(self.get_base_layer(), self.changed_tensors(adapter_names), (x,))
 
     def has_adapter(self, adapter_name: str) -> bool:
@@ -99,7 +99,7 @@ class RLRRLayer(nn.Module, BaseTunerLayer):
         return self.adapted_forward(x, active)
 
     def _mixed_batch_forward(self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any):
-        """Every example by the adapter named for it; `__base__` is the frozen layer."""
+        """Output for each example with the adapter named for it; `__base__` is the frozen layer."""
         if len(x) != len(adapter_names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
@@ -122,8 +122,8 @@ class RLRRLayer(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the adapters into the base layer, which gets a bias if it has none; see PEFT's layers.
 
-        The overwritten tensors are kept, so that `unmerge` restores them bit for bit: the adapted weights are held twice
-        meanwhile (not after `merge_and_unload`).
+        The overwritten tensors are kept, so that `unmerge` restores them bit for bit. Until then the adapted weights are
+        in memory twice (not after `merge_and_unload`).
         """
         adapter_names = [name for name in check_adapters_to_merge(self, adapter_names) if self.has_adapter(name)]
         if not adapter_names:
@@ -163,7 +163,10 @@ class RLRRLayer(nn.Module, BaseTunerLayer):
 
     @staticmethod
     def _check_weight(x: torch.Tensor, weight: torch.Tensor) -> None:
-        """Raise ValueError where the frozen weight is handed to the frozen layer alone, which is not called."""
+        """Raise ValueError if the frozen weight is not there.
+
+        ZeRO 3 and offloading put it in place only while the frozen layer is called, which this layer does not do.
+        """
         if hasattr(weight, "ds_id"):
             raise ValueError(
                 "RLRR computes with the frozen weight itself, which ZeRO 3 of DeepSpeed keeps in parts; use ZeRO 1 or 2, "

@@ -1,4 +1,4 @@
-"""How an ordinary checkpoint holds a merged model: what becomes of biases that its layers did not have."""
+"""How an ordinary checkpoint can hold a merged model, whose layers have got biases that they did not have."""
 
 from __future__ import annotations
 
@@ -16,23 +16,22 @@ from ...heads.traversal import own_modules
 from .base_layer import RLRRLayer
 
 
-# Attention layers whose scores are softmax(q·k) of the projections as they are, and which leave the bias of the keys
-# out for that reason: q·(k + f) = q·k + q·f, and what all keys have in common does not change a softmax. (Not where
-# keys are normalised, as SwinV2's are, or rotated.)
+# Attention layers whose keys need no bias, because it would change nothing: q·(k + f) = q·k + q·f, and a softmax does
+# not depend on what all keys have in common. (It does matter where keys are normalised, as in SwinV2, or rotated.)
 _SHIFT_INVARIANT = ("Beit", "Data2VecVision")
 
 
 @dataclass
 class Folding:
-    """What becomes of new biases, by module names.
+    """The plan for new biases, by module names.
 
     Attributes:
         dropped: Biases that change nothing.
-        batch_norms: Those that the running mean of a batch norm takes, and the name of the latter.
+        batch_norms: Biases that move into the running mean of a batch norm, and the names of these.
         settings: Settings of the model's configuration that ask for biases.
-        completed: Other modules that these give a bias; it is zeros if they get none of an adapter.
-        homeless: Biases for which there is no place, or none is known.
-        why: What is to be said of the homeless.
+        completed: Other modules that get a bias by these settings; zeros, unless an adapter has another for them.
+        homeless: Biases for which the checkpoint format has no place, or no known place.
+        why: Reason why they have none, for a message.
     """
 
     dropped: list[str] = field(default_factory=list)
@@ -52,7 +51,7 @@ def plan_folding(model: nn.Module, names: Iterable[str]) -> Folding:
     """
     names, plan = list(names), Folding()
     if not hasattr(model, "config") or not hasattr(model, "save_pretrained"):
-        return plan  # a plain module has no format but its own
+        return plan  # a plain module is saved as it is
     plan.dropped = [name for name in names if _is_shift_invariant(model, name)]
     plan.batch_norms = {name: norm for name in names if (norm := following_batch_norm(model, name)) is not None}
     wanted = {f"{name}.bias": name for name in names if name not in plan.dropped and name not in plan.batch_norms}
@@ -68,7 +67,7 @@ def plan_folding(model: nn.Module, names: Iterable[str]) -> Folding:
                     plan.settings[setting] = True
                     plan.completed += others
                     there |= added
-    except Exception as error:  # whatever the model does when it is built
+    except Exception as error:  # a model may do anything when it is built
         there = set()
         plan.why = (
             f"whether there is a place for a bias in the checkpoint format of {type(model).__name__} is not known, since "
@@ -81,11 +80,11 @@ def plan_folding(model: nn.Module, names: Iterable[str]) -> Folding:
 
 
 def plan_merging(model: nn.Module, adapter_names: list[str]) -> Folding:
-    """Find out, before anything is changed, how a model can be saved into which adapters are merged.
+    """Plan how a model can be saved after a merge, before anything is changed.
 
     Args:
         model: The base model with RLRR layers in it.
-        adapter_names: The adapters that are going to be merged, beside those that are.
+        adapter_names: Adapters that are to be merged, in addition to those that are merged already.
     """
     shifted, unshifted = [], []
     for name, layer in own_modules(model):
@@ -101,7 +100,7 @@ def plan_merging(model: nn.Module, adapter_names: list[str]) -> Folding:
 
 @torch.no_grad()
 def fold(model: nn.Module, plan: Folding) -> None:
-    """Bring a merged model, out of which the adapters have been taken, into its checkpoint format."""
+    """Bring a merged model, from which the adapters have been removed, into its checkpoint format."""
     for name, norm_name in plan.batch_norms.items():
         norm = model.get_submodule(norm_name)
         norm.running_mean = norm.running_mean - model.get_submodule(name).bias.to(norm.running_mean)
@@ -125,7 +124,7 @@ def _is_shift_invariant(model: nn.Module, name: str) -> bool:
 def _could_have_bias(model: nn.Module, name: str) -> bool:
     try:
         module = model.get_submodule(name)
-    except AttributeError:  # what is added is no bias at all
+    except AttributeError:  # the setting adds something else than a bias
         return False
     module = getattr(module, "original_module", module)  # of a module that is trained in full
     module = module.get_base_layer() if isinstance(module, RLRRLayer) else module
@@ -133,7 +132,7 @@ def _could_have_bias(model: nn.Module, name: str) -> bool:
 
 
 def _parameters(model: nn.Module, **settings: Any) -> set[str]:
-    """Names of what a new model of the same class has, which is what a checkpoint is loaded into."""
+    """Names of the tensors of a new model of the same class, into which a checkpoint is loaded."""
     config = copy.deepcopy(model.config)
     for name, value in settings.items():
         setattr(config, name, value)

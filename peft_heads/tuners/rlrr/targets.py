@@ -13,21 +13,21 @@ from ..common.targets import check_called, check_head_groups, module_patterns
 from .config import RLRRConfig
 
 
-# Of which fused and single projections heads are masked. Keys are not.
+# Roles of the projections, single or fused, whose heads are masked; keys are adapted in full.
 _MASKED = {"query", "value", "projection"}
 
 
-def default_modules(model: nn.Module, config: RLRRConfig, parts: Backbone) -> list[str]:
-    """Names of the modules that are adapted where `target_modules` says nothing.
+def default_modules(model: nn.Module, config: RLRRConfig, backbone: Backbone) -> list[str]:
+    """Names of the modules that are adapted unless `target_modules` names others.
 
     Raises:
         ValueError: No backbone was recognised.
     """
-    names = list(parts.matrices)
+    names = list(backbone.matrices)
     if config.norms:
-        names += parts.norms
-    if config.patch_embedding and parts.patch_embedding is not None:
-        names.append(parts.patch_embedding)
+        names += backbone.norms
+    if config.patch_embedding and backbone.patch_embedding is not None:
+        names.append(backbone.patch_embedding)
     if not names:
         linear = module_patterns(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
         raise ValueError(
@@ -41,8 +41,8 @@ def check_module(name: str, module: nn.Module, patch_embedding: str | None) -> s
     """What a target becomes: `"linear"`, `"convolution"` or `"scale"`.
 
     Args:
-        name: Its name.
-        module: The module, without adapters around it.
+        name: Name of the target.
+        module: The target, without adapters around it.
         patch_embedding: Name of the patch embedding, if its output is scaled and shifted.
 
     Raises:
@@ -112,7 +112,7 @@ def find_head_layouts(model: nn.Module, config: RLRRConfig, targets: list[str]) 
 
 
 def moving_statistics(model: nn.Module) -> str | None:
-    """A sentence about batch norms, whose running statistics are saved with no adapter; None if there are none."""
+    """Warning about batch norms, whose running statistics no adapter saves; None if there are none."""
     names = batch_norms(model)
     if not names:
         return None

@@ -108,6 +108,6 @@ def test_modules_trained_in_full_follow(tmp_path):
 
     save_file({f"{BASE}{THERE[0]}.weight": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
     config = HeadMaskedLoraConfig(modules_to_save=[end])
-    config.source = {"path_or_repo": str(tmp_path)}
+    config.carried.source = {"path_or_repo": str(tmp_path)}
     with pytest.raises(ValueError, match=f"(?s)whose names transformers has changed.*peft-heads migrate {tmp_path}"):
         follow_file(config, tiny.make("vit"))

@@ -7,15 +7,14 @@ import tiny
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel, get_peft_model
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
+from throwaway import registered
 from torch import nn
 
-from peft_heads import _compat, set_image_processor
+from peft_heads import Method, _compat, set_image_processor
 from peft_heads.adapter_folder.card import CardText
 from peft_heads.adapter_folder.contents import folder_contents
 from peft_heads.adapter_folder.labels import read_labels
-from peft_heads.tuners.common import saved_keys
 from peft_heads.tuners.common.folder_config import AdapterFolderConfig
 from peft_heads.tuners.common.model import VisionTuner
 from peft_heads.tuners.common.standalone import StandaloneTuner
@@ -76,14 +75,9 @@ class GainModel(StandaloneTuner):
 
 
 @pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    peft_type = _compat.add_peft_type("TEST_GAIN")
-    monkeypatch.setattr(_compat, "_OWN_CONFIGS", list(_compat._OWN_CONFIGS))
-    monkeypatch.setattr(saved_keys, "PREFIXES", (*saved_keys.PREFIXES, "gain_"))
-    _compat.register_tuner(name="test_gain", config_cls=GainConfig, model_cls=GainModel)
-    yield
-    for table in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING):
-        del table[peft_type]
+def known_method():
+    with registered(Method(name="test-gain", help="a gain", config=GainConfig, model=GainModel)):
+        yield
 
 
 def labelled(names):
