@@ -168,9 +168,9 @@ def test_a_registered_method_is_in_every_command(tmp_path):
             check_method(MethodSettings("lora", {"gain": 2}))
         text = " ".join(method_help("throw-away", "peft-heads train").split())
         assert "Trains something." in text and "Factor of the update (default 1.5)." in text and "--steps" not in text
-        (tmp_path / "c.yaml").write_text("method: throw-away\nmode: hard\n")
+        (tmp_path / "c.yaml").write_text("method: throw-away\nmode: hard\ninit: twos\n")
         *_, given, _ = parse_arguments([str(tmp_path / "c.yaml"), "--use_cpu", "--output_dir=o"])
-        assert given.to_json() == {"name": "throw-away", "mode": "hard"}
+        assert given.to_json() == {"name": "throw-away", "mode": "hard", "init": "twos"}
 
         parser = build_bench_parser("sweep", "", True, "throw-away")
         assert read_method(parser.parse_args(bench)) == {"name": "throw-away", "gain": [1, 2]}
