@@ -48,8 +48,8 @@ class Override(NamedTuple):
         why: What the override does.
         parameters: Names of the host's parameters that ours relies on.
         test: The test that fails where the host calls the method no longer, or otherwise.
-        is_vital: Whether importing must fail where the host has lost the method, because nothing else would show it: no
-            layer would be masked, no mask be saved.
+        is_vital: Whether importing must fail where the host has lost the method. Nothing else would show it: no layer
+            would be masked, no mask be saved.
     """
 
     why: str
@@ -134,7 +134,7 @@ COMPILED = "_orig_mod"
 
 
 def is_own(config: Any) -> bool:
-    """Whether a configuration belongs to a method registered here. What this module extends leaves all others alone."""
+    """Whether a configuration is of a method registered here; what this module extends leaves all others alone."""
     return isinstance(config, tuple(_OWN_CONFIGS))
 
 
@@ -257,7 +257,7 @@ def is_reading_config() -> bool:
 
 
 def _config_class(folder: str | os.PathLike, subfolder: str | None) -> type[PeftConfig] | None:
-    """Our class of a local folder's configuration, whatever else is wrong with it; None if it is unknown or not ours."""
+    """Our class of the configuration in a local folder, whatever else is wrong with it; None if it is not ours."""
     path = os.path.join(folder, subfolder or "")
     try:
         found = PEFT_TYPE_TO_CONFIG_MAPPING[PeftConfig._get_peft_type(path)] if os.path.isdir(path) else None
@@ -329,8 +329,10 @@ def extend_hotswap(
         hotswap._pad_lora_weights = _pad_lora_weights
 
 
-def extend_weight_mapping(name: str) -> None:
+def extend_weight_mapping(name: str, converter: Callable[[str], Any]) -> None:
     """Let transformers' own `load_adapter` convert the head masks of a file of the PEFT type `name` (lower case).
+
+    `converter` returns the conversion of an adapter's masks, given the adapter's name.
 
     transformers 5 reads the file by a list of renamings and conversions, without asking the tuner. The list is made in
     PEFT, before transformers 5.10 or so in transformers itself.
@@ -347,9 +349,7 @@ def extend_weight_mapping(name: str) -> None:
         def build_peft_weight_mapping(weight_conversions, adapter_name, peft_config=None):
             mapping = build(weight_conversions, adapter_name, peft_config=peft_config)
             if mapping and getattr(peft_config, "peft_type", None) == PeftType[name.upper()]:
-                from .tuners.common.mask_conversion import mask_converter
-
-                mapping = [*mapping, mask_converter(adapter_name)]
+                mapping = [*mapping, converter(adapter_name)]
             return mapping
 
         build_peft_weight_mapping.extended_by_peft_heads = {*getattr(build, "extended_by_peft_heads", ()), name}
@@ -397,8 +397,8 @@ def loading_begins(loading: Loading) -> Iterator[Loading]:
 def announce_loading(check: Callable[[nn.Module, PeftConfig, dict[str, Any], Loading], None]) -> None:
     """Let tuners know that a saved folder is being loaded: PEFT tells them neither this nor what the user has said.
 
-    A folder that is loaded into an existing adapter is checked before PEFT reads it. A new adapter whose weights cannot
-    be loaded is removed again.
+    A folder that is loaded into an existing adapter is checked before PEFT reads it. A new adapter whose weights
+    cannot be loaded is removed again.
 
     Delete when PEFT hands tuners the source and the arguments of `load_adapter`.
 
@@ -500,7 +500,7 @@ def no_faults() -> dict[str, str]:
 
 
 def _is_of_others(given: dict[str, Any]) -> bool:
-    """Whether `load_adapter` of transformers is known to load no adapter of ours; what is in a repository is not known."""
+    """Whether `load_adapter` of transformers surely loads no adapter of ours, which of a repository nobody knows."""
     if given.get("peft_config") is not None:
         return not is_own(given["peft_config"])
     options = {
@@ -598,7 +598,7 @@ def shell_of(module: nn.Module) -> nn.Module:
 
 
 def replace_contents(module: nn.Module, new_tensor: Callable, new_child: Callable) -> None:
-    """Replace what a module of `shell_of` holds: parameters and buffers by `new_tensor(old)`, modules by `new_child(old)`."""
+    """Replace what a shell holds: parameters and buffers by `new_tensor(old)`, modules by `new_child(old)`."""
     for kind, new in (("_parameters", new_tensor), ("_buffers", new_tensor), ("_modules", new_child)):
         vars(module)[kind] = {name: None if old is None else new(old) for name, old in vars(module)[kind].items()}
 

@@ -1,4 +1,4 @@
-"""Loading image classifiers: a checkpoint to be trained, or a saved adapter on its base model."""
+"""Loads image classifiers: a checkpoint to train, or a saved adapter on its base model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._compat import is_model_class, is_own, mismatched_keys, support_peft_in_image_pipelines
+from ._compat import is_own, mismatched_keys, support_peft_in_image_pipelines
+from .adapter_folder.base_model import base_model_class
 from .adapter_folder.files import check_folder_files
 from .adapter_folder.labels import read_labels
 from .adapter_folder.settings import read_settings
@@ -24,16 +25,16 @@ def load_image_classifier(
 ) -> tuple[PeftModel, BaseImageProcessor]:
     """Load an adapter together with its base model, labels and image processor.
 
-    Works for any PEFT adapter of an image classifier; labels and processor are taken from the adapter's folder where
-    it has them (ours does) and from the base model otherwise.
+    This works for any PEFT adapter of an image classifier. Labels and processor are taken from the adapter's folder
+    where it has them, as ours has, and from the base model otherwise.
 
     A pipeline clips files of more than 8 bits per channel (16-bit PNG or TIFF, floats) to white. Decode them first, as
-    in training, and give the pipeline the result: `peft_heads.data.images.decode_image(path)`, with
-    `image_range=image_processor.image_range` where the adapter was trained with one (a warning says so).
+    in training, and pass the pipeline the result: `peft_heads.data.images.decode_image(path)`, with
+    `image_range=image_processor.image_range` where the adapter was trained with one, of which a warning reminds.
 
     Args:
         path_or_repo: Folder or Hub repository of the adapter.
-        trust_remote_code: Whether code that the base model's repository brings may run; the adapter's never does.
+        trust_remote_code: Whether code in the base model's repository may run; code in the adapter's never does.
         kwargs: `revision`, `token`, `cache_dir`, `subfolder` of the adapter's repository.
 
     Returns:
@@ -42,7 +43,7 @@ def load_image_classifier(
 
     Raises:
         FileNotFoundError: There is neither a folder nor a repository of that name and revision, or it cannot be read.
-        ValueError: It holds no adapter, one that does not name its base model, or an `image_range` that is none.
+        ValueError: It holds no adapter, or one that does not name its base model, or an invalid `image_range`.
     """
     from .data.images import image_range_of, load_image_processor
 
@@ -68,40 +69,18 @@ def load_image_classifier(
 
 
 def fetch_adapter(path_or_repo: str | os.PathLike, subfolder: str | None = None, **kwargs: Any) -> Path:
-    """The local folder of an adapter, downloaded if it is a repository's; its small files are known to be readable.
+    """The local folder of an adapter, downloaded if a repository holds it, after checking that its files can be read.
 
-    Args and errors as of [`load_image_classifier`].
+    Arguments and errors are those of [`load_image_classifier`].
     """
-    from huggingface_hub import snapshot_download
-    from peft.utils import WEIGHTS_NAME
-
+    from .adapter_folder.download import local_folder
     from .adapter_folder.weights_file import NAMES, find_weights, read_infos
     from .tuners.common.registry import is_own_type
     from .tuners.common.saved_settings import check_foreign, check_ranks
 
-    folder = os.fspath(path_or_repo)
-    if not os.path.isdir(folder):
-        # the small files of an adapter, once; afterwards everything is local
-        names = ("*.json", "*.safetensors", WEIGHTS_NAME, "README.md")
-        patterns = [f"{subfolder}/{name}" for name in names] if subfolder else names
-        others = None if subfolder else "*/*"  # checkpoints that Trainer has pushed as well
-        try:
-            folder = snapshot_download(folder, allow_patterns=list(patterns), ignore_patterns=others, **kwargs)
-        except (OSError, ValueError) as error:
-            revision = f" at revision {kwargs['revision']!r}" if kwargs.get("revision") else ""
-            raise FileNotFoundError(
-                f"no adapter {path_or_repo!r}{revision}: neither a local folder nor a repository that can be read "
-                f"({type(error).__name__}: {error})"
-            ) from error
-    folder = os.path.join(folder, subfolder) if subfolder else folder
-
-    if not os.path.exists(os.path.join(folder, "adapter_config.json")):
-        raise ValueError(
-            f"Can't find 'adapter_config.json' in {path_or_repo}{f'/{subfolder}' if subfolder else ''}: it holds no "
-            "adapter"
-        )
+    folder = local_folder(path_or_repo, subfolder, **kwargs)
     check_folder_files(folder)
-    settings = read_settings(folder)  # errors that name the file, before anything is loaded
+    settings = read_settings(folder)  # before anything is loaded: its errors name the file
     weights = find_weights(folder)
     if weights is None:
         raise FileNotFoundError(f"{folder} has no weights of an adapter: neither {' nor '.join(NAMES)} is there")
@@ -122,7 +101,7 @@ def load_adapter(
     Args:
         folder: The adapter's folder.
         base_model: Folder or repository of the base model; what the adapter names if None.
-        base_kwargs: Passed to the base model's `from_pretrained`.
+        base_kwargs: Arguments of the base model's `from_pretrained`.
 
     Returns:
         The model, and the names of the weights that neither the base model's checkpoint nor the adapter holds.
@@ -168,7 +147,7 @@ def load_adapter(
     except OSError:
         raise
     except Exception as error:
-        if is_own(adapter_config):  # checked before, so that this is no fault of the folder's
+        if is_own(adapter_config):  # its folder was checked before, and is not at fault
             raise
         raise refusal(folder, error) from error
     return model, [name for name in untrained if not name.startswith(tuple(trained))]
@@ -183,18 +162,18 @@ def new_image_classifier(
     ignore_mismatched_sizes: bool = False,
     **hub_arguments: Any,
 ) -> PreTrainedModel:
-    """A checkpoint to be trained for these classes, in float32.
+    """A checkpoint to train for these classes, in float32.
 
-    A classification head of another size is drawn anew; nothing else is.
+    A classifier of another size is re-initialised; nothing else is.
 
     Args:
         path: Folder or Hub repository of the checkpoint.
         names: The class names.
         config_name: Folder or repository of the model's configuration, if not the checkpoint's own.
-        config_changes: Fields of the configuration that are set before the model is made.
-        ignore_mismatched_sizes: Whether weights of another shape are drawn anew as well.
-        hub_arguments: Passed to `from_pretrained` (`revision`, `token`, `cache_dir`, …); `trust_remote_code` is
-            False unless it is among them.
+        config_changes: Values for fields of the configuration, set before the model is built.
+        ignore_mismatched_sizes: Whether other weights of a wrong shape are re-initialised as well.
+        hub_arguments: Arguments of `from_pretrained` (`revision`, `token`, `cache_dir`, …). Without
+            `trust_remote_code` among them it is False.
 
     Raises:
         ValueError: There is no such checkpoint, it cannot be read, or it does not fit its configuration.
@@ -233,45 +212,14 @@ def new_image_classifier(
     except (OSError, ValueError, SafetensorError) as error:
         faults = [f"{file.name} ({fault})" for file in Path(path).glob("*.safetensors") if (fault := read_error(file))]
         raise ValueError(f"no image classifier in {path!r}: {', '.join(faults) or error}") from error
-    heads = tuple(f"{name}." for name in classifier_names(model))
-    mismatched = [key for key in mismatched_keys(info) if not key.startswith(heads)]
+    classifiers = tuple(f"{name}." for name in classifier_names(model))
+    mismatched = [key for key in mismatched_keys(info) if not key.startswith(classifiers)]
     if mismatched and not ignore_mismatched_sizes:
         raise ValueError(
             f"weights of {path} have other shapes than the config says: {', '.join(mismatched)}; "
-            "--ignore_mismatched_sizes draws them anew"
+            "--ignore_mismatched_sizes re-initialises them"
         )
     return model
-
-
-def base_model_class(settings: dict[str, Any], folder: str | os.PathLike) -> Any:
-    """The class of transformers that an adapter was made for, by its settings; where they do not say, an Auto class.
-
-    A ViT-MAE checkpoint, say, has no image classifier of its own and is read as a ViT's.
-
-    Args:
-        settings: The adapter's configuration.
-        folder: Where it lies, for the message.
-
-    Raises:
-        ValueError: The settings name something of transformers that is neither a model nor an Auto class.
-    """
-    import transformers
-
-    mapping = settings.get("auto_mapping") or {}
-    name = mapping.get("base_model_class") if isinstance(mapping, dict) else mapping
-    if name is None:
-        return transformers.AutoModelForImageClassification
-    try:
-        # names that transformers does not have are those of code of the user's own
-        found = getattr(transformers, name, None) or transformers.AutoModelForImageClassification
-        if is_model_class(found):
-            return found
-    except (TypeError, ImportError, RuntimeError):  # no name, no class, or one that cannot be imported
-        pass
-    raise ValueError(
-        f"{folder}: auto_mapping of the adapter's settings names {str(name)[:80]!r} as the class of the base model (expected a "
-        "model class, or an Auto class, of transformers); it was edited"
-    )
 
 
 @contextmanager

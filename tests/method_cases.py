@@ -71,7 +71,7 @@ class Method:
         return logits(self._alone(case, model, adapter))
 
     def gradients(self, case, model):
-        """`{parameter name: gradient}` that a batch must give the active adapter, in training mode; None if not known."""
+        """`{parameter name: gradient}` of a batch, in training mode, with "default" active; None if not known."""
         alone = self._alone(case, model, "default").train()
         torch.manual_seed(5)
         alone(**tiny.batch()).loss.backward()

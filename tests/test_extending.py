@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import tiny
+import torch
 from peft import get_peft_model
 
 from peft_heads import HeadScorer
@@ -25,6 +26,9 @@ def test_the_criterion_runs(forget_criteria):
     model = get_peft_model(tiny.make("vit"), namespace["config"])
     scorer = HeadScorer(model)
     tiny.train(model, steps=2, after_backward=scorer.update)
+    signed, norms = scorer.scores("positive"), scorer.scores("weight_norm")
+    for name, scores in scorer.scores().items():
+        assert torch.equal(scores, signed[name].abs() / (norms[name] + 1e-6)) and scores.any()
     assert all((~mask).sum() == 2 for mask in scorer.select().values())
 
 

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification, pipeline
 
 from peft_heads import HeadMaskedLoraConfig, load_image_classifier, set_head_masks, set_image_processor
+from peft_heads.adapter_folder.base_model import base_model_class
 from peft_heads.cli.errors import raised_by_this_package
 from peft_heads.cli.main import main
 from peft_heads.convert.inspect import inspect_adapter
-from peft_heads.convert.lora import export_merged
+from peft_heads.convert.merged import export_merged
 from peft_heads.data.images import ImageTransform, decode_image
 from peft_heads.demo.model import load_demo_processor
-from peft_heads.image_classifier import base_model_class
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ MOVED = {
     "benchmark.evidence_plots": "benchmark.offline.evidence_plots",
     "benchmark.evidence_tables": "benchmark.offline.evidence_tables",
     "benchmark.tables": "benchmark.report.tables",
-    "export": "convert.lora",
     "inspection": "convert.inspect",
     "plotting": "scoring.plotting",
     "search": "scoring.search",
@@ -27,7 +26,25 @@ def test_the_old_path_is_the_new_module(old, monkeypatch):
     assert caught[0].filename != importlib.import_module("peft_heads._moved").__file__
 
 
-def test_a_module_that_was_divided_answers_for_all_it_held(monkeypatch):
+DIVIDED = {
+    "export": {"convert.lora": "export_lora", "convert.merged": "export_merged", "convert.packed": "export_packed"},
+}
+
+
+@pytest.mark.parametrize("old", DIVIDED)
+def test_the_old_path_of_a_module_that_was_divided_has_everything(old, monkeypatch):
+    monkeypatch.delitem(sys.modules, f"peft_heads.{old}", raising=False)
+    homes = " and ".join(f"peft_heads.{new}" for new in DIVIDED[old])
+    with pytest.warns(DeprecationWarning, match=f"peft_heads.{old} has moved to {homes}") as caught:
+        module = importlib.import_module(f"peft_heads.{old}")
+    for new, name in DIVIDED[old].items():
+        assert getattr(module, name) is getattr(importlib.import_module(f"peft_heads.{new}"), name)
+        assert getattr(module, name).__module__ == f"peft_heads.{new}"  # at home there, not passed on
+    assert module.__name__ == f"peft_heads.{old}" and module.__file__.endswith(f"{old}.py")
+    assert caught[0].filename != importlib.import_module("peft_heads._moved").__file__
+
+
+def test_contents_that_were_renamed_have_their_old_names(monkeypatch):
     from peft_heads.backbones import classifier, image_part, targets
     from peft_heads.heads import detect
 

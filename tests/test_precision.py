@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments
 
 from peft_heads import HeadMaskedLoraConfig, HeadScorer, TaylorHeadScorer
-from peft_heads.scoring import callback as callbacks
+from peft_heads.scoring import checks
 
 
 GRADIENT_CRITERIA = ("absolute", "positive", "grad_norm")
@@ -160,11 +160,11 @@ def test_fp16_with_deepspeed_is_refused(monkeypatch):
         state = SimpleNamespace(
             distributed_type=DistributedType.DEEPSPEED, mixed_precision=precision, deepspeed_plugin=plugin
         )
-        monkeypatch.setattr(callbacks, "AcceleratorState", lambda state=state: state)
+        monkeypatch.setattr(checks, "AcceleratorState", lambda state=state: state)
         with pytest.raises(ValueError, match="fp16=True with DeepSpeed.*bf16=True"):
-            callbacks._check_deepspeed(SimpleNamespace(fp16=fp16), HeadMaskedLoraConfig())
+            checks.check_deepspeed(SimpleNamespace(fp16=fp16), HeadMaskedLoraConfig())
         with pytest.raises(ValueError, match="DoRA with ZeRO 3"):
-            callbacks._check_deepspeed(SimpleNamespace(fp16=False), HeadMaskedLoraConfig(use_dora=True))
+            checks.check_deepspeed(SimpleNamespace(fp16=False), HeadMaskedLoraConfig(use_dora=True))
 
 
 def test_a_step_counts_only_if_everything_is_finite():

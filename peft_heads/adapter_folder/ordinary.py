@@ -25,7 +25,7 @@ def check_ordinary(path: Path) -> None:
     try:
         check_regular(path)
     except OSError:
-        return  # whoever reads it says what is wrong
+        return  # missing, or unreadable: the error of reading it says more
     except ValueError as error:
         kind = "a folder" if path.is_dir() else "no ordinary file (a pipe or a device)"
         raise ValueError(f"{path} is {kind}; expected a file of an adapter") from error

@@ -1,7 +1,7 @@
-"""The same module under another name: transformers renames modules of vision models from version to version.
+"""Finds a module under another name: transformers renames modules of vision models from version to version.
 
-4.57 calls a query projection `vit.encoder.layer.0.attention.attention.query`, 5.9 `vit.layers.0.attention.q_proj`. What
-stays is its place: the numbers in the name, and its role in the block.
+The query projection that 4.57 calls `vit.encoder.layer.0.attention.attention.query` is `vit.layers.0.attention.q_proj`
+in 5.9. Its place stays: the numbers in the name, and its role in the block.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from ..heads.detect import PROJECTION_ROLES
 
 
-# The ends of names of the other linear layers in a block, by role.
+# Endings of the names of a block's other linear layers, by role.
 _BLOCK_ROLES = {
     "attention output": r"(attention\.output\.dense|attention\.o_proj)",
     "mlp in": r"(intermediate\.dense|mlp\.fc1)",
@@ -21,7 +21,7 @@ _BLOCK_ROLES = {
 
 
 def place_of(name: str) -> tuple:
-    """The place of a module, which a renaming does not change: the first part of its name, its numbers, and its role.
+    """The place of a module, which a renaming keeps: the first part of its name, the numbers in it, and its role.
 
     Example:
         >>> place_of("vit.encoder.layer.0.attention.attention.query")
@@ -47,7 +47,7 @@ def match_renamed(saved: Iterable[str], present: Iterable[str]) -> dict[str, str
         present: Module names of the model.
 
     Returns:
-        Left out are names that the model has too, and names for whose place it has no module or more than one.
+        Names that the model has are left out. So are names for which it has no module at the same place, or several.
     """
     present = dict.fromkeys(present)
     unknown = [name for name in saved if name not in present]

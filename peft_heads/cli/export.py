@@ -14,10 +14,10 @@ FORMATS = {
         "peft_heads.convert.bi_lora.convert:export_bi_lora",
     ),
     "lora": ("a stock LoRA adapter, masks folded in (mask_scope=adapter)", "peft_heads.convert.lora:export_lora"),
-    "merged": ("an ordinary checkpoint of transformers", "peft_heads.convert.lora:export_merged"),
+    "merged": ("an ordinary checkpoint of transformers", "peft_heads.convert.merged:export_merged"),
     "packed": (
         "the adapter itself with k bits per weight (adapter_bits < 32)",
-        "peft_heads.convert.lora:export_packed",
+        "peft_heads.convert.packed:export_packed",
     ),
     "pruned": (
         "a smaller checkpoint, deactivated heads removed (mask_scope=head, as many in every layer)",

@@ -1,1 +1,1 @@
-"""An adapter in other forms: stock LoRA, merged, packed or pruned checkpoints, under other module names; and what it is."""
+"""A saved adapter in another form: stock LoRA, a merged, packed or pruned checkpoint, other module names, a report."""

@@ -1,7 +1,7 @@
-"""Deactivated heads taken out of a model: an ordinary, smaller checkpoint of transformers with the same outputs.
+"""Removes deactivated heads from a model: an ordinary, smaller checkpoint of transformers with the same outputs.
 
-Exact under `mask_scope="head"`, where a deactivated head's value is zero, bias included. What is sliced is found by
-comparing shapes with those of a model that has fewer heads from the start, not by names.
+This is exact under `mask_scope="head"`, where a deactivated head's value is zero, bias included. The weights to slice
+are found by their shapes, which differ from those of a model that is built with fewer heads, and not by their names.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from ..heads.layout import HeadLayout
 from ..heads.protocol import get_head_masks
 from ..image_classifier import fetch_adapter
 from ..tuners.common.registry import adapter_types
-from .lora import check_type, load_whole_model, merge, save_checkpoint, sources
+from .merged import load_whole_model, merge, save_checkpoint
+from .source import check_type, sources
 
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ def export_pruned(
 ) -> Path:
     """Merge an adapter with `mask_scope="head"` and write the model without its deactivated heads.
 
-    The checkpoint says so as the installed transformers does (see [`prune_heads`]) and is read by that version.
-    Arguments, result and errors as of [`peft_heads.convert.lora.export_lora`].
+    The checkpoint can be read by the installed version of transformers (see [`prune_heads`]). Arguments, result and
+    errors are those of [`peft_heads.convert.lora.export_lora`].
     """
     with new_folder(target, overwrite, sources(adapter, base_model)) as folder:
         source = fetch_adapter(adapter)
@@ -59,14 +60,14 @@ def export_pruned(
 def prune_heads(model: PreTrainedModel, masks: dict[str, torch.Tensor]) -> PreTrainedModel:
     """A copy of a model without the heads whose value projection is masked, in evaluation mode.
 
-    transformers since 5.9 (DINOv2: 5.18) says it by `num_attention_heads` and `head_dim`, 4.57 by `pruned_heads`, and
-    neither reads what the other writes. Both are tried, and what comes of it is compared with `model` on a random
-    image, for which `model` is set to evaluation mode.
+    The configuration has to say that heads are missing: in transformers since 5.9 (DINOv2: 5.18) by
+    `num_attention_heads` and `head_dim`, in 4.57 by `pruned_heads`, and neither version reads the other's. Both are
+    tried. The result is compared with `model` on a random image, for which `model` is set to evaluation mode.
 
     Args:
         model: A model of transformers in which the value of a masked head is zero: the adapter is merged.
-        masks: `{projection: bool (num_heads,)}`, True = active, as `get_head_masks` gives them. A masked query or key
-            makes no head removable.
+        masks: `{projection: bool (num_heads,)}`, True = active, from `get_head_masks`. A head can be removed if its
+            value is masked; a masked query or key is not enough.
 
     Raises:
         ValueError: The heads cannot be removed, with the reason.
@@ -155,7 +156,7 @@ def _value_projections(model: PreTrainedModel) -> dict[str, tuple[str, HeadLayou
 def _smaller_models(
     model: PreTrainedModel, kept: dict[str, torch.Tensor], number: int, head_dim: int
 ) -> Iterator[tuple[str, PreTrainedModel | str]]:
-    """The ways to say it, each with the model that comes of it, or with what is wrong."""
+    """The ways to say that heads are missing, each with the smaller model, or with the reason why there is none."""
     config = copy.deepcopy(model.config)
     config.num_attention_heads, config.head_dim = number, head_dim
     yield "num_attention_heads and head_dim", _from_config(model, config, kept, number, head_dim)
@@ -164,6 +165,7 @@ def _smaller_models(
 
 
 def _by_pruned_heads(model: PreTrainedModel, kept: dict[str, torch.Tensor]) -> PreTrainedModel | str:
+    """The model after transformers' own `prune_heads`."""
     small = copy.deepcopy(model)
     try:
         small.prune_heads({i: (~mask).nonzero().flatten().tolist() for i, mask in enumerate(kept.values())})
@@ -175,6 +177,7 @@ def _by_pruned_heads(model: PreTrainedModel, kept: dict[str, torch.Tensor]) -> P
 def _from_config(
     model: PreTrainedModel, config: transformers.PretrainedConfig, kept: dict[str, torch.Tensor], number: int, dim: int
 ) -> PreTrainedModel | str:
+    """A model of `config`, which has `number` heads of `dim` rows, with the weights of the kept heads."""
     try:
         small = type(model)(config).to(model.dtype)
     except (ValueError, RuntimeError) as error:
@@ -190,7 +193,7 @@ def _from_config(
 
 
 def _difference(model: PreTrainedModel, small: PreTrainedModel) -> str | None:
-    """What differs on a random image; None if nothing does, up to half the digits."""
+    """How the outputs of the models differ on a random image; None if they agree in half of their digits."""
     size = model.config.image_size
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     images = torch.randn(1, model.config.num_channels, height, width, generator=torch.Generator().manual_seed(0))
@@ -216,4 +219,5 @@ def _nearest(key: str, kept: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _common_parts(one: list[str], other: list[str]) -> int:
+    """The number of leading parts that two names have in common."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

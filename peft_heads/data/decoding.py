@@ -28,7 +28,7 @@ def decode_image(image, image_range: tuple[float, float] | None = None) -> PIL.I
 
     Args:
         image: Path; or row of a `datasets.Image` column that is not decoded, `{"path": …, "bytes": …}`; or one of
-            Pillow's images, which is taken the way up it is. (Of 16-bit colours it has only 8 bits: give the path.)
+            Pillow's images, taken as it is, EXIF ignored. (Of 16-bit colours it has only 8 bits: give the path.)
         image_range: (LOW, HIGH), the values that become black and white in images of more than 8 bits per channel;
             what lies outside is clipped. Without it unsigned 16-bit values are divided by 257. Images of 8 bits are
             taken as they are.

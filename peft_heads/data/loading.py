@@ -40,7 +40,7 @@ def load_task(
     check_sizes: bool = True,
     image_range: tuple[float, float] | None = None,
 ) -> Split:
-    """A split of a task of any suite; arguments and errors as of `load_split`."""
+    """A split of a task of any suite; arguments and errors as for `load_split`."""
     kind = find_suite(suite)
     if kind.generated:
         return _load_generated(os.path.abspath(root), suite, name, split)
@@ -71,7 +71,7 @@ def check_tasks(
     names: Sequence[str] = (),
     image_range: tuple[float, float] | None = None,
 ) -> list[TaskReport]:
-    """Check every file of the tasks of a suite that are named, or of all; errors as of `find_tasks`."""
+    """Check every file of the tasks of a suite that are named, or of all; errors as for `find_tasks`."""
     if not find_suite(suite).layouts:
         return check_folders(root, list(names), image_range)
     return check_tree(root, suite, tuple(dict.fromkeys(find_task(name, suite) for name in names)), image_range)

@@ -21,7 +21,7 @@ def load_folders(folders: dict[str, str | None], cache_dir: str | None) -> datas
 
     Raises:
         FileNotFoundError: A folder is missing, or has no images.
-        ValueError: A linked folder leads out; a pipe or a device stands for an image; images lie at different depths,
+        ValueError: A linked folder leads out; an image is a pipe or a device; images lie at different depths,
             or so deep that it is not clear which folder is their class.
     """
     given = {split: folder for split, folder in folders.items() if folder is not None}

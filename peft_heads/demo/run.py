@@ -10,13 +10,14 @@ import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
+from ..adapter_folder.score_files import HEAT_MAP_FILE
 from ..backbones.classifier import classifier_names
 from ..backbones.targets import default_targets
 from ..heads.protocol import describe_masks
 from ..image_classifier import load_image_classifier
 from ..methods import scores_heads
 from ..metrics.accuracy import compute_metrics
-from ..scoring.callback import HEAT_MAP_FILE, TaylorHeadScorer
+from ..scoring.callback import TaylorHeadScorer
 from ..tuners import HeadMaskedLoraConfig
 from .digits import load_digits_dataset
 from .model import load_demo_model, load_demo_processor
@@ -114,7 +115,7 @@ def logits_of(model: torch.nn.Module, data: list[dict]) -> torch.Tensor:
 
 
 def run_demo(output_dir: Path, *, ne: int = 3, epochs: int = 10, seed: int = 0, progress: bool = False) -> bool:
-    """Run the comparison and print it; returns whether the reloaded adapter gives the same predictions."""
+    """Run the comparison and print it; returns whether the reloaded adapter predicts the same."""
     digits = load_digits_dataset()
     data = {split: prepare(digits[split]) for split in ("train", "test")}
     print(

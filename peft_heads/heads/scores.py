@@ -148,9 +148,9 @@ def head_statistics(params: torch.Tensor, grads: torch.Tensor, layout: HeadLayou
     """The statistics of one optimizer step.
 
     Args:
-        params: (out_features, n), a projection's head-wise adapter parameters *before* the step.
-        grads: (out_features, n), the gradient of the global batch's loss, neither clipped nor scaled.
-        layout: The projection's heads.
+        params: The head-wise adapter parameters (num_rows, n) of a projection *before* the step.
+        grads: Their gradient (num_rows, n) for the loss of the global batch, neither clipped nor scaled.
+        layout: Heads of the projection.
 
     Returns:
         float64 (3, num_heads) in the order of `STATISTICS`.
@@ -184,7 +184,7 @@ def all_head_statistics(
         params: `{projection: (num_rows, n)}`, as `head_statistics` takes them.
         grads: `{projection: (num_rows, n)}`, the gradients of the loss times `loss_scale`.
         layouts: `{projection: HeadLayout}`.
-        loss_scale: The factor by which the gradients are too large.
+        loss_scale: Factor by which the gradients are too large.
 
     Returns:
         `{projection: float64 (3, num_heads)}` in the order of `layouts`, on the device of the gradients, or on the CPU
@@ -216,6 +216,7 @@ def all_head_statistics(
 
 
 def _device_with_float64(device: torch.device) -> torch.device:
+    """The device, or the CPU if the device has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
@@ -234,7 +235,7 @@ def head_scores(
         layouts: `{module name: HeadLayout}`.
         statistics: `{module name: (3, num_heads)}`, the mean of `head_statistics` over the window's steps. Criteria
             that need gradients need it.
-        params: `{module name: (out_features, n)}`, the head-wise parameters at selection, for their norms.
+        params: `{module name: (num_rows, n)}`, the head-wise parameters at selection, for their norms.
         seed: Seed of the criterion `random`: the same numbers on every machine and process.
 
     Returns:

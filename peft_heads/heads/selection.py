@@ -1,6 +1,6 @@
-"""Scores in, masks out: which heads are deactivated.
+"""Scores in, masks out: selects the heads that are deactivated.
 
-Everything here is a function of its arguments alone, so that every process selects the same heads.
+Everything here depends on its arguments alone, so that every process selects the same heads.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class HeadGroup:
     """Projections that share one mask.
 
     Attributes:
-        modules: Names of the projections; their scores are summed.
-        num_heads: Heads of each of them.
-        num_deactivated: How many heads the group gives up; 0 where it keeps all.
+        modules: Names of the projections, whose scores are summed.
+        num_heads: Number of heads of each projection.
+        num_deactivated: Number of heads that the group gives up; 0 if it keeps all.
     """
 
     modules: tuple[str, ...]
@@ -51,7 +51,7 @@ def plan_groups(
     granularity: str = "global",
     joint: bool = True,
 ) -> list[HeadGroup]:
-    """Partition the projections into groups that share a mask, and say how many heads each gives up.
+    """Partition the projections into groups that share a mask, and decide how many heads each group gives up.
 
     `global` (Heart-LoRA) puts all layers with the same number of heads into one group: one group on ViT, one per
     stage on Swin. `layer` (Heart-LoRA†) lets each attention layer choose. `joint` gives the q and v of a layer one
@@ -60,8 +60,8 @@ def plan_groups(
     A group with no more heads than `ne` keeps all of them.
 
     Raises:
-        ValueError: Wrong arguments; q and v of a layer differ in heads and `joint` is set; or no group is left that
-            `ne` or `ratio` can apply to.
+        ValueError: An argument is out of its range, `joint` is set although q and v of a layer differ in heads, or
+            `ne` or `ratio` applies to no group.
     """
     check_head_count(ne, ratio)
     if granularity not in GRANULARITIES:
@@ -93,7 +93,7 @@ def plan_groups(
 
 
 def groups_kept_whole(groups: list[HeadGroup], ne: int | None) -> str | None:
-    """A sentence about groups that are too small for `ne` and keep all their heads; None if there are none."""
+    """A sentence that names the groups too small for `ne`, which keep all their heads; None if there are none."""
     small = [group for group in groups if ne and group.num_heads <= ne]
     if not small:
         return None
@@ -138,12 +138,12 @@ def select_heads(
 
 
 def group_scores(scores: dict[str, torch.Tensor], group: HeadGroup) -> torch.Tensor:
-    """float64 (num_heads,) on the CPU: what the heads of a group are ordered by, the sum over its projections."""
+    """The sum of the scores over a group's projections, by which its heads are ordered: float64 (num_heads,), CPU."""
     return torch.stack([scores[name].double().cpu() for name in group.modules]).sum(dim=0)
 
 
 def degenerate_groups(scores: dict[str, torch.Tensor], groups: list[HeadGroup]) -> list[HeadGroup]:
-    """The groups that give up heads although all their heads have the same score: their order alone decides.
+    """The groups that give up heads although all their heads have the same score, so that their order alone decides.
 
     Example:
         >>> groups = [HeadGroup(("a.q", "a.v"), num_heads=2, num_deactivated=1)]
@@ -164,11 +164,15 @@ def _is_number(value: object) -> bool:
 
 
 def floor_ratio(ratio: float, num_heads: int) -> int:
-    """`floor(ratio * num_heads)`, as written: 0.29 of 100 heads are 29 although the product is 28.999…96."""
+    """`floor(ratio * num_heads)` for the ratio as it was written.
+
+    0.29 of 100 heads are 29 heads, although the product of the floating-point numbers is 28.999…96.
+    """
     return math.floor(ratio * num_heads + 1e-9)
 
 
 def _check_joint(layouts: dict[str, HeadLayout]) -> None:
+    """Raise ValueError unless the projections of each attention layer have equally many heads."""
     first: dict[str, str] = {}
     for name, layout in layouts.items():
         other = first.setdefault(name.rpartition(".")[0], name)

@@ -1,4 +1,4 @@
-"""How responsive heads are: gradients in, masks out. Knows no tuner."""
+"""The responsiveness of attention heads: gradients in, masks out. Imports no tuner."""
 
 from .scorer import HeadScorer
 

@@ -1,12 +1,13 @@
 """`load_best_model_at_end` for adapters that Trainer does not load itself.
 
-Trainer loads the file in the checkpoint's own folder, that of an adapter named "default", into the first active
-adapter, whatever its name; every other adapter lies in a folder of its own inside the checkpoint. Without such a file
-it loads nothing.
+A checkpoint's own folder holds the file of the adapter named "default"; every other adapter has a folder of its own
+inside. Trainer loads the file in the checkpoint's own folder into the first active adapter, whatever its name, and
+loads nothing where there is no such file.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from torch import nn
 
 from ..adapter_folder.contents import folder_contents
 from ..adapter_folder.labels import read_labels
-from ..tuners.common.saved_settings import is_settings_key
 
 
 def check_best_checkpoint(model: nn.Module, active: Sequence[str]) -> None:
@@ -58,7 +58,7 @@ def check_best_checkpoint(model: nn.Module, active: Sequence[str]) -> None:
 
 
 def load_best_checkpoint(model: PeftModel, active: Sequence[str], checkpoint: str) -> None:
-    """Load the active adapters that Trainer has not loaded: weights, masks, trained heads and labels.
+    """Load the active adapters that Trainer has not loaded: weights, masks, classifiers and labels.
 
     Args:
         model: Trainer's model, after Trainer has loaded the best checkpoint in its own way.
@@ -77,9 +77,24 @@ def load_best_checkpoint(model: PeftModel, active: Sequence[str], checkpoint: st
                 f"another checkpoint with model.load_adapter(FOLDER, {name!r})"
             )
     for name, folder in folders.items():
-        # with the weights the labels come into force
+        # the labels take effect with the weights
         folder_contents(model, name).labels_in_file = read_labels(folder)
         model.load_adapter(str(folder), name)
+
+
+def warn_if_before_selection(best_step: int | None, selected_at: int | None) -> None:
+    """Warn if the best checkpoint was written before the heads were selected, and so has no deactivated heads.
+
+    Args:
+        best_step: The step of the best checkpoint; None if there is none.
+        selected_at: The step of the selection; None if there was none.
+    """
+    if selected_at is not None and best_step is not None and best_step < selected_at:
+        warnings.warn(
+            f"load_best_model_at_end has loaded the checkpoint of step {best_step}, which is older than the selection "
+            f"of heads at step {selected_at}: the model has no deactivated heads. Evaluate only after the "
+            "selection, or select earlier"
+        )
 
 
 def _left_to_us(active: Sequence[str]) -> list[str]:
@@ -88,9 +103,9 @@ def _left_to_us(active: Sequence[str]) -> list[str]:
 
 
 def _difference(model: PeftModel, saved: str, loaded: str) -> str | None:
-    """What keeps the file of one adapter from being loaded into another; None if nothing does.
+    """The reason why the file of one adapter cannot be loaded into another; None if there is none.
 
-    The number of classes may differ: our tuners fit it to the file.
+    The number of classes may differ: our tuners adjust the classifier to the file.
     """
     there, here = _shapes(model, saved), _shapes(model, loaded)
     for one, other, name in ((there, here, saved), (here, there, loaded)):
@@ -104,12 +119,25 @@ def _difference(model: PeftModel, saved: str, loaded: str) -> str | None:
 
 
 def _shapes(model: PeftModel, adapter_name: str) -> dict[str, tuple[int, ...]]:
-    """`{key in the adapter's file: shape}`, without the outputs of heads that are trained in full."""
+    """`{key in the adapter's file: shape}` of its weights.
+
+    Modules that are trained in full may have another number of outputs, so theirs is left out.
+    """
     ends = tuple(f".{name}." for name in model.peft_config[adapter_name].modules_to_save or ())
     with torch.no_grad():
         state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     return {
         key: tuple(value.shape[1:] if any(end in f".{key}" for end in ends) else value.shape)
         for key, value in state_dict.items()
-        if not is_settings_key(key)
+        if _belongs_to_module(key)
     }
+
+
+def _belongs_to_module(key: str) -> bool:
+    """Whether a key of an adapter's file is that of a module's tensor; settings noted among the weights have no module.
+
+    Example:
+        >>> _belongs_to_module("base_model.model.classifier.bias"), _belongs_to_module("base_model.model.lora_settings")
+        (True, False)
+    """
+    return "." in key.removeprefix("base_model.model.")

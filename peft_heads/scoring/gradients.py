@@ -14,7 +14,7 @@ from ..heads.protocol import HeadMaskable, ScoredParameter, module_patterns
 
 
 class StepGradients:
-    """Hears the gradients of an adapter's head-wise parameters, backward pass by backward pass.
+    """Gathers the gradients of an adapter's head-wise parameters over the backward passes of a step.
 
     Args:
         layers: `{module name: layer}` of the adapter's head-maskable layers.
@@ -25,7 +25,7 @@ class StepGradients:
         self.layers = layers
         self.adapter_name = adapter_name
         self._grads: dict[nn.Parameter, torch.Tensor] = {}
-        # the parameters as the step's backward passes saw them, as DeepSpeed steps by itself
+        # The values during the step's backward passes. Afterwards is too late: DeepSpeed steps by itself.
         self._values: dict[nn.Parameter, torch.Tensor] = {}
         self._num_gradients = 0
         self._handles: list[Any] = []
@@ -35,7 +35,7 @@ class StepGradients:
         return bool(self._handles)
 
     def listen(self) -> None:
-        # The hooks know this object weakly: one that is dropped without stop() stops listening.
+        # The hooks hold a weak reference: an object that is dropped without stop() stops listening.
         this = weakref.ref(self)
         for layer in self.layers.values():
             for scored in layer.scored_parameters(self.adapter_name):
@@ -53,7 +53,7 @@ class StepGradients:
         self._num_gradients = 0
 
     def values(self, now: bool = False) -> dict[str, torch.Tensor]:
-        """`{module name: (out_features, n)}`, the parameters of which the gradients are, or what has become of them."""
+        """The values that the gradients belong to, or with `now` the current ones: `{module name: (out_features, n)}`."""
         seen = {} if now else self._values
         return {
             name: _side_by_side(
@@ -64,10 +64,10 @@ class StepGradients:
         }
 
     def over_processes(self, others: Iterable[nn.Parameter]) -> tuple[dict[str, torch.Tensor], bool]:
-        """The gradients of the global batch: one reduction for all modules, and one wait of the processor.
+        """The gradients of the global batch, by one reduction for all modules and one synchronisation with the device.
 
         Args:
-            others: Parameters of which the gradients, if they have any, must be finite as well.
+            others: Parameters whose gradients, if they have any, must be finite as well.
 
         Returns:
             `{module name: float32 (out_features, n)}`, the mean over processes, and whether everything is finite.
@@ -77,7 +77,7 @@ class StepGradients:
         """
         grads = {
             name: _side_by_side(
-                # a process whose batch ran short takes part with zeros
+                # A process that ran out of data takes part with zeros.
                 whole(self._grads[scored.param])
                 if scored.param in self._grads
                 else torch.zeros(whole_shape(scored.param), dtype=torch.float32, device=scored.param.device)
@@ -91,7 +91,7 @@ class StepGradients:
         broken = (~others_finite).float()
         flags = torch.stack([torch.full_like(broken, self._num_gradients), broken])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            # FSDP2 has reduced its gradients already
+            # FSDP2 has already reduced its gradients.
             mine = {name: grad for name, grad in grads.items() if not self._is_sharded_by_fsdp(name)}
             flat = torch.cat([flags, *(grad.flatten().to(flags.device) for grad in mine.values())])
             torch.distributed.all_reduce(flat)
@@ -134,6 +134,6 @@ def _side_by_side(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def _all_finite(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """Bool (), on `device`: by the largest absolute value, in a few kernels for any number of tensors."""
+    """Bool (), on `device`. The largest absolute value decides: a few kernels, however many tensors."""
     tensors = [tensor for tensor in tensors if tensor.numel()]  # a process may hold none of a sharded tensor's rows
     return torch.nn.utils.get_total_norm(tensors, norm_type=torch.inf).isfinite().to(device)

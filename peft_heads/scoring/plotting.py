@@ -27,7 +27,7 @@ def plot_head_scores(
         scores: `{module name: (num_heads,)}`.
         masks: `{module name: bool (num_heads,)}`, True = active.
         joint: One row per attention layer, the sum of its projections' scores; otherwise one row per projection.
-        title: Above the map.
+        title: Title of the map.
     """
     from matplotlib.figure import Figure
 
@@ -66,6 +66,6 @@ def figure_bytes(figure: Figure, dpi: int = 120) -> bytes:
 
 
 def _short(name: str) -> str:
-    """`vit.layers.3.attention` → `layers.3`: what tells the rows apart."""
+    """The part of a name that tells rows apart: `layers.3` of `vit.layers.3.attention`."""
     parts = [part for part in name.split(".") if part not in ("attention", "self", "self_attn")]
     return ".".join(parts[-4:] if len(parts) > 4 else parts[1:]) or name

@@ -1,18 +1,20 @@
-"""`Trainer.hyperparameter_search` over the heads: a search space for Optuna, and the model of a trial."""
+"""Hyperparameter search over attention heads, with Trainer: a search space for Optuna, and the model of a trial."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..tuners import HeadMaskedLoraConfig, RLRRConfig
-from ..tuners.common.head_selection import HeadSelectionConfig
+
+# The method of `head_model_init` without a configuration, by its name in PEFT: this room imports no tuner.
+DEFAULT_METHOD = "HEAD_MASKED_LORA"
 
 
 def head_search_space(
@@ -24,17 +26,19 @@ def head_search_space(
 ) -> dict[str, float]:
     """The papers' search space, as the `hp_space` of `Trainer.hyperparameter_search(backend="optuna")`.
 
-    Other values: `functools.partial(head_search_space, ne=(1, 2))`. More parameters: a function that calls this one.
+    For other values use `functools.partial(head_search_space, ne=(1, 2))`; for more parameters, a function that calls
+    this one.
 
     Args:
         trial: The Optuna trial, to which `ne`, `criterion`, `scale` and `learning_rate` are suggested.
         ne: Numbers of heads to deactivate.
         criteria: Criteria of [`HeadMaskedLoraConfig`].
-        scales: Values of the papers' s; `lora_alpha` is s · r.
+        scales: Values of the papers' scale s; `lora_alpha` is s · r.
         learning_rates: Lowest and highest learning rate, sampled log-uniformly.
 
     Returns:
-        What Trainer sets in its `TrainingArguments`: the learning rate. The rest is for [`head_model_init`].
+        The parameters that Trainer sets in its `TrainingArguments`, which is the learning rate. [`head_model_init`]
+        reads the others.
 
     Raises:
         TypeError: The trial is not Optuna's.
@@ -56,7 +60,7 @@ def head_search_space(
 
 def head_model_init(
     make_model: Callable[[], nn.Module],
-    config: HeadMaskedLoraConfig | RLRRConfig | None = None,
+    config: PeftConfig | None = None,
     space: Callable[[Any], Mapping[str, Any]] = head_search_space,
 ) -> Callable[[Any], PeftModel]:
     """The `model_init` of a Trainer that searches: for each trial a new model with the adapter the trial asks for.
@@ -67,16 +71,17 @@ def head_model_init(
 
     Args:
         make_model: Returns a new base model at every call.
-        config: What all trials have in common, and the model without a trial. Defaults to `HeadMaskedLoraConfig()`.
+        config: Configuration that all trials share, and of the model without a trial. Defaults to
+            `HeadMaskedLoraConfig()`.
         space: The search's `hp_space`.
 
     Returns:
         A function of the trial: Optuna's, a dict of Ray Tune or W&B, or the `hyperparameters` of the best run.
 
     Raises:
-        TypeError: `config` is not of a method whose heads can be masked.
-        ValueError: For a trial: its parameters hold nothing for the model or do not fit it, or `make_model` returned
-            a model that has an adapter already.
+        TypeError: `config` belongs to a method without head masks.
+        ValueError: Raised for a trial: none of its parameters is for the model, or they do not fit it, or `make_model`
+            returned a model that has an adapter already.
 
     Example:
 
@@ -94,8 +99,8 @@ def head_model_init(
         >>> trainer.train()
         ```
     """
-    config = HeadMaskedLoraConfig() if config is None else config
-    if not isinstance(config, HeadSelectionConfig):
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[DEFAULT_METHOD]() if config is None else config
+    if not _selects_heads(config):
         raise TypeError(f"head_model_init needs a HeadMaskedLoraConfig or an RLRRConfig; got {type(config).__name__}")
 
     def model_init(trial: Any = None) -> PeftModel:
@@ -114,8 +119,13 @@ def head_model_init(
     return model_init
 
 
-def _settings(config: HeadMaskedLoraConfig | RLRRConfig, params: Mapping[str, Any]) -> dict[str, Any]:
-    """What a trial's parameters replace in the configuration."""
+def _selects_heads(config: Any) -> bool:
+    """Whether the method can deactivate heads: its configuration has the fields that say which."""
+    return is_dataclass(config) and {"ne", "ratio", "criterion"} <= {field.name for field in fields(config)}
+
+
+def _settings(config: PeftConfig, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the configuration that a trial's parameters replace."""
     settings = {field.name: params[field.name] for field in fields(config) if field.name in params}
     if "scale" in params and not hasattr(config, "lora_alpha"):
         raise ValueError(

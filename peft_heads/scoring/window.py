@@ -1,4 +1,4 @@
-"""Which optimizer steps are scored, and after which one the heads are selected."""
+"""The optimizer steps that are scored, and the one after which heads are selected."""
 
 from __future__ import annotations
 
@@ -14,17 +14,32 @@ WINDOWS = ("last_epoch", "all", "last_step")
 
 @dataclass(frozen=True)
 class SelectionWindow:
-    """When heads are scored and selected.
+    """The steps at which heads are scored and selected.
 
     Attributes:
         first: The first optimizer step that is scored, counted from 1.
         last: The last one; the heads are selected after it.
-        asked: What the user asked for, for messages.
+        asked: The user's request, as messages quote it.
     """
 
     first: int
     last: int
     asked: str
+
+
+def check_window_arguments(select_at: float | None, warmup_epochs: float | None, window: str) -> None:
+    """Raise ValueError for arguments of `TaylorHeadScorer` that no training could fit."""
+    if select_at is not None and warmup_epochs is not None:
+        raise ValueError(
+            f"give select_at or warmup_epochs, not both; got select_at={select_at}, warmup_epochs={warmup_epochs}"
+        )
+    # written so that nan is refused as well
+    if select_at is not None and not (0 < select_at < 1 or (select_at >= 1 and float(select_at).is_integer())):
+        raise ValueError(f"select_at is a share of the steps, in (0, 1), or a whole number of steps; got {select_at}")
+    if warmup_epochs is not None and not 0 < warmup_epochs < math.inf:
+        raise ValueError(f"warmup_epochs must be positive; got {warmup_epochs}")
+    if window not in WINDOWS:
+        raise ValueError(f"window must be one of {', '.join(WINDOWS)}; got {window!r}")
 
 
 def plan_window(
@@ -38,11 +53,11 @@ def plan_window(
     """The window that `TaylorHeadScorer`'s arguments ask for.
 
     Args:
-        select_at: As of `TaylorHeadScorer`; one of this and `warmup_epochs` is None.
-        warmup_epochs: As of `TaylorHeadScorer`.
+        select_at: Argument of `TaylorHeadScorer`; one of this and `warmup_epochs` is None.
+        warmup_epochs: Argument of `TaylorHeadScorer`.
         window: One of `WINDOWS`.
-        max_steps: Optimizer steps of the training.
-        steps_per_epoch: Optimizer steps of an epoch; None if unknown.
+        max_steps: Number of optimizer steps of the training.
+        steps_per_epoch: Number of optimizer steps of an epoch; None if unknown.
 
     Raises:
         ValueError: The selection comes after the end of training, or needs the length of an epoch and that is unknown.
@@ -69,7 +84,7 @@ def plan_window(
 
 
 def steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:
-    """Optimizer steps of an epoch as Trainer counts them; None for a dataset of unknown length."""
+    """Number of optimizer steps of an epoch, as Trainer counts them; None for a dataset of unknown length."""
     try:
         batches = len(dataloader)
     except TypeError:

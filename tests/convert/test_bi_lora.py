@@ -24,7 +24,7 @@ from peft_heads import HeadMaskedLoraConfig
 from peft_heads.adapter_folder.labels import read_labels
 from peft_heads.cli.main import main
 from peft_heads.convert.bi_lora.convert import export_bi_lora, import_bi_lora
-from peft_heads.convert.bi_lora.files import BASE_MODEL, shortest_scale
+from peft_heads.convert.bi_lora.settings import BASE_MODEL, shortest_scale
 from peft_heads.data.images import load_image_processor
 from peft_heads.functional.packing import pack_module, unpack_module
 

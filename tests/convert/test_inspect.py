@@ -264,3 +264,16 @@ def test_rlrr_whose_rows_were_edited(rlrr, part, tmp_path):
     save_file(tensors | {key: torch.ones_like(tensors[key])}, folder / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=f"contradicts itself: .* heads .1., whose rows of {part} are not zero"):
         inspect_adapter(folder)
+
+
+def test_a_guess_needs_heads_of_equal_size(copy_of):
+    """Without the base model a packed mask is spread evenly over the rows."""
+    path = copy_of("vit packed") / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(key for key in tensors if key.endswith("lora_packed"))
+    tensors[name][2] = 5  # heads
+    save_file(tensors, path)
+    config = path.parent / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "/gone"}))
+    with pytest.raises(ValueError, match="it has 5 heads in 24 rows, which is not the same number for every head"):
+        inspect_adapter(path.parent)

@@ -23,7 +23,8 @@ from peft_heads import (
     set_image_processor,
 )
 from peft_heads.cli.main import main
-from peft_heads.convert.lora import export_lora, export_merged
+from peft_heads.convert.lora import export_lora
+from peft_heads.convert.merged import export_merged
 
 
 pytestmark = [

@@ -71,7 +71,7 @@ def test_default_targets(case):
 
 @behaviour(METHODS)
 def test_new_adapter(case):
-    """Before heads are selected, masks make no difference: to the bit what `ne=0` gives, gradients and file included."""
+    """Before heads are selected, masks make no difference: outputs, gradients and file are those of `ne=0`."""
     results = []
     for ne in (0, 1):
         torch.manual_seed(7)
@@ -192,7 +192,7 @@ def test_training(case, tmp_path):
 
 @behaviour(METHODS)
 def test_file(case, tmp_path):
-    """Keys carry the method's prefix; masks are in the file as they are set, and rows of deactivated heads are zeros."""
+    """Keys carry the method's prefix; masks are in the file as they are set, and rows of deactivated heads are zero."""
     model = create(case)
     model.save_pretrained(tmp_path)
     file = load_file(tmp_path / "adapter_model.safetensors")

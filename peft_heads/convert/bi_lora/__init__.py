@@ -1,1 +1,1 @@
-"""The files of Bi-LoRA's authors, read and written."""
+"""Reads and writes the files of Bi-LoRA's authors."""

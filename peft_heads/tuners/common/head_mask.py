@@ -1,4 +1,4 @@
-"""The mask of an adapter layer's heads, whatever the method: where it lives, and how it is read and set."""
+"""The head mask of an adapter layer, for all methods: where it lives, how it is read, set, saved and checked."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .head_selection import HeadSelectionConfig
 from .saved_keys import BASE
 
 
-# The last part of a mask's key: in files, and in earlier versions' models; and in a model.
+# The last part of a mask's key: in files (and in the models of earlier versions), and in a model.
 IN_FILE, IN_MODEL = ".mask", ".off"
-# In the file of a head-masked LoRA adapter, the end of a mask's key.
+# The end of a mask's key in the file of a head-masked LoRA adapter.
 LORA_MASK = "lora_head_mask" + IN_FILE
 
 
@@ -27,11 +27,11 @@ class HeadMask(nn.Module):
 
     On a fused projection it holds the heads of all adapted parts, one part after the other.
 
-    The sense is the model's alone: an exponential average over buffers is above zero for a head that is off, rounds to
-    True, and so keeps the head off. Files, and all functions that take or give masks, say True = active. The buffer
-    of earlier versions, `mask`, said so too; it is converted where a state dict has it.
+    Only the buffer says True = deactivated: an exponential average over buffers is then above zero for a head that is
+    off, rounds to True, and so keeps the head off. Files, and all functions that take or return masks, say True =
+    active. So did the buffer of earlier versions, `mask`, which is converted where a state dict has it.
 
-    Call the module to read the buffer: Accelerate, which may have offloaded it, brings it back around a call.
+    Read the buffer by calling the module: Accelerate, which may have offloaded it, brings it back around a call.
     """
 
     def __init__(self, num_heads: int) -> None:
@@ -48,7 +48,7 @@ class HeadMask(nn.Module):
         return ~self()
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
-        old = state_dict.pop(f"{prefix}mask", None)  # torch hands over a dict of its own
+        old = state_dict.pop(f"{prefix}mask", None)  # the dict is torch's own copy
         if old is not None:
             off = state_dict.setdefault(f"{prefix}off", ~old if old.dtype == torch.bool else None)
             if off is None or not torch.equal(off, ~old):
@@ -68,12 +68,12 @@ class HeadMask(nn.Module):
 
 
 def masks_for_file(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """An adapter's tensors with the masks as files have them: `….mask`, True = active."""
+    """Convert the masks among an adapter's tensors to the form of files: `….mask`, True = active."""
     return _inverted(state_dict, IN_MODEL, IN_FILE)
 
 
 def masks_for_model(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A file's tensors, or those of an old state dict, with the masks as a model has them: `….off`, True = deactivated.
+    """Convert the masks of a file, or of an old state dict, to the form of models: `….off`, True = deactivated.
 
     Raises:
         ValueError: A mask is not bool.
@@ -82,12 +82,17 @@ def masks_for_model(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tens
 
 
 def is_mask_key(key: str, end: str = IN_FILE) -> bool:
-    """Whether a key of a file (of a model's state dict with `end=IN_MODEL`) is a mask's, with adapter name or without."""
+    """Whether a key belongs to a mask, with an adapter name in it or without.
+
+    Args:
+        key: A key of a file, or with `end=IN_MODEL` of a model's state dict.
+        end: The key's last part.
+    """
     return key.endswith(end) and any(part.endswith("_head_mask") for part in key.split(".")[-3:-1])
 
 
 def deactivates(state_dict: dict[str, torch.Tensor]) -> bool:
-    """Whether any mask among tensors by the names of a model deactivates a head."""
+    """Whether any mask in a state dict with a model's names deactivates a head."""
     return any(is_mask_key(key, IN_MODEL) and bool(value.any()) for key, value in state_dict.items())
 
 
@@ -115,12 +120,12 @@ def masked_layers(model: nn.Module, adapter_name: str) -> list[tuple[str, HeadMa
 
 
 class HeadMaskedLayer:
-    """What an adapter layer with head masks has in common, for the protocol of heads/protocol.py.
+    """The part of the protocol of heads/protocol.py that all adapter layers with head masks share.
 
     Attributes:
         head_layout: Heads of the wrapped projection, per adapter.
         head_masks_name: Name of the `nn.ModuleDict` of [`HeadMask`]s by adapter; an adapter with `ne=0` has none.
-        merged_adapters: As of PEFT's layers.
+        merged_adapters: Names of the merged adapters, as in every layer of PEFT's.
     """
 
     head_layout: dict[str, ProjectionLayout]
@@ -197,7 +202,7 @@ def contradiction(where: str | os.PathLike, what: str) -> ValueError:
 def complete_masks(
     model: nn.Module, config: HeadSelectionConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The weights of a file with a mask for every layer that carries one: a missing mask means that all are active.
+    """Complete the weights of a file with the masks that it leaves out: there all heads are active.
 
     Args:
         model: The model with the adapter in it.
@@ -206,7 +211,8 @@ def complete_masks(
         state_dict: The file's weights, without the adapter's name in their keys.
 
     Raises:
-        ValueError: The weights speak of deactivated heads, and it matters: whole heads silent, or left out by a quantiser.
+        ValueError: Zeros among the weights say that heads were deactivated, and it matters: with `mask_scope="head"`
+            the whole head would be zero, and a quantiser would leave its rows out.
     """
     completed = dict(state_dict)
     matters = getattr(config, "mask_scope", "adapter") == "head" or getattr(config, "quantizes", False)
@@ -247,19 +253,20 @@ def check_saved_masks(
         adapter_name: The adapter.
         state_dict: The file's weights, by the names they have in the model.
         parameters: What has rows by head, as named in a layer: `"lora_B.{adapter_name}.weight"`.
-        zero_rows: Of a layout and its mask, bool (out,): the rows that must be zero.
+        zero_rows: Function of a layout and its mask that returns the rows that must be zero, bool (out,).
     """
     created = f"ne={config.ne}, ratio={config.ratio}"
     lost = [key for key, value in state_dict.items() if key.endswith("_head_mask.off") and value.any()]
     if lost:
         raise ValueError(
-            f"the adapter file deactivates heads ({lost[0].removesuffix(IN_MODEL) + IN_FILE}, …), but adapter {adapter_name!r} carries no mask there: "
-            f"it was created with {created}; create it with the settings it was saved with"
+            f"the adapter file deactivates heads ({lost[0].removesuffix(IN_MODEL) + IN_FILE}, …), but adapter "
+            f"{adapter_name!r} carries no mask there: it was created with {created}; create it with the settings it was "
+            "saved with"
         )
     for name, layer in masked_layers(model, adapter_name):
         off = state_dict.get(f"{name}.{layer.head_masks_name}.{adapter_name}.off")
         if off is None:
-            continue  # of a dict, which may be a part; a folder's are complete
+            continue  # a dict may hold a part of the adapter; the weights of a folder are complete
         layout, mask = layer.head_layout[adapter_name], ~off
         check_mask(name, mask, layout.num_heads)
         for parameter in parameters:

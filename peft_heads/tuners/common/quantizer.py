@@ -1,4 +1,4 @@
-"""Quantised weights of linear layers: decided once per optimizer step in training, for every pass otherwise."""
+"""Quantised weights of linear layers: decided once per optimizer step in training, otherwise for every pass."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from ...functional.sharding import is_dtensor
 from ...heads.layout import ProjectionLayout
 
 
-# Optimizer steps of the process so far, of whatever optimizer: many write through `.data` or a pointer, which moves no
-# version counter.
+# Number of optimizer steps in this process so far, of all optimizers. They are counted because many optimizers write
+# through `.data` or a pointer, which moves no version counter.
 _steps = [0]
 _step_hooks: list[RemovableHandle] = []
-# What has been decided in the pass without gradients that is under way; None outside of one.
+# What the running pass without gradients has decided; None outside of one.
 _passing: ContextVar[dict[nn.Linear, Decision] | None] = ContextVar("passing", default=None)
 
 
@@ -35,7 +35,7 @@ def _count_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
 
 @contextmanager
 def one_pass() -> Iterator[None]:
-    """A forward pass of the whole model: what it decides without gradients holds to its end, and is decided together."""
+    """A forward pass of the whole model: without gradients, all codes are decided together, once."""
     token = _passing.set({})
     try:
         yield
@@ -44,30 +44,31 @@ def one_pass() -> Iterator[None]:
 
 
 class WeightQuantizer:
-    """Gives the linear layers that share it the quantised values of their weights, with the straight-through gradient.
+    """Returns the quantised weights of the linear layers that share it, with the straight-through gradient.
 
-    Of weights that get no gradient (frozen, or under `torch.no_grad()`) the codes are decided whenever they are asked
-    for, inside of [`one_pass`] once, matrices of one shape together: whatever has written to them, however.
+    Weights without a gradient (frozen, or under `torch.no_grad()`): the codes are decided whenever a weight is asked
+    for, but only once inside [`one_pass`], and for matrices of one shape together. So every change of a weight is seen,
+    however it was written.
 
-    Of weights that get one, which code an entry has is decided when a weight is asked for whose layer, or its mask, has
-    changed since, and then for all the layers that have: once per optimizer step, however many passes a step takes. A
+    Weights with a gradient: the codes are decided again when a weight is asked for and its layer or mask has changed,
+    and then for all layers that have changed. That is once per optimizer step, however many passes a step takes. A
     change is seen by the identity, the version counter and the address of a tensor, and by any optimizer's step.
     Whoever writes through `.data` between two passes with gradients, without a step of an optimizer, calls `forget()`;
-    a layer that goes from training to evaluation or back does so itself. What is kept is a function of the weights
-    alone, so copies and pickles leave it behind.
+    a layer that goes from training to evaluation or back does so itself. Decisions depend on the weights alone, so
+    copies and pickles do not take them along.
 
-    A layer whose attribute `packed_weight` is a [`PackedWeight`] has these codes, mean and deviation as they stand, as
-    long as its weight is the one behind them; with the first other weight they are dropped. They need no decision.
+    A layer whose attribute `packed_weight` is a [`PackedWeight`] acts by these codes, mean and deviation as long as its
+    weight is the one behind them; they are dropped as soon as the weight is another. They need no decision.
 
     Args:
         bits: 1, 2, 4 or 8.
-        awaits_codes: Whether the weights are of no use yet, because a packed file is still to be read.
+        awaits_codes: Whether a packed file is still to be read, before which the weights are of no use.
     """
 
     def __init__(self, bits: int, awaits_codes: bool = False) -> None:
         self.bits = bits
         self.awaits_codes = awaits_codes
-        code_book(bits)  # so that no compiler comes across its computation
+        code_book(bits)  # computed here, so that no compiler traces it
         if not _step_hooks:
             _step_hooks.append(register_optimizer_step_post_hook(_count_step))
         self._entries: weakref.WeakKeyDictionary[nn.Linear, _Entry] = weakref.WeakKeyDictionary()
@@ -88,18 +89,19 @@ class WeightQuantizer:
 
         Args:
             linear: The layer. Only its weight is read; it is not called.
-            layout, head_mask: The heads of its rows, and the module whose property `active` says which are active:
-                the other rows are left out. None keeps all rows.
+            layout, head_mask: The heads of its rows, and the module whose property `active` says which are active.
+                Rows of the others are left out. None keeps all rows.
 
         Raises:
-            ValueError: The weight is sharded or flattened, so that its mean and deviation cannot be known here; or the
+            ValueError: The weight is sharded or flattened, so that its mean and deviation are not known here; or the
                 codes of a packed adapter have not been loaded.
         """
         if self.awaits_codes:
             raise ValueError(
                 "the adapter's configuration says that it is packed, but no codes have been loaded: transformers' own "
                 "load_adapter and from_pretrained do not read them. Use PeftModel.from_pretrained or "
-                "peft_heads.load_image_classifier; for a new adapter with these settings set config.packed = False; `peft-heads export ADAPTER --to lora DIR` writes what all can read"
+                "peft_heads.load_image_classifier; for a new adapter with these settings set config.packed = False; "
+                "`peft-heads export ADAPTER --to lora DIR` writes what all can read"
             )
         weight = linear.weight
         problem = _why_not(linear)
@@ -109,8 +111,8 @@ class WeightQuantizer:
                 f"({linear.out_features}, {linear.in_features}), but {problem}, or use adapter_bits=32 and "
                 "classifier_bits=32"
             )
-        # A compiler traces the plain expression; weights that are no parameters are those of a replica or a functional
-        # call, and come anew each time.
+        # A compiler traces the plain expression. So does every weight that is no parameter: in a replica or a functional
+        # call it is a new tensor each time, of which nothing is worth keeping.
         if torch.compiler.is_compiling() or not isinstance(weight, nn.Parameter) or weight.is_inference():
             rows = None if head_mask is None else layout.active_rows(head_mask.active)
             quantized = _as_packed(linear, rows, quantize_by_autograd(weight, self.bits, rows))
@@ -130,11 +132,11 @@ class WeightQuantizer:
         return quantized
 
     def forget(self) -> None:
-        """Decide again for all layers when they are asked next."""
+        """Decide again for all layers when they are next asked for."""
         self._num_forgotten += 1
 
     def decision(self, linear: nn.Linear, **heads: Any) -> Decision:
-        """The decision that is in force for a layer: codes, mean and deviation. Arguments as for a call."""
+        """A layer's current decision: codes, mean and deviation. Arguments as for a call."""
         with torch.no_grad():
             self(linear, **heads)
             return self._decide_in_passing(linear)
@@ -142,7 +144,7 @@ class WeightQuantizer:
     def on_gradient(self, linear: nn.Linear, call: Callable[[torch.Tensor, bool], None]) -> RemovableHandle:
         """Call `call(gradient, False)` with the gradient of the *quantised* weight in each backward pass from now on.
 
-        As `sharding.on_gradient`: this process's, of the micro-batch alone, before anything clips it.
+        As with `sharding.on_gradient`, it is this process's gradient of the micro-batch alone, before anything clips it.
         """
         calls = self._listeners.setdefault(linear, OrderedDict())
         handle = RemovableHandle(calls)
@@ -150,7 +152,7 @@ class WeightQuantizer:
         self._heard = True
         return handle
 
-    # A compiler breaks its graph here, as long as somebody listens.
+    # Not compiled: a graph breaks here as long as somebody listens.
     @torch.compiler.disable
     def _let_hear(self, linear: nn.Linear, quantized: torch.Tensor) -> None:
         self._heard = any(self._listeners.values())
@@ -159,13 +161,13 @@ class WeightQuantizer:
                 quantized.register_hook(lambda grad, call=call: call(grad, False))
 
     def _state(self, linear: nn.Linear, entry: _Entry) -> tuple:
-        """What a decision belongs to."""
+        """A key that changes whenever a decision may have become wrong."""
         weight, mask = linear.weight, getattr(entry.head_mask, "off", None)
         steps = _steps[0] if weight.requires_grad else None
         return (_identity(weight), _identity(mask), steps, self._num_forgotten)
 
     def _decide_changed(self) -> None:
-        """For all layers that have changed since their last pass with gradients."""
+        """Decide for all layers that have changed since their last pass with gradients."""
         changed = []
         for linear, entry in self._entries.items():
             state = self._state(linear, entry)
@@ -176,7 +178,7 @@ class WeightQuantizer:
             self._entries[linear].decision = decision
 
     def _decide_in_passing(self, linear: nn.Linear) -> Decision:
-        """For this layer; in the course of a pass for all, once."""
+        """Decide for this layer, or inside [`one_pass`] once for all."""
         passing = _passing.get()
         if passing is None:
             return self._decide([linear])[linear]
@@ -205,7 +207,7 @@ class WeightQuantizer:
         return decisions
 
     def _of_packed(self, linear: nn.Linear, packed: PackedWeight) -> Decision:
-        """With the codes, mean and deviation that were stored, and the gradient of the weight behind them."""
+        """The decision with the stored codes, mean and deviation, and the gradient of the weight behind them."""
         weight = linear.weight.detach()
         with torch.autocast(weight.device.type, enabled=False):
             decision = decide(weight, self.bits, None if packed.rows is None else packed.rows.to(weight.device))
@@ -213,9 +215,9 @@ class WeightQuantizer:
 
 
 def packed_weight(linear: nn.Linear, rows: torch.Tensor | None) -> PackedWeight | None:
-    """The codes by which the layer acts, if it was packed or loaded so and nothing has changed its weight since."""
+    """The stored codes by which a layer acts; None if it has none, or if its weight has changed since."""
     packed = getattr(linear, "packed_weight", None)
-    # of an offloaded weight nothing can be said; whoever has it asks again
+    # An offloaded weight cannot be compared. Whoever brings it back asks again.
     if packed is None or linear.weight.is_meta:
         return packed
     if packed.codes.device != linear.weight.device:
@@ -226,7 +228,10 @@ def packed_weight(linear: nn.Linear, rows: torch.Tensor | None) -> PackedWeight 
 
 
 def _as_packed(linear: nn.Linear, rows: torch.Tensor | None, quantized: torch.Tensor) -> torch.Tensor:
-    """What a compiler can trace: the packed values where they are in force, with the gradient of `quantized`."""
+    """The packed values if their weight is unchanged, else `quantized`; the gradient is always that of `quantized`.
+
+    One expression without a branch, which a compiler can trace.
+    """
     packed = getattr(linear, "packed_weight", None)
     if packed is None:
         return quantized
@@ -236,7 +241,7 @@ def _as_packed(linear: nn.Linear, rows: torch.Tensor | None, quantized: torch.Te
 
 
 class _Entry:
-    """What is known of a layer; refers to its mask but never to the layer, whose end it must not put off."""
+    """What is known of a layer. It refers to the mask, but never to the layer, which it must not keep alive."""
 
     def __init__(self, layout: ProjectionLayout | None, head_mask: nn.Module | None) -> None:
         self.layout = layout
@@ -259,7 +264,7 @@ def _identity(tensor: torch.Tensor | None) -> tuple | None:
 
 
 def _why_not(linear: nn.Linear) -> str | None:
-    """What keeps a weight from being quantised, None if nothing does."""
+    """The reason why a weight cannot be quantised; None if it can."""
     weight, unsharded = linear.weight, "use DistributedDataParallel or ZeRO 1 or 2"
     if is_dtensor(weight):
         return f"it is sharded over the processes (FSDP2); {unsharded}"

@@ -148,7 +148,7 @@ def register_method(method: Method) -> None:
         )
     if method.model is not None:
         register_tuner(name=peft_type.lower(), config_cls=method.config, model_cls=method.model)
-        extend_weight_mapping(peft_type.lower())
+        extend_weight_mapping(peft_type.lower(), _mask_converter)
         delegate_config_loading()
         extend_model_card(update_model_card)
     _METHODS[method.name] = method
@@ -209,6 +209,12 @@ def card_tags() -> tuple[str, ...]:
 def update_model_card(model: PeftModel, folder: str | os.PathLike) -> None:
     """Let the card in a folder describe the model's adapter, whatever its method."""
     update_card(model, folder, card_tags())
+
+
+def _mask_converter(adapter_name: str) -> Any:
+    from .mask_conversion import mask_converter  # here, as it needs transformers 5, and is asked for by that alone
+
+    return mask_converter(adapter_name)
 
 
 def _type_of(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Hot-swapping, where PEFT writes an adapter's weights over another's without asking the tuner."""
+"""Hot-swapping: PEFT writes an adapter's weights over another's without asking the tuner."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WAY_OUT = "load the adapter beside the other instead (load_adapter and set_adapt
 def check_configs(old: PeftConfig, new: PeftConfig) -> None:
     """Raise ValueError for adapters that must not be swapped although their options agree.
 
-    An adapter without masks has no place for another's.
+    An adapter without masks has no place for the masks of another, and packed codes have no place among weights.
     """
     if getattr(old, "masks_heads", None) != getattr(new, "masks_heads", None):
         raise ValueError(
@@ -39,14 +39,20 @@ def check_configs(old: PeftConfig, new: PeftConfig) -> None:
 def prepare(
     model: nn.Module, state_dict: dict[str, torch.Tensor], adapter_name: str, config: PeftConfig
 ) -> dict[str, torch.Tensor]:
-    """The weights of a file, by the model's names but with the file's masks, as they are to be swapped in.
+    """Check the weights of a file, and return them as they are to be swapped in.
 
-    What a file does not hold PEFT fills with zeros: all heads active, and no update.
+    PEFT fills what a file does not hold with zeros: all heads active, and no update.
+
+    Args:
+        model: The model with the old adapter in it.
+        state_dict: The file's weights, by the model's names but with the file's masks.
+        adapter_name: The old adapter.
+        config: The new adapter's configuration.
 
     Raises:
-        ValueError: The folder that the configuration comes from contradicts itself, or does not fit the model. A k-bit
-            weight has another rank than the one it replaces: PEFT fills up with zeros, which have no code, and would change
-            all the others; a larger weight it puts into a layer of the old rank.
+        ValueError: The folder that the configuration comes from contradicts itself, or does not fit the model. Or a
+            k-bit weight has another rank than the one it replaces: PEFT would pad a smaller one with zeros, which have no
+            code and would change all the others, and put a larger one into a layer of the old rank.
     """
     if is_own(config):
         if isinstance(config, AdapterFolderConfig) and config.carried.source is not None:
@@ -73,7 +79,7 @@ def prepare(
 
 
 def check_padding(model: nn.Module, target_rank: int) -> None:
-    """Raise ValueError if a k-bit adapter would be padded: the zeros would be quantised, and change all its weights."""
+    """Raise ValueError if a k-bit adapter would be padded with zeros, which have no code and would change all weights."""
     for name, layer in _layers(model):
         for adapter_name, quantizer in layer.lora_quantizer.items():
             rank = layer.lora_A[adapter_name].weight.shape[0]
@@ -88,4 +94,4 @@ def check_padding(model: nn.Module, target_rank: int) -> None:
 def _layers(model: nn.Module, adapter_name: str | None = None) -> Iterator[tuple[str, HeadMaskedLinear]]:
     for name, module in model.named_modules():
         if isinstance(module, HeadMaskedLinear) and (adapter_name is None or adapter_name in module.lora_A):
-            yield name.removeprefix(f"{COMPILED}."), module  # of torch.compile; keys of weights have it not
+            yield name.removeprefix(f"{COMPILED}."), module  # the prefix of torch.compile is not in the keys

@@ -22,7 +22,7 @@ from .config import FULL_PRECISION, HeadMaskedLoraConfig
 from .variants import HeadMaskVariant, KBitVariant
 
 
-# The up-projection of a k-bit adapter (Bi-LoRA): a normal that is cut off. Zeros would have no deviation.
+# `lora_B` of a k-bit adapter is initialised by a normal that is cut off (Bi-LoRA): zeros would have no deviation.
 UP_STD, UP_LIMIT = 0.001, 0.002
 
 
@@ -33,8 +33,8 @@ class HeadMaskedLinear(HeadMaskedLayer, Linear):
     `get_delta_weight`, in merged weights, with DoRA and in mixed batches. With `mask_scope="head"` the projection's
     whole output for that head is zero, bias included.
 
-    With `adapter_bits` below 32, everything that the layer does it does with the quantised factors; the parameters
-    are the full-precision weights behind them.
+    With `adapter_bits` below 32 the layer always uses the quantised factors; the parameters are the full-precision
+    weights behind them.
 
     An adapter with `ne=0`, in full precision, has no mask here and takes stock LoRA's path.
     """
@@ -84,7 +84,7 @@ class HeadMaskedLinear(HeadMaskedLayer, Linear):
         self, adapter_name: str, r: int, lora_alpha: int, config: HeadMaskedLoraConfig, **kwargs: Any
     ) -> None:
         """Add an adapter that `expect_adapter` has announced."""
-        if not hasattr(self, "lora_head_mask"):  # the parent's __init__ comes here to create the first adapter
+        if not hasattr(self, "lora_head_mask"):  # the parent's __init__ calls this method for the first adapter
             self.lora_head_mask = nn.ModuleDict({})
             self.lora_bottleneck_dropout = nn.ModuleDict({})
             self.classifier_bits: dict[str, int] = {}
@@ -118,15 +118,15 @@ class HeadMaskedLinear(HeadMaskedLayer, Linear):
     # k-bit adapters
 
     def quantized_down(self, adapter_name: str) -> torch.Tensor:
-        """`lora_A` as a k-bit adapter has it, (r, in)."""
+        """The quantised `lora_A` of a k-bit adapter, (r, in)."""
         return self.lora_quantizer[adapter_name](self.lora_A[adapter_name])
 
     def quantized_up(self, adapter_name: str) -> torch.Tensor:
-        """`lora_B` as a k-bit adapter has it, (out, r), with zeros in the rows that the adapter must not change."""
+        """The quantised `lora_B` of a k-bit adapter, (out, r); rows that the adapter must not change are zeros."""
         return self.lora_quantizer[adapter_name](self.lora_B[adapter_name], **self.heads_of_rows(adapter_name))
 
     def heads_of_rows(self, adapter_name: str) -> dict[str, Any]:
-        """What tells the quantiser which rows `lora_B` has; empty if all of them."""
+        """The quantiser's arguments that say which rows `lora_B` has; empty if it has all of them."""
         if adapter_name not in self.lora_head_mask:
             return {}
         return {"layout": self.head_layout[adapter_name], "head_mask": self.lora_head_mask[adapter_name]}
@@ -162,8 +162,8 @@ class HeadMaskedLinear(HeadMaskedLayer, Linear):
         """bool (out,), True = the adapter, which has a mask, must not change the row."""
         return self.head_layout[adapter_name].rows_of(self.lora_head_mask[adapter_name](), outside=True)
 
-    # Everything that merges rests on the delta weight and, for what PEFT adds outside of it (DoRA's magnitude,
-    # lora_B's bias), on restoring the rows of deactivated heads.
+    # Merging uses the delta weight. PEFT adds more outside of it (DoRA's magnitude, lora_B's bias), so the rows of
+    # deactivated heads are restored afterwards.
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """The adapter's update of the weight, (out, in), with zero rows where it must not change the base."""
@@ -178,7 +178,7 @@ class HeadMaskedLinear(HeadMaskedLayer, Linear):
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             rows = self._frozen_base_rows(adapter_name)
             with warnings.catch_warnings():
-                # one by one, so that each knows the rows it found; the adapters before it are no news
+                # Merged one by one, so that each adapter's overwritten rows are known. PEFT would warn of the earlier ones.
                 warnings.filterwarnings("ignore", message="Already following adapters were merged")
                 super().merge(safe_merge=safe_merge, adapter_names=[adapter_name])
             if rows and adapter_name in self.merged_adapters:
@@ -220,8 +220,8 @@ class HeadMaskedLinear(HeadMaskedLayer, Linear):
             tensor[off] = values.to(tensor)  # the model may have been cast or moved since
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        # PEFT converts the delta weight alone, neither DoRA's magnitude nor the bias of lora_B, and copies the trained
-        # head's parameters, which are not what a head of few bits acts by
+        # PEFT converts the delta weight alone, without DoRA's magnitude and the bias of lora_B. It copies the trained
+        # classifier's parameters, but a classifier of few bits acts by others.
         beside = self.use_dora.get(adapter_name) or self.lora_bias.get(adapter_name)
         few_bits = self.classifier_bits.get(adapter_name, FULL_PRECISION) != FULL_PRECISION
         return not beside and not few_bits and super().supports_lora_conversion(adapter_name)
@@ -243,7 +243,8 @@ class QuantizedUp(ScoredParameter):
     adapter_name: str
 
     def tensor(self) -> torch.Tensor:
-        with torch.enable_grad():  # the value that the passes with gradients act by, also if asked in a hook
+        # A hook runs without gradients, but the value of a pass with gradients is meant.
+        with torch.enable_grad():
             return self.layer.quantized_up(self.adapter_name)
 
     def on_gradient(self, call: Callable[[torch.Tensor, bool], None]) -> Any:

@@ -22,12 +22,12 @@ from .layer import HeadMaskedLinear
 
 
 def pack_adapter(model: nn.Module, adapter_name: str = "default") -> None:
-    """Make an adapter's codes, means and deviations what it is: from now on it is saved packed, `bits` per weight.
+    """Reduce a k-bit adapter to its codes, means and deviations: from now on it is saved packed, `bits` per weight.
 
     Logits stay as they are, bit for bit, also after saving and loading. The full-precision weights behind the codes are
-    replaced by others that give the same codes, as a packed file will when it is loaded; with the first step of training
-    the adapter is no longer packed, and is saved in full precision again. Rows of deactivated heads are not stored. What
-    is not quantised (biases, a classification head with `classifier_bits=32`) is saved as it is.
+    replaced by others with the same codes, those that loading the packed file restores. The first step of training ends
+    this: the adapter is no longer packed, and is saved in full precision again. Rows of deactivated heads are not
+    stored. What is not quantised (biases, a classifier with `classifier_bits=32`) is saved as it is.
 
     Args:
         model: A [`PeftModel`], or its tuner.
@@ -63,9 +63,9 @@ def pack_adapter(model: nn.Module, adapter_name: str = "default") -> None:
 
 
 def is_packed(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> bool:
-    """Whether all k-bit weights of the adapter are as they were packed or loaded, in the model and in `state_dict`.
+    """Whether all k-bit weights of the adapter are still as they were packed or loaded, in the model and in `state_dict`.
 
-    False where there are none.
+    False for an adapter without k-bit weights.
     """
     linears = list(_quantized(model, adapter_name))
     for name, linear, _, heads in linears:
@@ -81,13 +81,13 @@ def write_packed(
     state_dict: dict[str, torch.Tensor],
     model_state_dict: dict[str, torch.Tensor],
 ) -> None:
-    """Write into an adapter's `state_dict` the codes of its k-bit weights instead of the weights.
+    """Replace the k-bit weights in an adapter's `state_dict` by their codes.
 
     Args:
         model: The model with the adapter in it, which is packed.
         adapter_name: The adapter.
-        state_dict: Its weights, without what it trains in full.
-        model_state_dict: The model's, from which PEFT goes on to take what is trained in full.
+        state_dict: The adapter's weights, without the modules that are trained in full.
+        model_state_dict: The model's state dict, from which PEFT takes the modules that are trained in full afterwards.
     """
     for name, layer in _layers(model, adapter_name):
         if adapter_name in layer.lora_quantizer:
@@ -100,22 +100,23 @@ def write_packed(
             ):
                 state_dict.pop(f"{name}.{key}", None)
             state_dict[f"{name}.{PACKED}.{adapter_name}"] = pack_module(factors, mask)
-    for name, head in _heads(model, adapter_name):
-        model_state_dict[f"{name}.weight"] = pack_module([head.packed_weight])
+    for name, classifier in _classifiers(model, adapter_name):
+        model_state_dict[f"{name}.weight"] = pack_module([classifier.packed_weight])
 
 
 def read_packed(
     model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], bool]:
-    """A file's weights with full-precision ones in place of the codes, which the layers take note of.
-
-    And whether there were any codes.
+    """Replace the codes in a file's weights by full-precision weights, and give the codes to the layers.
 
     Args:
         model: The model with the adapter in it.
         adapter_name: The adapter that is being loaded.
-        state_dict: The file's weights; LoRA's by the names that the file gives them (without the adapter's), those of
-            modules that are trained in full by the model's.
+        state_dict: The file's weights. LoRA's have the file's names (without the adapter's), those of modules that are
+            trained in full have the model's.
+
+    Returns:
+        The weights, and whether there were any codes.
 
     Raises:
         ValueError: Packed weights do not fit the adapter, or are damaged.
@@ -144,7 +145,7 @@ def read_packed(
             layer.lora_quantizer[adapter_name].forget()
     for key, value in unpacked.items():
         if value.dtype == torch.uint8 and f".modules_to_save.{adapter_name}." in key:
-            unpacked[key], found = _read_head(model, key, value), True
+            unpacked[key], found = _read_classifier(model, key, value), True
     return unpacked, found
 
 
@@ -155,7 +156,7 @@ def _unpack(
     expected: list[tuple[int | None, int]],
     layout: ProjectionLayout | None = None,
 ) -> tuple[list[PackedWeight], torch.Tensor | None]:
-    """`expected`: the shapes; None for rows of which there may be any number."""
+    """Unpack an entry; `expected` are the shapes, with None for any number of rows."""
     try:
         matrices, mask = unpack_module(data, len(expected), partial(rows_in_file, layout, "the adapter's layer"))
     except ValueError as error:
@@ -171,34 +172,34 @@ def _unpack(
     return matrices, mask
 
 
-def _read_head(model: nn.Module, key: str, data: torch.Tensor) -> torch.Tensor:
+def _read_classifier(model: nn.Module, key: str, data: torch.Tensor) -> torch.Tensor:
     name = key.removesuffix(".weight")
-    head = dict(model.named_modules()).get(name)
-    if not isinstance(head, QuantizedLinear):
+    classifier = dict(model.named_modules()).get(name)
+    if not isinstance(classifier, QuantizedLinear):
         raise ValueError(
             f"{key} of the adapter file is packed, but the adapter's head is in full precision; create it with the "
             "classifier_bits it was saved with"
         )
-    (matrix,), _ = _unpack(key, data, head.quantizer.bits, [(None, head.in_features)])
-    head.packed_weight = matrix
-    head.quantizer.forget()
-    return matrix.latents.to(head.weight.dtype)
+    (matrix,), _ = _unpack(key, data, classifier.quantizer.bits, [(None, classifier.in_features)])
+    classifier.packed_weight = matrix
+    classifier.quantizer.forget()
+    return matrix.latents.to(classifier.weight.dtype)
 
 
 def _quantized(
     model: nn.Module, adapter_name: str
 ) -> Iterator[tuple[str, nn.Linear, WeightQuantizer, dict[str, Any]]]:
-    """All k-bit weights of an adapter.
+    """The k-bit weights of an adapter: `(name in the model's state dict, layer, quantiser, heads)`.
 
-    By name in the model's state dict: the linear layer, its quantiser, and the arguments that say which rows it has.
+    The heads are the quantiser's arguments that say which rows the layer has.
     """
     for name, layer in _layers(model, adapter_name):
         if adapter_name in layer.lora_quantizer:
             quantizer, heads = layer.lora_quantizer[adapter_name], layer.heads_of_rows(adapter_name)
             yield f"{name}.lora_A.{adapter_name}", layer.lora_A[adapter_name], quantizer, {}
             yield f"{name}.lora_B.{adapter_name}", layer.lora_B[adapter_name], quantizer, heads
-    for name, head in _heads(model, adapter_name):
-        yield name, head, head.quantizer, {}
+    for name, classifier in _classifiers(model, adapter_name):
+        yield name, classifier, classifier.quantizer, {}
 
 
 def _in_force(linear: nn.Linear, heads: dict[str, Any]) -> PackedWeight | None:
@@ -216,10 +217,10 @@ def _layers(model: nn.Module, adapter_name: str) -> Iterable[tuple[str, HeadMask
             yield name, module
 
 
-def _heads(model: nn.Module, adapter_name: str) -> Iterable[tuple[str, QuantizedLinear]]:
-    """`(name in the model's state dict, head)`."""
+def _classifiers(model: nn.Module, adapter_name: str) -> Iterable[tuple[str, QuantizedLinear]]:
+    """The k-bit classifiers of an adapter: `(name in the model's state dict, classifier)`."""
     for name, module in own_modules(model):
         if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-            head = module.modules_to_save[adapter_name]
-            if isinstance(head, QuantizedLinear):
-                yield f"{name}.modules_to_save.{adapter_name}", head
+            classifier = module.modules_to_save[adapter_name]
+            if isinstance(classifier, QuantizedLinear):
+                yield f"{name}.modules_to_save.{adapter_name}", classifier

@@ -15,7 +15,7 @@ from .base_layer import RLRRLayer
 from .config import RLRRConfig
 
 
-# Deviations of γ and β (the paper's), and size of the factors' entries where the paper names an initialisation alone.
+# Initial deviation of γ and β, which the paper gives, and size of the factors' entries, which it does not.
 SCALE_STD, FACTOR_SIZE = 0.02, 0.02
 
 
@@ -88,24 +88,24 @@ class RLRRLinear(HeadMaskedLayer, RLRRLayer):
     # How the adapters act
 
     def factors(self, adapter_name: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """`S_out` (out, r) without deactivated heads, and `S_in` (r, in); None for one that there is not."""
+        """`S_out` (out, r), zero for deactivated heads, and `S_in` (r, in); None for a factor that is not there."""
         left = self.rlrr_left[adapter_name] if adapter_name in self.rlrr_left else None
         right = self.rlrr_right[adapter_name] if adapter_name in self.rlrr_right else None
         return left if left is None else self.mask_rows(adapter_name, left), right
 
     def shift(self, adapter_name: str) -> torch.Tensor | None:
-        """f (out,), without deactivated heads; None if there is none."""
+        """f (out,), zero for deactivated heads; None if there is none."""
         if adapter_name not in self.rlrr_shift:
             return None
         return self.mask_rows(adapter_name, self.rlrr_shift[adapter_name])
 
     def summed_shift(self, adapter_names: list[str]) -> torch.Tensor | None:
-        """The f of several adapters together."""
+        """The sum of several adapters' f; None if none has one."""
         shifts = [shift for name in adapter_names if (shift := self.shift(name)) is not None]
         return sum(shifts[1:], start=shifts[0]) if shifts else None
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """What the adapter adds to the frozen weight, of its shape, in the wider dtype of the two."""
+        """The adapter's change of the frozen weight, of the same shape, in the wider dtype of the two."""
         weight = self.frozen_weight()
         change = delta(self.operation.matrix(weight), *self.factors(adapter), self.rlrr_variant[adapter])
         return self.operation.weight(change, weight.shape)
@@ -140,7 +140,7 @@ def _of_base_layer(name: str) -> property:
 class RLRRConv2d(RLRRLinear):
     """A convolution whose kernels, laid out as a matrix (out·k, in·k), are rescaled."""
 
-    # what models read of their convolutions: MobileNet pads by it
+    # Models read these of their convolutions, for instance MobileNet, which pads by them.
     kernel_size, stride, dilation = map(_of_base_layer, ("kernel_size", "stride", "dilation"))
 
     @property

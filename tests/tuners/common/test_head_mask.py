@@ -15,7 +15,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import ViTForImageClassification
 
 from peft_heads import HeadMaskedLoraConfig, RLRRConfig, get_head_masks, pack_adapter, set_head_masks
-from peft_heads.tuners.common.head_mask import HeadMask
+from peft_heads.heads import HeadLayout, ProjectionLayout
+from peft_heads.tuners.common.head_mask import HeadMask, rows_in_file
 
 
 METHODS = {
@@ -236,3 +237,24 @@ def test_from_pretrained_of_transformers(method, tmp_path):
     loaded = ViTForImageClassification.from_pretrained(tmp_path / "adapter").eval()
     assert masks(loaded) == masks(model)
     assert torch.equal(logits(loaded), logits(model))
+
+
+PROJECTION = ProjectionLayout(6, (HeadLayout("query", num_heads=3, head_dim=2),))
+
+
+def test_rows_of_a_packed_file():
+    rows = rows_in_file(PROJECTION, "the adapter's layer", (6, 4), torch.tensor([True, False, True]))
+    assert rows.tolist() == [True, True, False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("layout", "num_heads", "num_rows", "message"),
+    [
+        (None, 3, 6, "it has 3 heads in 6 rows, but the adapter's layer has none"),
+        (PROJECTION, 2, 6, "it has 2 heads in 6 rows, but the adapter's layer has 3 in 6 rows"),
+        (PROJECTION, 3, 12, "it has 3 heads in 12 rows, but the adapter's layer has 3 in 6 rows"),
+    ],
+)
+def test_a_packed_file_of_other_heads(layout, num_heads, num_rows, message):
+    with pytest.raises(ValueError, match=message):
+        rows_in_file(layout, "the adapter's layer", (num_rows, 4), torch.ones(num_heads, dtype=torch.bool))

@@ -1,6 +1,8 @@
 """An adapter whose criterion nobody has registered here loads, with its masks; only a selection by it is an error."""
 
+import contextlib
 import json
+import warnings
 
 import pytest
 import tiny
@@ -109,7 +111,7 @@ def test_a_selection_that_is_ahead_is_refused_before_the_warm_up(folder, tmp_pat
     assert trainer.state.global_step == 0
 
 
-def test_a_new_configuration_is_refused_and_so_is_one_of_another_type(folder):
+def test_a_new_configuration_is_refused_and_so_is_one_of_another_type(folder, monkeypatch):
     for config_class in (HeadMaskedLoraConfig, RLRRConfig):
         with pytest.raises(ValueError, match=r"criterion must be one of absolute, .*got 'theirs'$"):
             config_class(ne=1, criterion="theirs")
@@ -118,6 +120,17 @@ def test_a_new_configuration_is_refused_and_so_is_one_of_another_type(folder):
     edit(folder, criterion=["theirs"])
     with pytest.raises(ValueError, match="criterion is .*a wrong type"):
         PeftConfig.from_pretrained(folder)
-    # the mark of what is read ends with the reading, also where that fails
+    monkeypatch.setattr(_compat, "_config_class", lambda *args: None)  # as of a repository
+    with pytest.raises(ValueError, match="criterion must be one of absolute, .*got \\['theirs'\\]"):
+        PeftConfig.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("ne", [2, -1])
+def test_a_new_configuration_is_new_once_another_was_read(folder, ne):
+    """Also where the reading has failed."""
+    edit(folder, ne=ne)
+    with warnings.catch_warnings(), contextlib.nullcontext() if ne > 0 else pytest.raises(ValueError, match="got -1"):
+        warnings.simplefilter("ignore")
+        PeftConfig.from_pretrained(folder)
     with pytest.raises(ValueError, match="got 'theirs'"):
         HeadMaskedLoraConfig(criterion="theirs")

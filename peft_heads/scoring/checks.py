@@ -1,0 +1,103 @@
+"""Finds what keeps heads from being scored, before training begins rather than after the warm-up."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from torch import nn
+from transformers import TrainingArguments
+
+from ..functional.sharding import whole_shape
+from ..heads.protocol import HeadMaskable, module_patterns
+from ..heads.scores import find_criterion
+
+
+if TYPE_CHECKING:
+    from .scorer import HeadScorer
+
+
+def check_parameters(layers: dict[str, HeadMaskable], adapter_name: str) -> None:
+    """Raise ValueError if no gradient can be taken of a head-wise parameter, or its rows are not those of heads.
+
+    Args:
+        layers: `{module name: layer}` of the adapter's head-maskable layers.
+        adapter_name: The adapter.
+    """
+    for name, layer in layers.items():
+        for scored in layer.scored_parameters(adapter_name):
+            problem = _problem_of(name, scored.param, layer.head_layout[adapter_name].out_features)
+            if problem is not None:
+                raise ValueError(f"the heads of adapter {adapter_name!r} cannot be scored: {problem}")
+
+
+def check_deepspeed(args: TrainingArguments, config: Any) -> None:
+    """Raise ValueError for settings that do not work with DeepSpeed.
+
+    Args:
+        args: Trainer's arguments.
+        config: The adapter's configuration.
+    """
+    state = AcceleratorState()
+    if state.distributed_type != DistributedType.DEEPSPEED:
+        return
+    if getattr(config, "use_dora", False) and state.deepspeed_plugin.zero_stage == 3:
+        # saving needs the norms of frozen rows, and only one process saves
+        raise ValueError("DoRA with ZeRO 3: the adapter could not be saved; use ZeRO 1 or 2, or use_dora=False")
+    # DeepSpeed keeps its loss scale to itself, and has changed it by the time a callback could ask
+    if args.fp16 or state.mixed_precision == "fp16":
+        raise ValueError(
+            "fp16=True with DeepSpeed: the heads' scores would be those of a scaled loss; train with bf16=True, or with "
+            "fp16=True without DeepSpeed"
+        )
+
+
+def check_first_step(scorer: HeadScorer, asked: str) -> None:
+    """Raise ValueError if heads are to be selected after step 1 alone by scores that can only be zero.
+
+    Args:
+        scorer: The adapter's scorer.
+        asked: The user's request, as the message quotes it.
+    """
+    config = scorer.config
+    masked = any(not layer.get_head_mask(scorer.adapter_name).all() for layer in scorer.layers.values())
+    if masked or not config.masks_heads or not find_criterion(config.criterion).is_taylor:
+        return  # nothing will be selected, or not by products with the adapter's parameters
+    zero = scorer.without_update()
+    if zero:
+        raise ValueError(
+            f"{asked} selects heads by the {config.criterion!r} scores of step 1 alone, which are products with the "
+            f"adapter's parameters, and these are zero before step 1 (lora_B of a new adapter) in "
+            f"{module_patterns(zero, scorer.layouts)}: every score would be zero. Select later (select_at=2 or "
+            "more, several epochs of warm-up), or by another criterion (grad_norm)"
+        )
+
+
+def check_late_selection(scorer: HeadScorer, step: int, select_step: int) -> None:
+    """Raise ValueError if a run resumes after the selection step, and has nothing to select heads by.
+
+    Args:
+        scorer: The adapter's scorer, with the statistics of the checkpoint.
+        step: The step at which training resumes.
+        select_step: The step after which heads were to be selected.
+    """
+    config = scorer.config
+    if config.masks_heads and find_criterion(config.criterion).needs_gradients and not scorer.num_steps:
+        raise ValueError(
+            f"training resumes at step {step}, after the selection of heads at step {select_step}, and the checkpoint "
+            f"holds neither masks nor scores; pass a select_at of more than {step}"
+        )
+
+
+def _problem_of(name: str, param: nn.Parameter, num_rows: int) -> str | None:
+    """What keeps a parameter of a module from being scored; None if nothing does."""
+    if not param.requires_grad:
+        return f"its parameters in {name} are frozen; load the adapter with is_trainable=True and make it active"
+    shape = tuple(whole_shape(param))
+    if shape[:1] != (num_rows,):
+        return (
+            f"a parameter in {name} has the shape {shape} instead of ({num_rows}, …): it was flattened, as FSDP1 does; "
+            "use FSDP2 (fsdp_version 2, torch.distributed.fsdp.fully_shard), DistributedDataParallel or ZeRO"
+        )
+    return None

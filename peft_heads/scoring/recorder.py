@@ -1,0 +1,153 @@
+"""From the gradients of a training loop to the statistics of every head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+
+from ..heads.protocol import HeadMaskable, head_layers, named_layouts
+from ..heads.scores import STATISTICS, all_head_statistics
+from .attachment import attach, detach
+from .checks import check_parameters
+from .gradients import StepGradients
+
+
+class HeadRecorder:
+    """Listens to the gradients of an adapter's heads, and sums the heads' statistics over optimizer steps.
+
+    The base of [`HeadScorer`], which turns the statistics into scores and masks. Arguments and errors are those of
+    `HeadScorer`.
+
+    Attributes:
+        layers: `{module name: layer}` of the adapter's head-maskable layers.
+        layouts: `{projection: HeadLayout}`. A fused projection is one layer, and one entry here per adapted part.
+        config: The adapter's configuration.
+        num_steps: Number of optimizer steps that count.
+        num_skipped: Number of optimizer steps that do not, because a gradient was not finite.
+        run: The run of a Trainer (its TrainerState) on whose behalf a callback scores; None in a plain loop.
+    """
+
+    def __init__(
+        self, model: nn.Module, adapter_name: str = "default", *, recording: bool = True, run: Any = None
+    ) -> None:
+        model = extract_model_from_parallel(model, keep_torch_compile=False)
+        self.adapter_name = adapter_name
+        self.layers: dict[str, HeadMaskable] = head_layers(model, adapter_name)
+        self.layouts = named_layouts(self.layers, adapter_name)
+        self.config = model.peft_config[adapter_name]
+        self.run = run
+        self.num_steps = 0
+        self.num_skipped = 0
+        # float64 (3, heads of all projections side by side): a step is added in one call, however many projections
+        self._sums: torch.Tensor | None = None
+        self._trained = [param for param in model.parameters() if param.requires_grad]
+        self._module_of = {
+            key: name
+            for name, layer in self.layers.items()
+            for key in layer.head_layout[adapter_name].named_parts(name)
+        }
+        self._gradients = StepGradients(self.layers, adapter_name)
+        attach(self, self.layers.values())
+        if recording:
+            self.start()
+
+    @property
+    def recording(self) -> bool:
+        return self._gradients.listening
+
+    def start(self) -> None:
+        """Listen to the adapter's gradients from the next backward pass on."""
+        if self.recording:
+            return
+        self.check()
+        self._gradients.listen()
+
+    def check(self) -> None:
+        """Raise ValueError, and let another scorer have the adapter, if its heads cannot be scored."""
+        try:
+            check_parameters(self.layers, self.adapter_name)
+        except ValueError:
+            self.close()
+            raise
+
+    def stop(self) -> None:
+        """Stop listening; the statistics so far stay."""
+        self._gradients.stop()
+
+    def close(self) -> None:
+        """Stop listening and let another scorer have the adapter."""
+        self.stop()
+        detach(self, self.layers.values())
+
+    @torch.no_grad()
+    def update(self, loss_scale: float = 1.0) -> bool:
+        """Count one optimizer step: call it after its last backward pass and before `optimizer.step()`.
+
+        Args:
+            loss_scale: Factor by which the loss was multiplied (`GradScaler.get_scale()`).
+
+        Returns:
+            Whether the step counts. A step is skipped, on every process alike, if a gradient of the heads or of
+            anything else that is trained is not finite: a loss scaler skips it too.
+
+        Raises:
+            RuntimeError: No gradient has reached the adapter since the last update.
+        """
+        if not self.recording:
+            raise RuntimeError("HeadScorer.update() while it is not recording; call start() before the backward pass")
+        (grads, finite), values = self._gradients.over_processes(self._trained), self._gradients.values()
+        if finite:
+            values, grads = self._by_projection(values), self._by_projection(grads)
+            self._add(all_head_statistics(values, grads, self.layouts, loss_scale))
+        else:
+            self.num_skipped += 1
+        self._gradients.clear()
+        return finite
+
+    def without_gradient(self) -> list[str]:
+        """Projections that no gradient has reached in the steps so far, or gradients of zero alone."""
+        norms = {name: sums[STATISTICS.index("grad_norm")] for name, sums in self._sums_by_name().items()}
+        return [name for name, norm in norms.items() if not norm.any()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The statistics so far as values that JSON can hold; floats come back exactly."""
+        return {
+            "num_steps": self.num_steps,
+            "num_skipped": self.num_skipped,
+            "sums": {name: sums.tolist() for name, sums in self._sums_by_name().items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`.
+
+        Raises:
+            ValueError: The state belongs to another model.
+        """
+        sums = {name: torch.tensor(values, dtype=torch.float64) for name, values in state["sums"].items()}
+        shapes = {name: tuple(values.shape) for name, values in sums.items()}
+        expected = {name: (len(STATISTICS), layout.num_heads) for name, layout in self.layouts.items()}
+        if sums and shapes != expected:
+            raise ValueError(f"the saved head scores are those of another model: they have {shapes}, not {expected}")
+        self._sums = torch.cat([sums[name] for name in self.layouts], dim=1) if sums else None
+        self.num_steps, self.num_skipped = state["num_steps"], state["num_skipped"]
+
+    def _add(self, step: dict[str, torch.Tensor]) -> None:
+        """Add the statistics of one step: `{projection: float64 (3, num_heads)}`, in the order of the layouts."""
+        device = next(iter(step.values())).device  # the layers of one model may be on several
+        joined = torch.cat([statistics.to(device) for statistics in step.values()], dim=1)
+        self._sums = joined if self._sums is None else self._sums.to(device) + joined
+        self.num_steps += 1
+
+    def _sums_by_name(self) -> dict[str, torch.Tensor]:
+        """`{projection: float64 (3, num_heads) on the CPU}`; empty before the first step."""
+        if self._sums is None:
+            return {}
+        num_heads = [layout.num_heads for layout in self.layouts.values()]
+        return dict(zip(self.layouts, self._sums.cpu().split(num_heads, dim=1), strict=True))
+
+    def _by_projection(self, of_modules: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """`{projection: (num_rows, n)}` from `{module name: (out_features, n)}`: a fused projection is divided."""
+        return {name: layout.rows(of_modules[self._module_of[name]]) for name, layout in self.layouts.items()}
