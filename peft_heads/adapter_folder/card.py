@@ -45,7 +45,7 @@ class CardText:
 
 
 class CardedConfig(Protocol):
-    """What a card needs of an adapter's configuration.
+    """What a card needs from an adapter's configuration.
 
     One that deactivates heads has the properties `selection_settings` and `masks_heads` as well.
     """

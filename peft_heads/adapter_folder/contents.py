@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class FolderContents:
-    """Plain data, so that what carries it stays copyable and picklable.
+    """Plain data, so that its owner can be copied and pickled.
 
     Attributes:
         masks: The adapter's head masks, as of the last time its weights were collected.

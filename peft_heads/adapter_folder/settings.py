@@ -1,4 +1,4 @@
-"""The small JSON files of an adapter's folder: what they may hold, before anybody believes them."""
+"""The small JSON files of an adapter's folder, and what they may hold."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def read_json(path: Path) -> Any:
     """What a small JSON file holds.
 
     Raises:
-        ValueError: It is none, or larger or nested deeper than a file of settings can be.
+        ValueError: The file is no JSON, or is larger or nested deeper than a file of settings can be.
     """
     size = path.stat().st_size
     if size > MAX_JSON_BYTES:

@@ -1,6 +1,6 @@
-"""Trained heads (`modules_to_save`) of different sizes or of few bits, and label names, of several adapters on one model.
+"""Trained classifiers (`modules_to_save`) of several adapters on one model, of any size and number of bits; label names.
 
-PEFT copies the base model's head for every adapter and fails to load a file with another number of classes.
+PEFT copies the base model's classifier for every adapter and fails to load a file with another number of classes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class QuantizedLinear(nn.Linear):
 
 
 def check_quantizable(model: nn.Module, modules_to_save: Iterable[str] | None, bits: int) -> None:
-    """Raise ValueError unless what is trained in full is linear layers, at least one, which alone can be quantised."""
+    """Raise ValueError unless the modules that are trained in full are linear layers, which alone can be quantised."""
     ends = tuple(modules_to_save or ())
     heads = {
         name: getattr(module, "original_module", module)
@@ -56,8 +56,8 @@ def check_quantizable(model: nn.Module, modules_to_save: Iterable[str] | None, b
         )
 
 
-def quantize_task_heads(model: nn.Module, adapter_name: str, bits: int) -> None:
-    """Quantise the weights of the adapter's trained classification head; its bias stays in full precision.
+def quantize_classifiers(model: nn.Module, adapter_name: str, bits: int) -> None:
+    """Quantise the weights of the adapter's trained classifier; its bias stays in full precision.
 
     A weight without any deviation (timm's models begin with zeros) could not be trained: it gets `nn.Linear`'s default
     initialisation.
@@ -72,14 +72,14 @@ def quantize_task_heads(model: nn.Module, adapter_name: str, bits: int) -> None:
         head.quantizer = WeightQuantizer(bits)
 
 
-def quantized_heads(model: nn.Module, adapter_name: str) -> list[QuantizedLinear]:
+def quantized_classifiers(model: nn.Module, adapter_name: str) -> list[QuantizedLinear]:
     """The layers that the adapter trains in full and that have few bits."""
     trained = [wrapper.modules_to_save for _, wrapper in _wrappers(model) if adapter_name in wrapper.modules_to_save]
     return [heads[adapter_name] for heads in trained if isinstance(heads[adapter_name], QuantizedLinear)]
 
 
-def settle_task_heads(model: nn.Module) -> nn.Module:
-    """Make ordinary linear layers of quantised heads that have become the model's own; returns the model."""
+def settle_classifiers(model: nn.Module) -> nn.Module:
+    """Make ordinary linear layers of quantised classifiers that have become the model's own; return the model."""
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             with torch.no_grad():
@@ -89,10 +89,10 @@ def settle_task_heads(model: nn.Module) -> nn.Module:
     return model
 
 
-def fit_task_heads(
+def fit_classifiers(
     model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor], call: Callable[[int], None]
 ) -> bool:
-    """Let the adapter's copies of the trained modules have as many outputs as `state_dict` has for them.
+    """Give the adapter's copies of the trained modules as many outputs as `state_dict` has for them.
 
     Only output sizes are changed, of linear layers and convolutions; PEFT reports any other mismatch. They are changed
     at the moment when PyTorch loads the weights, because PEFT leaves out what does not fit just before, if it was asked
@@ -142,7 +142,7 @@ def _resize_on_load(module: nn.Module, outputs: int, resized: Callable[[], None]
 
 
 def check_mixed_batch(model: nn.Module, adapter_names: Iterable[str], existing: Container[str]) -> None:
-    """Raise ValueError if one of the adapters of a mixed batch has no trained head, or theirs differ in size.
+    """Raise ValueError if one of the adapters of a mixed batch has no trained classifier, or theirs differ in size.
 
     Outputs of different sizes would not fit into one tensor.
 
@@ -167,13 +167,13 @@ def check_mixed_batch(model: nn.Module, adapter_names: Iterable[str], existing: 
         if len({str(shape) for shape in shapes.values()}) > 1:
             sizes = ", ".join(f"{adapter} {shape[-1][0]}" for adapter, shape in shapes.items() if shape)
             raise ValueError(
-                f"a mixed batch needs adapters whose trained heads have the same size, but the outputs of {name} are: "
+                f"a mixed batch needs adapters whose trained classifiers have the same size, but the outputs of {name} are: "
                 f"{sizes}; predict with one adapter at a time (set_adapter)"
             )
 
 
-def trained_heads(model: nn.Module, adapter_names: Iterable[str]) -> dict[str, list[str]]:
-    """Which of several adapters have trained each of the modules that adapters train in full."""
+def trained_classifiers(model: nn.Module, adapter_names: Iterable[str]) -> dict[str, list[str]]:
+    """`{module: the adapters among these that have trained it}` of the modules that adapters train in full."""
     names = list(dict.fromkeys(adapter_names))
     return {
         module_name: [name for name in names if name in wrapper.modules_to_save]
@@ -181,14 +181,14 @@ def trained_heads(model: nn.Module, adapter_names: Iterable[str]) -> dict[str, l
     }
 
 
-def head_owners(model: nn.Module, adapter_names: Iterable[str]) -> dict[str, str | None]:
-    """Which of several adapters has trained each of the modules that adapters train in full; None if none of them has.
+def classifier_owners(model: nn.Module, adapter_names: Iterable[str]) -> dict[str, str | None]:
+    """`{module: the adapter among these that has trained it, or None}` of the modules that adapters train in full.
 
     Raises:
         ValueError: Two of the adapters have trained the same module.
     """
     owners = {}
-    for module_name, trained in trained_heads(model, adapter_names).items():
+    for module_name, trained in trained_classifiers(model, adapter_names).items():
         if len(trained) > 1:
             raise ValueError(
                 f"adapters {', '.join(trained)} have each trained {module_name}, of which a merged model can have one; "
@@ -198,13 +198,13 @@ def head_owners(model: nn.Module, adapter_names: Iterable[str]) -> dict[str, str
     return owners
 
 
-def shown_heads(model: nn.Module) -> dict[str, str | None]:
-    """Whose trained modules the model uses while its adapters are enabled; None where it uses its own."""
+def shown_classifiers(model: nn.Module) -> dict[str, str | None]:
+    """`{module: the adapter whose copy the model uses while adapters are enabled}`; None where it uses its own."""
     return {name: _shown(wrapper) for name, wrapper in _wrappers(model)}
 
 
-def show_heads(model: nn.Module, owners: dict[str, str | None]) -> None:
-    """Let the model use the trained modules of these adapters; what is trained stays so."""
+def show_classifiers(model: nn.Module, owners: dict[str, str | None]) -> None:
+    """Let the model use the trained modules of these adapters; what requires a gradient still does."""
     for name, wrapper in _wrappers(model):
         owner = owners[name]
         trained = {param: param.requires_grad for param in wrapper.modules_to_save.parameters()}

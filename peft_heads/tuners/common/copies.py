@@ -1,4 +1,4 @@
-"""What the sums of adapters have in common, whatever the method: checks, exact copies, trained heads."""
+"""What sums of adapters have in common, whatever the method: checks, exact copies, trained classifiers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from ...heads.layout import ProjectionLayout
 from ...heads.traversal import own_modules
-from .classifiers import head_owners
+from .classifiers import classifier_owners
 from .head_mask import HeadMaskedLayer
 from .labels import LabelledTuner
 
@@ -76,7 +76,7 @@ def copy_adapter(tuner: LabelledTuner, source: str, adapter_name: str, **while_c
         for name, layer in own_modules(tuner.model):
             if isinstance(layer, BaseTunerLayer):
                 _copy_in_layer(name, layer, source, adapter_name)
-        copy_heads(tuner, [source], adapter_name)
+        copy_classifiers(tuner, [source], adapter_name)
 
 
 @contextmanager
@@ -97,9 +97,9 @@ def adding(tuner: BaseTuner, adapter_name: str) -> Iterator[None]:
     tuner.set_requires_grad(adapter_name, adapter_name in tuner.active_adapters)
 
 
-def copy_heads(tuner: LabelledTuner, adapters: Sequence[str], adapter_name: str) -> None:
-    """Give an adapter, which has some of its own, the modules that the others have trained in full, and their labels."""
-    owners = head_owners(tuner.model, adapters)
+def copy_classifiers(tuner: LabelledTuner, adapters: Sequence[str], adapter_name: str) -> None:
+    """Give an adapter copies of the modules that others have trained in full, and their labels."""
+    owners = classifier_owners(tuner.model, adapters)
     for name, wrapper in own_modules(tuner.model):
         if isinstance(wrapper, ModulesToSaveWrapper) and owners[name] is not None:
             wrapper.modules_to_save[adapter_name] = copy.deepcopy(wrapper.modules_to_save[owners[name]])
@@ -108,7 +108,7 @@ def copy_heads(tuner: LabelledTuner, adapters: Sequence[str], adapter_name: str)
         tuner.adapter_labels[adapter_name] = dict(next(filter(None, labels)))
 
 
-def heads_of_sum(configs: dict[str, Any], adapters: Sequence[str]) -> list[str]:
+def classifiers_of_sum(configs: dict[str, Any], adapters: Sequence[str]) -> list[str]:
     """`modules_to_save` of a sum: those of all summands."""
     return list(dict.fromkeys(name for adapter in adapters for name in configs[adapter].modules_to_save or []))
 

@@ -22,16 +22,16 @@ from .setting_types import check_types, refusal
 
 @dataclass
 class Carried:
-    """What a configuration carries from one call of PEFT's to the next, although it is no setting.
+    """What a configuration carries from one call of PEFT to the next, although it is no setting.
 
-    All else of a run is in the tuner's `adapter_states`.
+    Everything else that a run knows of an adapter is in the tuner's `adapter_states`.
 
     Attributes:
         source: Place that the configuration was read from, as arguments of `hf_hub_download`; None once the tuner has
             read it. `PeftConfig.from_pretrained` alone is told it, before there is a tuner.
         is_stock: Whether that place holds stock LoRA.
-        chosen: Values of options that were not given and that a model's parts have answered, by option. PEFT reads the
-            answers in the configuration that the user holds, which may serve for another model.
+        chosen: Values that a model's parts have suggested for options that were not given, by option. PEFT reads them
+            from the configuration that the user holds, which may serve for another model later.
         contents: What `save_pretrained` writes beside the configuration. `PeftModel.save_pretrained` calls it last, and
             tells it nothing of the model; so the tuner puts it here when it collects the weights.
     """
@@ -47,7 +47,7 @@ class AdapterFolderConfig:
 
     Attributes:
         card: What the model card says of the method.
-        carried: The one attribute that is no setting; it is no field, hence not saved.
+        carried: The one attribute that is no setting. It is not a field, so it is not saved.
     """
 
     card: CardText
@@ -64,12 +64,12 @@ class AdapterFolderConfig:
         return {}
 
     def choose(self, option: str, value: Any) -> None:
-        """Answer an option that was not given from the model's parts; for another model it is chosen anew."""
+        """Set an option that was not given to what the model's parts suggest; another model may suggest something else."""
         setattr(self, option, value)
         self.carried.chosen[option] = copy.copy(value)
 
     def forget_choices(self) -> None:
-        """Ask again for the options that were answered from another model's parts, unless they were set since."""
+        """Unset the options that another model's parts have suggested, except those that were set by hand since."""
         for option, value in self.carried.chosen.items():
             if getattr(self, option) == value:
                 setattr(self, option, None)
@@ -85,7 +85,7 @@ class AdapterFolderConfig:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
-        """As PEFT's; labels come along, so that they can follow the active adapter, and where the weights are."""
+        """As PEFT's. The configuration also carries the labels in the folder, and the place where the weights are."""
         check_file(pretrained_model_name_or_path, subfolder, cls)
         try:
             config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)

@@ -32,7 +32,7 @@ class HeadSelectionConfig:
         granularity: Whether scores are summed over all layers with the same number of heads, which then share the
             deactivated heads, or each layer chooses its own.
         joint: Whether the q and v of a layer share one mask, chosen by the sum of their scores.
-        criterion: Name of the responsiveness of a head. The heads with the lowest are deactivated.
+        criterion: Name of the score of a head. The heads with the lowest scores are deactivated.
         mask_seed: Seed of the criterion `"random"`.
         num_heads: Number of heads where the model does not say it, or says it wrongly: one number, or one per module
             name pattern (read like `rank_pattern`).

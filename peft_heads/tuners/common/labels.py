@@ -14,14 +14,14 @@ from ...adapter_folder.contents import folder_contents
 from ...heads.traversal import own_modules
 from .classifiers import (
     check_mixed_batch,
+    classifier_owners,
     default_labels,
-    fit_task_heads,
+    fit_classifiers,
     get_labels,
-    head_owners,
     set_labels,
-    show_heads,
-    shown_heads,
-    trained_heads,
+    show_classifiers,
+    shown_classifiers,
+    trained_classifiers,
 )
 
 
@@ -40,7 +40,7 @@ def _who(adapter_name: str | None) -> str:
 
 
 class LabelledTuner:
-    """Mixed into a PEFT tuner, before it.
+    """Mixed into a PEFT tuner, before it: the model's configuration names the classes of the active adapter.
 
     Attributes:
         base_labels: Labels of the base model.
@@ -86,11 +86,11 @@ class LabelledTuner:
 
         Raises:
             ValueError: An adapter does not exist; or the model would act by the projections of the merged adapters and
-                by the trained head of another, or of none.
+                by the trained classifier of another, or of none.
         """
         names = self._names_to_merge(adapter_names)
-        shown = shown_heads(self.model)
-        for module_name, trained in trained_heads(self.model, [*merged_adapters(self.model), *names]).items():
+        shown = shown_classifiers(self.model)
+        for module_name, trained in trained_classifiers(self.model, [*merged_adapters(self.model), *names]).items():
             if shown[module_name] not in (trained or [None]):
                 expected = " or ".join(map(_who, trained or [None]))
                 raise ValueError(
@@ -101,10 +101,10 @@ class LabelledTuner:
 
     @contextmanager
     def unloading(self, merge: bool, adapter_names: list[str] | None) -> Iterator[list[str]]:
-        """While the tuner is taken off: trained heads and labels are those of the adapters that are merged.
+        """While the tuner is taken off: trained classifiers and labels are those of the adapters that are merged.
 
         Without a merge they are the active adapter's, as PEFT has it, or the base model's where adapters are disabled.
-        Should it fail, heads and labels are as they were.
+        Should it fail, classifiers and labels are as they were.
 
         Args:
             merge: Whether adapters are merged.
@@ -117,21 +117,21 @@ class LabelledTuner:
             ValueError: An adapter does not exist, or two of them have trained the same module.
         """
         names = self._names_to_merge(adapter_names) if merge else []
-        merged, shown, labels_of = merged_adapters(self.model), shown_heads(self.model), self._labels_of
+        merged, shown, labels_of = merged_adapters(self.model), shown_classifiers(self.model), self._labels_of
         disabled = labels_of is None
         labels = get_labels(self.model)
         self._remember_labels()
         try:
             if names:
-                show_heads(self.model, head_owners(self.model, [*merged, *names]))
+                show_classifiers(self.model, classifier_owners(self.model, [*merged, *names]))
                 self._show_labels([*merged, *names])
             elif disabled:
                 for layer in merged_layers(self.model):
                     layer.unmerge()
-                show_heads(self.model, dict.fromkeys(shown))
+                show_classifiers(self.model, dict.fromkeys(shown))
             yield names
         except BaseException:
-            show_heads(self.model, shown)
+            show_classifiers(self.model, shown)
             self._labels_of = labels_of
             set_labels(self.model, labels)
             raise
@@ -150,16 +150,16 @@ class LabelledTuner:
         return names
 
     def _remember_labels(self) -> None:
-        """Before others are shown: the model's labels may have been renamed since the adapter's were."""
+        """Keep the model's labels for the adapter that they belong to: they may have been renamed since they were shown."""
         shown = self.peft_config.get(self._labels_of)
         if shown is not None and shown.modules_to_save:
             self.adapter_labels[self._labels_of] = get_labels(self.model)
 
     def _show_labels(self, adapter_names: list[str] | None = None) -> None:
-        """Let the model's configuration name the classes of the adapter whose head it uses, of these or the active ones."""
+        """Let the model's configuration name the classes of the adapter whose classifier it uses (of these, or the active ones)."""
         names = [name for name in adapter_names or self.active_adapters if name in self.peft_config]
-        with_head = [name for name in names if self.peft_config[name].modules_to_save]
-        self._labels_of = next(iter(with_head or names), None)
+        with_classifier = [name for name in names if self.peft_config[name].modules_to_save]
+        self._labels_of = next(iter(with_classifier or names), None)
         shown = self.peft_config.get(self._labels_of)
         if shown is not None:
             own = self.adapter_labels.get(self._labels_of) if shown.modules_to_save else None
@@ -186,17 +186,17 @@ class LabelledTuner:
         return tuner.adapter_labels.get(adapter_name)
 
     @staticmethod
-    def take_heads_and_labels(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
-        """Give the adapter's trained heads the sizes, and the model the labels, of a file that is being loaded.
+    def take_classifiers_and_labels(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
+        """Give the adapter's trained classifiers the sizes, and the model the labels, of a file that is being loaded.
 
-        Heads of another size keep theirs, and the model its labels, if PEFT was told to `ignore_mismatched_sizes`.
+        Classifiers of another size keep theirs, and the model its labels, if PEFT was told to `ignore_mismatched_sizes`.
 
         Args:
             model: The model with the adapter in it, with a PeftModel around it or without.
             adapter_name: The adapter.
             state_dict: The weights, by the names they have in the model.
         """
-        # with the weights they come into force, once: labels that are given later are not overwritten
+        # labels take effect once, together with the weights: those that are given later are not overwritten
         contents = folder_contents(model, adapter_name)
         labels, contents.labels_in_file = contents.labels_in_file, None
         tuner = getattr(model, "base_model", None)
@@ -212,6 +212,6 @@ class LabelledTuner:
         def show_resized(num_labels: int) -> None:
             show(labels if len(labels or {}) == num_labels else default_labels(num_labels))
 
-        resized = fit_task_heads(model, adapter_name, state_dict, call=show_resized)
+        resized = fit_classifiers(model, adapter_name, state_dict, call=show_resized)
         if labels and not resized and isinstance(tuner, LabelledTuner):
             show(labels)

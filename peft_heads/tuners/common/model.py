@@ -12,7 +12,7 @@ from ..._compat import current_loading, expand_all_linear
 from ...backbones.classifier import classifier_names
 from ...heads.traversal import named_targets
 from .calls import watch_calls
-from .copies import adding, check_weights, copy_adapter, copy_heads, is_copy
+from .copies import adding, check_weights, copy_adapter, copy_classifiers, is_copy
 from .folder_config import AdapterFolderConfig
 from .labels import LabelledTuner
 from .saved_folder import check_folder, modules_in_file
@@ -24,15 +24,15 @@ from .targets import module_patterns, warn_of_overlooked
 
 
 class VisionTuner(SavedWeights, LabelledTuner):
-    """Mixed into a PEFT tuner, before it: a template whose gaps a method fills.
+    """Mixed into a PEFT tuner, before it: a template that a method completes.
 
-    A method says which modules it adapts (`default_modules`) and what becomes of one: a tuner built on one of PEFT's
-    has that tuner's `_create_new_module`, another is a [`StandaloneTuner`] with `create_layer`. What the file of an
+    A method says which modules it adapts (`default_modules`) and which layer replaces each of them. A tuner built on one
+    of PEFT's has that tuner's `_create_new_module` for this; any other is a [`StandaloneTuner`] with `create_layer`. What the file of an
     adapter holds is said by [`SavedWeights`]. The other hooks do nothing here; they are for what is particular to a
     method.
 
     Attributes:
-        adapter_states: What is known of each adapter beside its settings, by adapter.
+        adapter_states: What the tuner knows of each adapter beside its settings, by adapter.
     """
 
     adapter_states: dict[str, AdapterState]
@@ -54,10 +54,10 @@ class VisionTuner(SavedWeights, LabelledTuner):
         """Raise ValueError if the configuration, whose options are complete now, does not fit the model."""
 
     def prepare_targets(self, peft_config: AdapterFolderConfig, state: AdapterState, targets: list[str]) -> None:
-        """Find and check what the new layers need to know (their heads, say), before anything is replaced."""
+        """Find and check what the new layers must be told (their heads, say), before any module is replaced."""
 
     def begin_adapter(self, peft_config: AdapterFolderConfig) -> AdapterState:
-        """The state of a new adapter, of which nothing is known yet."""
+        """Make the state of a new adapter."""
         if "adapter_states" not in vars(self):
             self.adapter_states = {}
         self.begin_labels()
@@ -125,7 +125,7 @@ class VisionTuner(SavedWeights, LabelledTuner):
         return names if isinstance(names, str) else set(names) or None
 
     def _in_layers(self, peft_config: AdapterFolderConfig, names: list[str]) -> list[str]:
-        """Those of the blocks that `layers_to_transform` counts, which PEFT asks about the ends of names alone."""
+        """The modules in the blocks that `layers_to_transform` counts. PEFT applies it to the ends of names alone."""
         by_ending = copy.copy(peft_config)
         by_ending.target_modules = {name.rpartition(".")[2] for name in names}
         modules = dict(self.model.named_modules())
@@ -159,4 +159,4 @@ class VisionTuner(SavedWeights, LabelledTuner):
             return
         with adding(self, adapter_name):
             self.create_sum(adapters, weights, adapter_name, **options)
-            copy_heads(self, adapters, adapter_name)
+            copy_classifiers(self, adapters, adapter_name)

@@ -84,7 +84,7 @@ def check_folder(
         keys = keys_in_model(infos, trial, loading.key_mapping)
         infos = {keys[key]: info for key, info in infos.items()}
         places = places_of(trial, tuner.own_tensors(trial, config, TRIAL))
-        heads = _trained_heads(trial)
+        heads = _trained_classifiers(trial)
         check_infos(
             infos,
             places,
@@ -94,7 +94,7 @@ def check_folder(
             if config.carried.is_stock
             else (),
             packable=[name for name, layer in trial.named_modules() if hasattr(layer, "lora_quantizer")],
-            packed_heads=[f"{name}.weight" for name in heads],
+            packed_classifiers=[f"{name}.weight" for name in heads],
             # those of the layers that the adapter has: whether they deactivate anything is seen later
             spare_masks=[name for name, _ in named_targets(trial)],
             ignore_mismatched_sizes=loading.ignore_mismatched_sizes,
@@ -107,7 +107,7 @@ def check_folder(
             warnings.simplefilter("ignore")
             tuner._remap_adapter_state_dict_for_load(trial, config, TRIAL, tensors)
         if not loading.ignore_mismatched_sizes:
-            _check_heads(heads, infos, places, get_labels(model), labels)
+            _check_classifiers(heads, infos, places, get_labels(model), labels)
     except OSError:
         raise
     except Exception as error:
@@ -202,7 +202,7 @@ def places_of(model: nn.Module, own: dict[str, torch.Tensor]) -> dict[str, Place
             inside = {key.removeprefix(f"{name}."): v for key, v in state_dict.items() if key.startswith(f"{name}.")}
             for key, value in wrapper.adapter_state_dict(TRIAL, inside).items():
                 places[f"{name}.{key}"] = Place(tuple(value.shape), value.dtype)
-    for name, head in _trained_heads(model).items():
+    for name, head in _trained_classifiers(model).items():
         for parameter, _ in head.named_parameters(recurse=False):
             place = places[f"{name}.{parameter}"]
             places[f"{name}.{parameter}"] = replace(place, rows_of=f"{name}.weight")
@@ -215,7 +215,7 @@ def check_infos(
     *,
     frozen: Iterable[str],
     packable: Iterable[str] = (),
-    packed_heads: Iterable[str] = (),
+    packed_classifiers: Iterable[str] = (),
     spare_masks: Iterable[str] = (),
     foreign: Container[str] = (),
     ignore_mismatched_sizes: bool = False,
@@ -228,7 +228,7 @@ def check_infos(
         frozen: Names of the base model's weights.
         packable: Modules whose factors may be packed.
         spare_masks: Modules that may have a mask for which the adapter has no place.
-        packed_heads: Keys of weights that may be packed where they stand.
+        packed_classifiers: Keys of weights that may be packed where they stand.
         foreign: Modules whose weights may have no place.
         ignore_mismatched_sizes: Whether the user has said that other shapes do not matter.
     """
@@ -238,7 +238,7 @@ def check_infos(
             for key in ("lora_A.weight", "lora_B.weight", LORA_MASK):
                 places.pop(f"{name}.{key}", None)
             places[f"{name}.{PACKED}"] = Place(None, torch.uint8)
-    for key in packed_heads:
+    for key in packed_classifiers:
         if key in infos and infos[key].dtype == torch.uint8:
             places[key] = Place(None, torch.uint8)
     known = {key for key in infos if is_settings_key(key) or _is_embedding(key)}
@@ -316,7 +316,7 @@ def _others(keys: list[str]) -> str:
     return f" and {len(keys) - 1} more" if len(keys) > 1 else ""
 
 
-def _trained_heads(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+def _trained_classifiers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     """What the adapter `TRIAL` trains in full and may have another number of outputs, by name in the base model."""
     return {
         ".".join(filter(None, [name, inner])): module
@@ -334,7 +334,7 @@ def _frozen(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield name.replace(".original_module.", "."), tensor
 
 
-def _check_heads(
+def _check_classifiers(
     heads: dict[str, nn.Module],
     infos: dict[str, TensorInfo],
     places: dict[str, Place],

@@ -19,8 +19,8 @@ from .saved_settings import check_settings, split_settings, write_settings
 class SavedWeights:
     """Mixed into a PEFT tuner that is a [`LabelledTuner`], before it.
 
-    A method with heads says what a file holds for those that are deactivated (`zero_inactive_rows`, `check_masks`); one
-    whose files have a form of their own, how it comes about and is read (`encode`, `decode`).
+    A method with heads says what a file holds for deactivated heads (`zero_inactive_rows`, `check_masks`). A method with
+    a file format of its own says how it is written and read (`encode`, `decode`).
     """
 
     @classmethod
@@ -48,14 +48,14 @@ class SavedWeights:
         state_dict: dict[str, torch.Tensor],
         model_state_dict: dict[str, torch.Tensor],
     ) -> dict[str, bool]:
-        """Bring an adapter's weights into a form of the method's own; returns the settings that are noted with them."""
+        """Convert an adapter's weights to the method's own format; return the settings that are noted with them."""
         return config.noted_settings
 
     @classmethod
     def decode(
         cls, model: nn.Module, config: AdapterFolderConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """The weights of a file in ordinary form."""
+        """The weights of a file, converted from the method's own format."""
         return state_dict
 
     @classmethod
@@ -100,12 +100,12 @@ class SavedWeights:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         cls.check_masks(model, config, adapter_name, remapped)
         check_settings(config.noted_settings, noted, cls.settings_without_meaning(remapped))
-        cls.take_heads_and_labels(model, adapter_name, remapped)
+        cls.take_classifiers_and_labels(model, adapter_name, remapped)
         return remapped
 
     @classmethod
     def _describe_for_files(cls, model: nn.Module, config: AdapterFolderConfig, adapter_name: str) -> None:
-        """Hand the configuration what its `save_pretrained` writes beside the adapter's weights.
+        """Give the configuration what its `save_pretrained` writes beside the adapter's weights.
 
         Args:
             model: The model with the adapter in it, with a PeftModel around it or without.

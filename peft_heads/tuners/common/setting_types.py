@@ -1,4 +1,4 @@
-"""Whether what a JSON file gives for a configuration's fields is of their types, which PEFT never asks."""
+"""Whether the values in a JSON file have the types of a configuration's fields, which PEFT never checks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model's modules without numbers: what an adapter would be on it is tried out there, before anything is changed."""
+"""A model's modules without numbers: an adapter is tried on them before the model is changed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..._compat import forget_adapters, replace_contents, shell_of
 
 
 def skeleton_of(model: nn.Module) -> nn.Module:
-    """The base model without adapters, each module a shell that has everything of the original's but numbers and hooks.
+    """The base model without adapters, each module a shell with everything that the original has except numbers and hooks.
 
     Parameters and buffers are on the meta device and take no memory; those of classes of their own (quantised or
     sharded weights) are the original's. What else hangs on the modules is shared, the model's configuration is a copy.

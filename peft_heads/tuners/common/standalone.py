@@ -1,4 +1,4 @@
-"""What the tuners have in common that are not built on one of PEFT's: layers of the method's own."""
+"""What tuners have in common whose layers are the method's own, not those of a tuner of PEFT's."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class StandaloneTuner(VisionTuner, _MixedBatches, BaseTuner):
         Args:
             peft_config: The adapter's configuration.
             adapter_name: The adapter.
-            target: The module; the layer of an earlier adapter, to which the new one is added, comes back itself.
+            target: The module, or the layer of an earlier adapter, which gets the new one as well and is returned.
             name: Its name in the base model.
         """
         raise NotImplementedError
@@ -74,7 +74,7 @@ class StandaloneTuner(VisionTuner, _MixedBatches, BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # as PEFT's, without giving a trained head (which may be any module) the weight of what it replaces
+        # as PEFT's, without giving a trained classifier (which may be any module) the weight of what it replaces
         setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

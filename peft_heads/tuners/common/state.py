@@ -1,4 +1,4 @@
-"""What a tuner knows of each of its adapters while they are in memory, and no configuration says."""
+"""What a tuner knows of each of its adapters while it is in memory, beside the settings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...heads.layout import ProjectionLayout
 class AdapterState:
     """State of one adapter on one model: `tuner.adapter_states[adapter_name]`.
 
-    A method that needs to know more has a subclass.
+    A method that keeps more has a subclass.
 
     Attributes:
         contents: What `save_pretrained` writes beside the adapter's weights.

@@ -1,4 +1,4 @@
-"""What the tuners of our methods check of their targets, and how they name modules."""
+"""Checks that all tuners make of their targets, and how they name modules in messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sums of head-masked adapters: what PEFT's own arithmetic leaves out."""
+"""Sums of head-masked adapters: what PEFT's own arithmetic leaves out, and when there is no sum."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from ...heads.traversal import own_modules
-from ..common.copies import check_same_heads, heads_of_sum, is_copy
+from ..common.copies import check_same_heads, classifiers_of_sum, is_copy
 from .config import FULL_PRECISION, HeadMaskedLoraConfig
 from .layer import HeadMaskedLinear
 from .variants import HeadMaskVariant
@@ -188,7 +188,7 @@ def summand_config(
     PEFT computes the sum's weights for a scaling of 1, which rsLoRA does not have at lora_alpha = r; it takes options
     from the first summand alone; and it joins `target_modules` but not what narrows them.
     """
-    changes = {"use_rslora": False, "packed": False, "modules_to_save": heads_of_sum(configs, adapters)}
+    changes = {"use_rslora": False, "packed": False, "modules_to_save": classifiers_of_sum(configs, adapters)}
     changes["lora_bias"] = any(configs[name].lora_bias for name in adapters)
     bits = [configs[name].classifier_bits for name in adapters if configs[name].modules_to_save]
     changes["classifier_bits"] = min(bits, default=FULL_PRECISION)

@@ -62,7 +62,7 @@ class HeadMaskedLoraConfig(HeadSelectionConfig, AdapterFolderConfig, LoraConfig)
 
     Says *what* is deactivated and is saved with the adapter; *when* is said by [`TaylorHeadScorer`]. Everything that
     [`LoraConfig`] takes is taken as well. Without `target_modules`, the query and value projections of every
-    attention layer are adapted; without `modules_to_save`, the classification head is trained and saved
+    attention layer are adapted; without `modules_to_save`, the classifier is trained and saved
     (`modules_to_save=[]` opts out).
 
     Methods: HEAT and Heart-LoRA.
@@ -104,7 +104,7 @@ class HeadMaskedLoraConfig(HeadSelectionConfig, AdapterFolderConfig, LoraConfig)
             with gradients see one that was written through `.data` from the next optimizer step, or change of mode
             (`model.train()`, `model.eval()`), on; before that call `model.forget_codes(adapter_name)`.
         classifier_bits (`int`):
-            The same for the weight of the trained classification head; its bias stays in full precision.
+            The same for the weight of the trained classifier; its bias stays in full precision.
         bottleneck_dropout (`float`):
             Dropout between `lora_A` and `lora_B`, on the r values of a token, as in Bi-LoRA and HEAT (0.1 there), with
             any `adapter_bits`. PEFT's `lora_dropout` drops the input of `lora_A`; both may be given.
@@ -162,7 +162,7 @@ class HeadMaskedLoraConfig(HeadSelectionConfig, AdapterFolderConfig, LoraConfig)
 
     @property
     def has_few_bits(self) -> bool:
-        """Whether anything of the adapter is quantised: its factors, or the classification head."""
+        """Whether anything of the adapter is quantised: its factors, or the classifier."""
         return self.quantizes or self.classifier_bits != FULL_PRECISION
 
     @property
@@ -223,7 +223,7 @@ class HeadMaskedLoraConfig(HeadSelectionConfig, AdapterFolderConfig, LoraConfig)
         if lora.peft_type != PeftType.LORA:
             raise ValueError(f"{model_id} holds an adapter of type {lora.peft_type.value}, not a LORA adapter")
         names = {f.name for f in fields(LoraConfig)} - {"peft_type"}
-        # None would be read as "find the classification head", which a stock adapter then does not hold
+        # None would be read as "find the classifier", which a stock adapter then does not hold
         lora.modules_to_save = lora.modules_to_save or []
         config = cls(ne=0, fused_parts="qkv", **{name: getattr(lora, name) for name in names})
         config.carried.is_stock = True

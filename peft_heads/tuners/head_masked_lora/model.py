@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...backbones.targets import default_targets
-from ..common.classifiers import check_quantizable, quantize_task_heads, quantized_heads, settle_task_heads
+from ..common.classifiers import check_quantizable, quantize_classifiers, quantized_classifiers, settle_classifiers
 from ..common.model import VisionTuner
 from ..common.quantizer import WeightQuantizer, one_pass
 from ..common.state import AdapterState
@@ -28,8 +28,10 @@ from .targets import check_plain_lora, find_head_layouts, needs_masks, unknown_a
 
 @dataclass
 class HeadMaskedLoraState(AdapterState):
-    """Attributes:
-    quantizer: The one quantiser that all layers of a k-bit adapter share.
+    """State of a head-masked LoRA adapter.
+
+    Attributes:
+        quantizer: The one quantiser that all layers of a k-bit adapter share; None in full precision.
     """
 
     quantizer: WeightQuantizer | None = None
@@ -88,7 +90,7 @@ class HeadMaskedLoraModel(HeadMaskedSums, HeadMaskedWeights, VisionTuner, LoraMo
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         bits = self.peft_config[adapter_name].classifier_bits
         if bits != FULL_PRECISION:
-            quantize_task_heads(model, adapter_name, bits)
+            quantize_classifiers(model, adapter_name, bits)
 
     def _create_and_replace(
         self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs: Any
@@ -143,7 +145,7 @@ class HeadMaskedLoraModel(HeadMaskedSums, HeadMaskedWeights, VisionTuner, LoraMo
         """
         if adapter_name not in self.adapter_states:
             raise ValueError(f"there is no adapter {adapter_name!r}; the model has {', '.join(self.adapter_states)}")
-        heads = quantized_heads(self.model, adapter_name)
+        heads = quantized_classifiers(self.model, adapter_name)
         for quantizer in (self.adapter_states[adapter_name].quantizer, *(head.quantizer for head in heads)):
             if quantizer is not None:
                 quantizer.forget()
@@ -153,7 +155,7 @@ class HeadMaskedLoraModel(HeadMaskedSums, HeadMaskedWeights, VisionTuner, LoraMo
     ) -> nn.Module:
         with self.unloading(merge, adapter_names):
             model = super()._unload_and_optionally_merge(merge, *args, adapter_names=adapter_names, **kwargs)
-        return settle_task_heads(model)
+        return settle_classifiers(model)
 
 
 def _is_plain_linear(layer: nn.Module) -> bool:

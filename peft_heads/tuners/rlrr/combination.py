@@ -10,7 +10,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from ...heads.traversal import own_modules
-from ..common.copies import check_same_heads, heads_of_sum, is_copy
+from ..common.copies import check_same_heads, classifiers_of_sum, is_copy
 from .base_layer import RLRRLayer
 from .config import RLRRConfig
 from .layer import RLRRLinear
@@ -26,7 +26,7 @@ class RLRRSums:
         paper says nothing, the changes are summed: `γ̂ = 1 + Σ w_i (γ^i - 1)`, `β̂ = Σ w_i β^i`, so that an adapter that
         changes nothing adds nothing there. To the factors' product it does add: one with `S_out = 0` alone changes
         nothing, but its `S_in` meets the `S_out` of the others. A head is active in the sum where it is in any of the
-        summands. The trained classification head, which only one of them may have, is copied. One adapter with weight 1
+        summands. The trained classifier, which only one of them may have, is copied. One adapter with weight 1
         gives an exact copy.
 
         Args:
@@ -50,7 +50,7 @@ class RLRRSums:
             exclude_modules=None,
             layers_to_transform=None,
             layers_pattern=None,
-            modules_to_save=heads_of_sum(self.peft_config, adapters),
+            modules_to_save=classifiers_of_sum(self.peft_config, adapters),
         )
         self.inject_adapter(self.model, adapter_name)
         for _, layer in own_modules(self.model):
@@ -72,7 +72,7 @@ def check_summands(model: nn.Module, configs: dict[str, RLRRConfig], adapters: l
         if isinstance(wrapper, ModulesToSaveWrapper) and sum(a in wrapper.modules_to_save for a in adapters) > 1:
             raise ValueError(
                 f"Cannot add weighted adapters if they target the same module with modules_to_save: {name}; pass "
-                "modules_to_save=[], or combine the trained heads yourself"
+                "modules_to_save=[], or combine the trained classifiers yourself"
             )
     for name, layer in own_modules(model):
         if isinstance(layer, RLRRLinear):

@@ -25,7 +25,7 @@ class RLRRConfig(HeadSelectionConfig, AdapterFolderConfig, PeftConfig):
     A frozen layer `W x + b` acts as `(W + (S_out S_in) ⊙ W) x + b + f`; norms and the patch embedding's output are
     scaled and shifted per channel, `y ⊙ γ + β`. Without `target_modules` every linear layer of every block of the image
     backbone is rescaled (query, key, value, attention output, both MLP layers); of a convolutional network every
-    convolution and linear layer. Without `modules_to_save`, the classification head is trained and saved
+    convolution and linear layer. Without `modules_to_save`, the classifier is trained and saved
     (`modules_to_save=[]` opts out).
 
     Which initialisation: the paper's, `"kaiming"`, does *not* begin with the pre-trained model (the factors' product
@@ -95,7 +95,7 @@ class RLRRConfig(HeadSelectionConfig, AdapterFolderConfig, PeftConfig):
     )
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone."})
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules trained in full; the classification head if not given."}
+        default=None, metadata={"help": "Modules trained in full; the classifier if not given."}
     )
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Blocks to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the stack of blocks."})

@@ -28,8 +28,10 @@ LAYERS = {"linear": RLRRLinear, "convolution": RLRRConv2d, "scale": RLRRScale}
 
 @dataclass
 class RLRRState(AdapterState):
-    """Attributes:
-    patch_embedding: Name of the module whose output is scaled and shifted; None if there is none.
+    """State of an RLRR adapter.
+
+    Attributes:
+        patch_embedding: Name of the patch embedding if its output is scaled and shifted.
     """
 
     patch_embedding: str | None = None
