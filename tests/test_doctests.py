@@ -40,7 +40,7 @@ class Checker(doctest.OutputChecker):
 
 
 @pytest.fixture
-def given(tmp_path):
+def given(tmp_path, forget_criteria):
     """What examples take as given, in small."""
     args = TrainingArguments(
         str(tmp_path),
@@ -55,6 +55,7 @@ def given(tmp_path):
     return {
         "functools": functools,
         "torch": torch,
+        "HeadMaskedLoraConfig": HeadMaskedLoraConfig,
         "TaylorHeadScorer": TaylorHeadScorer,
         "Trainer": Trainer,
         "args": args,
