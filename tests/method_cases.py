@@ -509,22 +509,26 @@ def base_of(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+@functools.cache
+def num_rows(backbone):
+    """`{name of a linear layer: number of its rows}` of the untouched model."""
+    return {name: m.out_features for name, m in tiny.make(backbone).named_modules() if hasattr(m, "out_features")}
+
+
 def projections(case):
     """Names of the projections that must carry a mask, from the untouched model."""
     pattern = re.compile(rf"(.*\.)?{case.masked}")
-    names = [name for name, _ in tiny.make(case.backbone).named_modules()]
-    return [name for name in names if pattern.fullmatch(name)] if case.is_masked else []
+    return [name for name in num_rows(case.backbone) if pattern.fullmatch(name)] if case.is_masked else []
 
 
 def deactivated(case, seed=0):
     """`{projection: indices of deactivated heads}`: one head each, another one for another seed."""
-    model = tiny.make(case.backbone)
     result = {}
     for index, name in enumerate(projections(case)):
         head = 1 + seed
         head += index // 2 if "layer" in case.differ else 0
         head += tiny.now("v_proj") in name if "part" in case.differ else 0
-        result[name] = [head % (model.get_submodule(name).out_features // HEAD_DIM[case.backbone])]
+        result[name] = [head % (num_rows(case.backbone)[name] // HEAD_DIM[case.backbone])]
     return result
 
 

@@ -15,6 +15,7 @@ import torch
 from method_cases import (
     CASES,
     METHODS,
+    RLRR,
     assert_close,
     assert_heads_are_off,
     assert_same,
@@ -26,6 +27,7 @@ from method_cases import (
     logits,
     projections,
     rows_of,
+    rows_of_method,
 )
 from peft import (
     PeftConfig,
@@ -121,7 +123,7 @@ def test_gradients(case):
             assert_same(case, grad, expected[name])
 
 
-@behaviour(METHODS)
+@behaviour(METHODS | rows_of_method(RLRR))
 def test_autocast(case):
     """Gradients in full precision, and near those without it."""
     model, other = create(case), create(case)
