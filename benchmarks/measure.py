@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from peft_heads._compat import silence_known_warnings
+from peft_heads._compat.transformers import silence_known_warnings
 
 
 silence_known_warnings()

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._compat import is_own, mismatched_keys, support_peft_in_image_pipelines
+from ._compat.peft import is_own
+from ._compat.transformers import mismatched_keys, support_peft_in_image_pipelines
 from .adapter_folder.base_model import base_model_class
 from .adapter_folder.files import check_folder_files
 from .adapter_folder.labels import read_labels

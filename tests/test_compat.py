@@ -24,10 +24,12 @@ from peft_heads import (
     HeadMaskedLoraModel,
     RLRRConfig,
     RLRRModel,
-    _compat,
     get_head_masks,
     set_head_masks,
 )
+from peft_heads._compat.hotswap import allow_hotswap, extend_hotswap_check
+from peft_heads._compat.overrides import check_hooks
+from peft_heads._compat.peft import expand_all_linear, extend_model_card, is_own, register_tuner
 from peft_heads.adapter_folder.card import SECTION_BEGIN
 from peft_heads.tuners.common.registry import update_model_card
 
@@ -58,7 +60,7 @@ def test_importing_twice_is_harmless():
 
 def test_a_real_conflict_is_reported():
     with pytest.raises(KeyError, match="head_masked_lora"):
-        _compat.register_tuner(name="head_masked_lora", config_cls=PeftConfig, model_cls=HeadMaskedLoraModel)
+        register_tuner(name="head_masked_lora", config_cls=PeftConfig, model_cls=HeadMaskedLoraModel)
 
 
 def test_shared_prefix_refused_one_day(monkeypatch):
@@ -67,10 +69,10 @@ def test_shared_prefix_refused_one_day(monkeypatch):
     def refuse(**kwargs):
         raise KeyError("There is already a prefix called 'lora_'")
 
-    monkeypatch.setattr(_compat, "register_peft_method", refuse)
+    monkeypatch.setattr("peft_heads._compat.peft.register_peft_method", refuse)
     for table in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
         monkeypatch.delitem(table, "HEAD_MASKED_LORA")
-    _compat.register_tuner(name="head_masked_lora", config_cls=HeadMaskedLoraConfig, model_cls=HeadMaskedLoraModel)
+    register_tuner(name="head_masked_lora", config_cls=HeadMaskedLoraConfig, model_cls=HeadMaskedLoraModel)
     test_registered()
 
 
@@ -79,7 +81,7 @@ def test_importing_survives_the_loss_of_a_private_method(monkeypatch):
     monkeypatch.setattr(PeftModel, "create_or_update_model_card", lambda self, folder: written.append(folder))
     monkeypatch.delattr(PeftModel, "_upload_modified_files")
     monkeypatch.delattr(PushToHubMixin, "_upload_modified_files")
-    _compat.extend_model_card(lambda model, folder: written.append(f"section in {folder}"))
+    extend_model_card(lambda model, folder: written.append(f"section in {folder}"))
     PeftModel.create_or_update_model_card(None, "here")
     assert written == ["here", "section in here"]
 
@@ -97,7 +99,7 @@ def test_configurations_of_others_are_loaded_as_peft_does(tmp_path, monkeypatch)
     monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, "LORA", ForeignConfig)
     config = PeftConfig.from_pretrained(tmp_path)
     assert type(config) is ForeignConfig and config.r == 3
-    assert not _compat.is_own(config) and _compat.is_own(HeadMaskedLoraConfig(ne=1))
+    assert not is_own(config) and is_own(HeadMaskedLoraConfig(ne=1))
 
 
 def test_hotswap_of_others_is_checked_as_peft_does(monkeypatch):
@@ -125,7 +127,7 @@ def uploaded(monkeypatch):
     monkeypatch.setattr(PushToHubMixin, "_upload_modified_files", upload)
     monkeypatch.delattr(PeftModel, "_upload_modified_files")
     monkeypatch.setattr(PeftModel, "create_or_update_model_card", PeftModel.create_or_update_model_card.__wrapped__)
-    _compat.extend_model_card(update_model_card)
+    extend_model_card(update_model_card)
     return files
 
 
@@ -189,22 +191,22 @@ TUNERS = pytest.mark.parametrize("tuner", [HeadMaskedLoraModel, RLRRModel])
 @pytest.mark.parametrize("hook", ["_get_adapter_state_dict", "_create_and_replace"])
 def test_a_hook_that_peft_has_no_longer_is_missed_at_once(tuner, hook, monkeypatch):
     """PEFT would not call ours either: masks would not be saved, and layers not be masked, without a word."""
-    _compat.check_hooks(tuner)
+    check_hooks(tuner)
     for cls in tuner.__mro__:
         if cls.__module__.startswith("peft.") and hook in vars(cls):
             monkeypatch.delattr(cls, hook)
     with pytest.raises(ImportError, match=f"{tuner.__name__} extends {hook}, which peft .* no longer has"):
-        _compat.check_hooks(tuner)
+        check_hooks(tuner)
 
 
 def test_without_the_helper_for_all_linear_only_that_is_refused(monkeypatch):
     monkeypatch.delattr(tuners_utils, "_maybe_include_all_linear_layers")
     config = HeadMaskedLoraConfig(ne=1, target_modules=["q_proj"])
-    _compat.expand_all_linear(config, tiny.make("vit"))
+    expand_all_linear(config, tiny.make("vit"))
     assert config.target_modules == {"q_proj"}
     config.target_modules = "all-linear"
     with pytest.raises(ValueError, match="name the modules"):
-        _compat.expand_all_linear(config, tiny.make("vit"))
+        expand_all_linear(config, tiny.make("vit"))
 
 
 @pytest.mark.parametrize("name", ["CONFIG_KEYS_TO_CHECK", "check_hotswap_configs_compatible"])
@@ -213,8 +215,8 @@ def test_without_a_check_of_hotswaps_none_is_registered(name, monkeypatch):
     table = {PeftType.LORA: []}
     monkeypatch.setattr(hotswap, "CONFIG_KEYS_TO_CHECK", table)
     monkeypatch.delattr(hotswap, name)
-    _compat.allow_hotswap("head_masked_lora", "mask_scope")
-    _compat.extend_hotswap_check(None)
+    allow_hotswap("head_masked_lora", "mask_scope")
+    extend_hotswap_check(None)
     assert table == {PeftType.LORA: []} and not hasattr(hotswap, name)
 
 

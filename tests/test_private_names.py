@@ -1,4 +1,4 @@
-"""Private names of the hosts: outside `_compat.py` there are none but the overridden methods that it lists."""
+"""Private names of the hosts: outside `_compat` there are none but the overridden methods that it lists."""
 
 import ast
 import functools
@@ -15,12 +15,12 @@ from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel, Trainer
 
 import peft_heads
-from peft_heads._compat import INHERITED, OVERRIDDEN
+from peft_heads._compat.overrides import INHERITED, OVERRIDDEN
 
 
 HOSTS = {"peft", "transformers", "torch", "accelerate", "datasets", "huggingface_hub", "optuna"}
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted(path for path in (ROOT / "peft_heads").rglob("*.py") if path.name != "_compat.py")
+SOURCES = sorted(path for path in (ROOT / "peft_heads").rglob("*.py") if path.parent.name != "_compat")
 PRIVATE = re.compile(r"_(?!_)\w+")
 OF_PYTHON = {"_replace", "_asdict", "_fields"}  # public, of named tuples
 OF_ABC = {"_abc_impl"}  # written by Python into every abstract class
@@ -173,7 +173,7 @@ def test_no_private_name_of_a_host_outside_compat():
         num_uses += sum(1 for _, name in private_uses(tree) if PRIVATE.fullmatch(name))
         found += [f"{path.relative_to(ROOT)}:{line}: {name}" for line, name in foreign_uses(tree, own, hosts)]
     assert num_uses > 100 and len(hosts) > 100
-    assert not found, "move it into peft_heads/_compat.py, with the condition for deleting it:\n" + "\n".join(found)
+    assert not found, "move it into peft_heads/_compat, with the condition for deleting it:\n" + "\n".join(found)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from peft.mapping import (
 )
 from peft.utils import PeftType
 
-from peft_heads import Method, _compat, register_method
+from peft_heads import Method, register_method
+from peft_heads._compat.peft import OWN_CONFIGS
 from peft_heads.adapter_folder.card import CardText
 from peft_heads.tuners.common import registry
 
@@ -49,7 +50,7 @@ def registered(method):
         PEFT_TYPE_TO_PREFIX_MAPPING,
         PEFT_TYPE_TO_TUNER_MAPPING,
     )
-    before, own = [dict(table) for table in tables], list(_compat._OWN_CONFIGS)
+    before, own = [dict(table) for table in tables], list(OWN_CONFIGS)
     try:
         register_method(method)
         yield method
@@ -57,4 +58,4 @@ def registered(method):
         for table, content in zip(tables, before, strict=True):
             table.clear()
             table.update(content)
-        _compat._OWN_CONFIGS[:] = own
+        OWN_CONFIGS[:] = own

@@ -7,7 +7,7 @@ import transformers
 from packaging.version import Version
 from transformers import SwinConfig, SwinForImageClassification, ViTConfig, ViTForImageClassification
 
-from peft_heads._compat import load_pil_image_processor
+from peft_heads._compat.transformers import load_pil_image_processor
 from peft_heads.demo.model import DEMO_MODEL_PATH
 from peft_heads.heads import resolve_heads
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._compat import is_model_class
+from .._compat.transformers import is_model_class
 
 
 def base_model_class(settings: dict[str, Any], folder: str | os.PathLike) -> Any:

@@ -12,7 +12,7 @@ from typing import NoReturn
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from .._compat import trainer_has_overwrite_output_dir
+from .._compat.transformers import trainer_has_overwrite_output_dir
 from ..methods import MethodSettings
 from .method_options import method_arguments, method_help, method_names, named_method
 

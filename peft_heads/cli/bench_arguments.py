@@ -39,7 +39,7 @@ def build_parser(command: str, description: str, lists: bool, method: str | None
     return parser
 
 
-def _add_what(what: argparse._ArgumentGroup, lists: bool) -> None:
+def _add_what(what: Any, lists: bool) -> None:
     what.add_argument("--suite", choices=tuple(RECIPES), default="vtab", help="default: vtab; folder: your own")
     what.add_argument("--task", nargs="+", default=[], metavar="TASK", help="default: all of the suite")
     what.add_argument(
@@ -64,7 +64,7 @@ def _add_what(what: argparse._ArgumentGroup, lists: bool) -> None:
     )
 
 
-def _add_where(where: argparse._ArgumentGroup) -> None:
+def _add_where(where: Any) -> None:
     where.add_argument("--data_root", required=True, help="folder that holds one folder per task")
     where.add_argument("--output_dir", required=True, help="results; unfinished runs go on from what lies there")
     where.add_argument("--cache_dir", help="folder of decoded images (default: see `peft-heads data info`)")
@@ -81,7 +81,7 @@ def _add_where(where: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_method(group: argparse._ArgumentGroup, lists: bool, method: str | None) -> None:
+def _add_method(group: Any, lists: bool, method: str | None) -> None:
     names = method_names()
     group.add_argument("--method", choices=names, default=names[0], help="default: %(default)s")
     for option in all_options(method).values():
@@ -96,7 +96,7 @@ def _add_method(group: argparse._ArgumentGroup, lists: bool, method: str | None)
         )
 
 
-def _add_recipe(group: argparse._ArgumentGroup) -> None:
+def _add_recipe(group: Any) -> None:
     kinds = typing.get_type_hints(Recipe)
     for name in _recipe_numbers():
         values = {suite: getattr(recipe, name) for suite, recipe in RECIPES.items()}

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from safetensors import SafetensorError
 
-from .._compat import is_network_error
+from .._compat.libraries import is_network_error
 from ..adapter_folder.weights_file import one_line
 
 

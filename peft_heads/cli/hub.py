@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import constants, get_token
 from transformers import Trainer, TrainingArguments
 
-from .._compat import is_network_error
+from .._compat.libraries import is_network_error
 from ..adapter_folder.weights_file import one_line
 
 

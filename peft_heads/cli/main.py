@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 
-from .._compat import silence_known_warnings
+from .._compat.transformers import silence_known_warnings
 from ..plugins import import_plugin, load_plugins, take_plugin_words
 from .errors import INTERRUPTED, explain
 

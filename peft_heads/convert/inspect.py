@@ -11,7 +11,7 @@ import torch
 from peft import PeftConfig
 from torch import nn
 
-from .._compat import Loading
+from .._compat.loading import Loading
 from ..adapter_folder.base_model import empty_base_model
 from ..adapter_folder.checkpoints import read_error
 from ..adapter_folder.labels import read_labels

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import datasets
 import torch
 
-from .._compat import load_pil_image_processor
+from .._compat.transformers import load_pil_image_processor
 from .dataset_checks import check_columns, check_labels, check_same_labels
 from .decoding import NamingImage, decode_image, name_of
 from .deep_images import check_image_range

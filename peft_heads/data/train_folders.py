@@ -8,7 +8,7 @@ from pathlib import Path
 
 import datasets
 
-from .._compat import image_suffixes
+from .._compat.libraries import image_suffixes
 from ..adapter_folder.ordinary import check_regular
 from .files import HIDDEN, files_below
 

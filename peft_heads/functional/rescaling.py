@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .._compat import transforms_are_active
+from .._compat.torch import transforms_are_active
 
 
 @dataclass(frozen=True)

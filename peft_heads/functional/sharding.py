@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._compat import is_partitioned_by_zero
+from .._compat.torch import is_partitioned_by_zero
 from .rows import per_row
 
 

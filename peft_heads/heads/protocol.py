@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from .._compat import COMPILED
+from .._compat.torch import COMPILED
 from ..functional.sharding import on_gradient
 from .layout import HeadLayout, ProjectionLayout
 from .traversal import own_modules

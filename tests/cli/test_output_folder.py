@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from peft_heads import last_complete_checkpoint
-from peft_heads._compat import trainer_has_overwrite_output_dir
+from peft_heads._compat.transformers import trainer_has_overwrite_output_dir
 from peft_heads.adapter_folder.checkpoints import run_of, run_of_folder
 from peft_heads.cli.arguments import OutputArguments, build_parser, parse_arguments
 from peft_heads.cli.output_folder import check_output_folder, claim_output_folder, forget_replaced

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from ..._compat import trial_id
+from ..._compat.libraries import trial_id
 from ..records.record import Environment, Run, RunResult, RunSpec
 from ..records.results import find_result, write_result
 

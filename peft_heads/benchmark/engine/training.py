@@ -18,7 +18,7 @@ from peft import get_peft_model_state_dict
 from torch import nn
 from transformers import AutoConfig, PrinterCallback, Trainer, TrainingArguments, set_seed
 
-from ..._compat import commit_hash
+from ..._compat.transformers import commit_hash
 from ...adapter_folder.score_files import SCORES_FILE
 from ...backbones.classifier import classifier_names
 from ...backbones.drop_path import CONFIG_FIELD, add_drop_path, residual_branches

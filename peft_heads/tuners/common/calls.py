@@ -8,7 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..._compat import forward_hooks, run_while_tracing
+from ..._compat.torch import forward_hooks, run_while_tracing
 from ...backbones.bypass import child_uses
 from ...heads.detect import is_attention
 from ...heads.traversal import own_modules

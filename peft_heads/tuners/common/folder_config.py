@@ -10,7 +10,7 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
-from ..._compat import split_download_kwargs
+from ..._compat.peft import split_download_kwargs
 from ...adapter_folder.card import CardText
 from ...adapter_folder.contents import FolderContents
 from ...adapter_folder.files import check_folder_files

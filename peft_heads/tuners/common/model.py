@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ..._compat import current_loading, expand_all_linear
+from ..._compat.loading import current_loading
+from ..._compat.peft import expand_all_linear
 from ...backbones.classifier import classifier_names
 from ...heads.traversal import named_targets
 from .calls import watch_calls

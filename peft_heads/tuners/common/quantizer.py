@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from ..._compat import tensor_version
+from ..._compat.torch import tensor_version
 from ...functional.packing import PackedWeight
 from ...functional.quantization import Decision, code_book, decide, quantize_by_autograd, straight_through
 from ...functional.sharding import is_dtensor

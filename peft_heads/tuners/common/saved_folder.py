@@ -15,7 +15,7 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils.other import EMBEDDING_LAYER_NAMES, AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from ..._compat import Loading
+from ..._compat.loading import Loading
 from ...adapter_folder.contents import FolderContents
 from ...adapter_folder.labels import LABELS_FILE, find_labels
 from ...adapter_folder.weights_file import NAMES, TensorInfo, find_weights, read_infos, read_weights

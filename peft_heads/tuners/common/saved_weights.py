@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..._compat import current_loading
+from ..._compat.loading import current_loading
 from ...adapter_folder.contents import folder_contents
 from ...functional.sharding import whole_entry
 from ...heads.protocol import read_masks

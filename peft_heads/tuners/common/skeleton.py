@@ -10,7 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..._compat import forget_adapters, replace_contents, shell_of
+from ..._compat.torch import replace_contents, shell_of
+from ..._compat.transformers import forget_adapters
 
 
 def skeleton_of(model: nn.Module) -> nn.Module:

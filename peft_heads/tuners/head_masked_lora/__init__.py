@@ -1,6 +1,6 @@
 """Head-masked LoRA (HEAT, Heart-LoRA)."""
 
-from ..._compat import allow_hotswap, extend_hotswap, extend_hotswap_check
+from ..._compat.hotswap import allow_hotswap, extend_hotswap, extend_hotswap_check
 from ..common.head_selection import ON_CARD
 from ..common.options import LORA_OPTIONS, SCALES, SCORER_OPTIONS, head_options
 from ..common.registry import Method, register_method

@@ -9,7 +9,7 @@ from typing import Literal
 from peft import LoraConfig, PeftConfig
 from peft.utils import PeftType
 
-from ..._compat import add_peft_type
+from ..._compat.peft import add_peft_type
 from ...functional.quantization import BITS
 from ..common.folder_config import AdapterFolderConfig, check_file, source_of
 from ..common.head_selection import HeadSelectionConfig

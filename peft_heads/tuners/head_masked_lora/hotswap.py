@@ -8,7 +8,9 @@ import torch
 from peft import PeftConfig
 from torch import nn
 
-from ..._compat import COMPILED, Loading, is_own, uncompiled
+from ..._compat.loading import Loading
+from ..._compat.peft import is_own
+from ..._compat.torch import COMPILED, uncompiled
 from ..common.folder_config import AdapterFolderConfig
 from ..common.mask_keys import masks_for_model
 from ..common.saved_folder import check_before_writing

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear, LoraVariant
 from torch import nn
 
-from ..._compat import must_be_called
+from ..._compat.torch import must_be_called
 from ...functional.rows import without_rows
 
 

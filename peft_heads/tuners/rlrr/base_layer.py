@@ -9,7 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
-from ..._compat import must_be_called
+from ..._compat.torch import must_be_called
 from ...functional.rescaling import Rescaling
 from ...heads.layout import ProjectionLayout
 from .config import RLRRConfig

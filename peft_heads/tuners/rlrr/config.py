@@ -7,7 +7,7 @@ from typing import Literal
 
 from peft import PeftConfig
 
-from ..._compat import add_peft_type
+from ..._compat.peft import add_peft_type
 from ...functional.rescaling import Rescaling
 from ..common.folder_config import AdapterFolderConfig
 from ..common.head_selection import HeadSelectionConfig

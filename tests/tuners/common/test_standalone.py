@@ -11,7 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from throwaway import registered
 from torch import nn
 
-from peft_heads import Method, _compat, set_image_processor
+from peft_heads import Method, set_image_processor
+from peft_heads._compat.peft import add_peft_type
 from peft_heads.adapter_folder.card import CardText
 from peft_heads.adapter_folder.contents import folder_contents
 from peft_heads.adapter_folder.labels import read_labels
@@ -31,7 +32,7 @@ class GainConfig(AdapterFolderConfig, PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = _compat.add_peft_type("TEST_GAIN")
+        self.peft_type = add_peft_type("TEST_GAIN")
 
 
 class GainLayer(nn.Module, BaseTunerLayer):

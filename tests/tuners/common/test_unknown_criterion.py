@@ -15,7 +15,6 @@ from peft_heads import (
     HeadScorer,
     RLRRConfig,
     TaylorHeadScorer,
-    _compat,
     get_head_masks,
     load_image_classifier,
     register_criterion,
@@ -61,7 +60,7 @@ def test_everything_loads_it(folder):
 
 def test_repositories_as_well(folder, monkeypatch):
     """PEFT constructs the configuration of a repository before our class is asked."""
-    monkeypatch.setattr(_compat, "_config_class", lambda *args: None)
+    monkeypatch.setattr("peft_heads._compat.peft.own_config_class", lambda *args: None)
     with pytest.warns(UserWarning, match=WARNING):
         config = PeftConfig.from_pretrained(folder)
     assert config.criterion == "theirs"
@@ -120,7 +119,7 @@ def test_a_new_configuration_is_refused_and_so_is_one_of_another_type(folder, mo
     edit(folder, criterion=["theirs"])
     with pytest.raises(ValueError, match="criterion is .*a wrong type"):
         PeftConfig.from_pretrained(folder)
-    monkeypatch.setattr(_compat, "_config_class", lambda *args: None)  # as of a repository
+    monkeypatch.setattr("peft_heads._compat.peft.own_config_class", lambda *args: None)  # as of a repository
     with pytest.raises(ValueError, match="criterion must be one of absolute, .*got \\['theirs'\\]"):
         PeftConfig.from_pretrained(folder)
 
