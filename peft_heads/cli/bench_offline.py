@@ -38,7 +38,7 @@ def run(argv: list[str]) -> int:
     from accelerate import PartialState
 
     from ..benchmark.engine.execution import Outcome, execute
-    from ..benchmark.engine.training import Places
+    from ..benchmark.engine.places import Places
     from ..benchmark.engine.trunk import clear_trunks
     from ..benchmark.offline.settings import OFFLINE_TASKS, SEEDS, offline_settings, offline_specs
     from ..benchmark.recipes import RECIPES

@@ -119,8 +119,8 @@ def _prepare(args: argparse.Namespace, settings: dict[str, Any]):
     import torch
     from accelerate import PartialState
 
+    from ..benchmark.engine.places import Places
     from ..benchmark.engine.sweep import Sweep
-    from ..benchmark.engine.training import Places
     from .bench_arguments import read_method, read_recipe
 
     # First of all: a process that is not told its device takes itself for the only one, on a CPU.

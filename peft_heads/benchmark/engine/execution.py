@@ -20,8 +20,8 @@ from ..records.environment import source_state
 from ..records.record import Run, RunSpec
 from ..records.results import find_result
 from .optuna_queue import WAIT, SharedQueue, take_turns
+from .places import Places
 from .run import run
-from .training import Places
 from .trunk import held_trunk, train_trunk, training_key, trunk_epochs, trunk_key
 
 

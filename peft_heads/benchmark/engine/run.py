@@ -22,7 +22,8 @@ from ..recipes import Recipe
 from ..records.effective import with_warmup
 from ..records.record import Environment, Run, RunResult, RunSpec
 from ..records.results import find_result, write_result
-from .training import Places, Training, checkpoint_of
+from .places import Places
+from .training import Training, checkpoint_of
 from .work_folder import alone, begin
 
 

@@ -18,8 +18,8 @@ from ..records.record import Run, RunSpec, describe_method
 from ..report.rows import method_order
 from .execution import Outcome, execute
 from .optuna_queue import SharedQueue, default_study_name
+from .places import Places
 from .run import make_spec
-from .training import Places
 from .trunk import clear_trunks
 
 

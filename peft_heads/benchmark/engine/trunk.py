@@ -19,7 +19,8 @@ from ...adapter_folder.checkpoints import last_complete_checkpoint
 from ...tuners.common.options import HEAD_SETTINGS
 from ..records.effective import with_warmup
 from ..records.record import RunSpec
-from .training import Places, Training
+from .places import Places
+from .training import Training
 from .work_folder import alone, begin
 
 
