@@ -24,9 +24,10 @@ from pathlib import Path
 import torch
 from measure import describe, device_name, interleaved, ratio, timed
 
-from peft_heads.benchmark.engine.run import trunk_epochs, trunk_key
-from peft_heads.benchmark.engine.sweep import Outcome, Sweep, execute
-from peft_heads.benchmark.engine.training import Places
+from peft_heads.benchmark.engine.execution import Outcome, execute
+from peft_heads.benchmark.engine.places import Places
+from peft_heads.benchmark.engine.sweep import Sweep
+from peft_heads.benchmark.engine.trunk import trunk_epochs, trunk_key
 from peft_heads.benchmark.recipes import RECIPES
 from peft_heads.data.cache import CachedImages, StreamedImages
 from peft_heads.data.preprocessing import Preprocessing

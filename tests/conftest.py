@@ -27,9 +27,9 @@ def backbone(request):
 @pytest.fixture
 def forget_criteria():
     """What a test registers is unknown after it."""
-    from peft_heads.heads import scores
+    from peft_heads.heads import criteria
 
-    before = dict(scores._TABLE)
+    before = dict(criteria._TABLE)
     yield
-    scores._TABLE.clear()
-    scores._TABLE.update(before)
+    criteria._TABLE.clear()
+    criteria._TABLE.update(before)

@@ -37,9 +37,9 @@ def run(argv: list[str]) -> int:
     import torch
     from accelerate import PartialState
 
-    from ..benchmark.engine.run import clear_trunks
-    from ..benchmark.engine.sweep import Outcome, execute
-    from ..benchmark.engine.training import Places
+    from ..benchmark.engine.execution import Outcome, execute
+    from ..benchmark.engine.places import Places
+    from ..benchmark.engine.trunk import clear_trunks
     from ..benchmark.offline.settings import OFFLINE_TASKS, SEEDS, offline_settings, offline_specs
     from ..benchmark.recipes import RECIPES
     from ..benchmark.records.effective import describe_settings, effective_method

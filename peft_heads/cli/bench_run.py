@@ -28,7 +28,7 @@ def run(argv: list[str]) -> int:
     _check_single(args)
     sweep, places = _prepare(args, {})
 
-    from ..benchmark.engine.sweep import Outcome, execute
+    from ..benchmark.engine.execution import Outcome, execute
     from .bench_settings import effective_lines
 
     specs = sweep.runs(sweep.methods(), sweep.seeds, final=not args.validation)
@@ -75,7 +75,8 @@ def sweep(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     sweep, places = _prepare(args, {} if args.tune is None else {"tuned": tuple(args.tune)})
 
-    from ..benchmark.engine.sweep import Outcome, run_sweep
+    from ..benchmark.engine.execution import Outcome
+    from ..benchmark.engine.sweep import run_sweep
     from .bench_settings import effective_lines
 
     effective = effective_lines(sweep.runs(sweep.methods(), sweep.seeds[:1], final=True), args.any_size)
@@ -118,8 +119,8 @@ def _prepare(args: argparse.Namespace, settings: dict[str, Any]):
     import torch
     from accelerate import PartialState
 
+    from ..benchmark.engine.places import Places
     from ..benchmark.engine.sweep import Sweep
-    from ..benchmark.engine.training import Places
     from .bench_arguments import read_method, read_recipe
 
     # First of all: a process that is not told its device takes itself for the only one, on a CPU.

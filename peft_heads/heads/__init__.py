@@ -1,9 +1,10 @@
 """Attention heads: where they are, how responsive they are, which are deactivated. Depends on torch alone."""
 
+from .criteria import CRITERIA, HeadStatistics, register_criterion
 from .detect import resolve_heads
 from .layout import HeadLayout, ProjectionLayout
 from .protocol import HeadMaskable, ScoredParameter, get_head_masks, set_head_masks
-from .scores import CRITERIA, HeadStatistics, head_scores, head_statistics, register_criterion
+from .scores import head_scores, head_statistics
 from .selection import plan_groups, select_heads
 
 

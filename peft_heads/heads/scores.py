@@ -3,145 +3,20 @@
 Split like a metric into *update* (`head_statistics`: one optimizer step) and *compute* (`head_scores`: the mean over a
 window of steps), so that one pass over the data serves every criterion.
 
-With `p` a head's adapter parameters (its rows of `lora_B`) and `g` the gradient of the loss with respect to them, the
-first-order Taylor expansion says that the loss changes by `-Σ p·g` when `p` is set to zero. The criteria of HEAT
-(Eq. 9 and 11) are sums over these products, and the heads with the lowest scores are deactivated:
-
-    absolute   Σ |p·g|   low where the head hardly matters to the loss
-    positive   Σ  p·g    low where removing the head raises the loss
-    negative   Σ -p·g    low where removing the head lowers the loss
-
-That `positive` deactivates heads whose removal raises the loss looks wrong, but it is what the paper's formula says (its
-prose is loose here), and the paper finds it best on most tasks.
-
-Baselines say what a score must be better than: `random`, `front` (the first heads), and `most_responsive`, which
-deactivates the heads that `absolute` would keep longest.
-
-A criterion is an entry of `CRITERIA`: a function of a projection's [`HeadStatistics`]. `register_criterion` adds one.
+The functions from statistics to scores are in `criteria`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from types import MappingProxyType
+from dataclasses import replace
 
 import torch
 
+from .criteria import HeadStatistics, find_criterion
 from .layout import HeadLayout
 
 
 STATISTICS = ("absolute", "signed", "grad_norm")
-
-
-@dataclass(frozen=True)
-class HeadStatistics:
-    """What a criterion is given: all that is known of one projection's heads when heads are selected.
-
-    Every tensor is float64 (num_heads,) on the CPU. All processes have the same numbers, since they were reduced before.
-
-    Attributes:
-        absolute: `Σ |p·g|` over the head's adapter parameters, the mean over the counted steps; None without a step.
-        signed: `Σ p·g`, likewise. The loss changes by about `-signed` when the head is deactivated.
-        grad_norm: L2 norm of `g`, likewise.
-        weight_norm: L2 norm of `p` as it is now; None where no parameters were given.
-        random: Numbers in [0, 1) that depend on `mask_seed` alone.
-    """
-
-    absolute: torch.Tensor | None
-    signed: torch.Tensor | None
-    grad_norm: torch.Tensor | None
-    weight_norm: torch.Tensor | None
-    random: torch.Tensor
-
-    @property
-    def num_heads(self) -> int:
-        return len(self.random)
-
-
-@dataclass(frozen=True)
-class Criterion:
-    """How heads are scored.
-
-    Attributes:
-        function: Scores (num_heads,) of one projection's heads; the lowest are deactivated.
-        needs_gradients: Whether the function reads what training steps gather, so that heads cannot be scored without.
-        is_taylor: Whether scores are products with the adapter's parameters: zero as long as these are, whatever the
-            gradient.
-    """
-
-    function: Callable[[HeadStatistics], torch.Tensor]
-    needs_gradients: bool = True
-    is_taylor: bool = False
-
-
-_TABLE = {
-    "absolute": Criterion(lambda heads: heads.absolute, is_taylor=True),
-    "positive": Criterion(lambda heads: heads.signed, is_taylor=True),
-    "negative": Criterion(lambda heads: -heads.signed, is_taylor=True),
-    "weight_norm": Criterion(lambda heads: heads.weight_norm, needs_gradients=False),
-    "grad_norm": Criterion(lambda heads: heads.grad_norm),
-    "random": Criterion(lambda heads: heads.random, needs_gradients=False),
-    "front": Criterion(lambda heads: torch.arange(heads.num_heads).double(), needs_gradients=False),
-    "most_responsive": Criterion(lambda heads: -heads.absolute, is_taylor=True),
-}
-BUILT_IN = frozenset(_TABLE)
-CRITERIA: Mapping[str, Criterion] = MappingProxyType(_TABLE)
-"""All criteria by name, in the order in which they are reported; it grows with `register_criterion`."""
-
-
-def register_criterion(
-    name: str,
-    function: Callable[[HeadStatistics], torch.Tensor],
-    *,
-    needs_gradients: bool = True,
-    is_taylor: bool = False,
-) -> None:
-    """Add a criterion, which configurations, scorers and the command line then know by its name.
-
-    Registering the same function again is harmless.
-
-    Args:
-        name: What `criterion=` is set to: letters, digits, `_`, `-` and `.`, a letter first.
-        function: From a projection's [`HeadStatistics`] to the scores (num_heads,) of its heads. The heads with the
-            lowest scores are deactivated; where projections share a mask, their scores are summed. It must depend on
-            its argument alone, so that every process selects the same heads.
-        needs_gradients: Whether the function reads `absolute`, `signed` or `grad_norm`. Without them heads can be
-            selected before the first step.
-        is_taylor: Whether all scores are zero as long as the adapter's parameters are (`lora_B` of a new adapter). A
-            selection by the first step alone is then refused.
-
-    Raises:
-        ValueError: The name is taken, or no name; or `function` cannot be called.
-
-    Example:
-
-        ```py
-        >>> register_criterion("grad_per_weight", lambda heads: heads.grad_norm / (heads.weight_norm + 1e-6))
-        >>> config = HeadMaskedLoraConfig(ne=2, criterion="grad_per_weight")
-        ```
-    """
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][\w.-]*", name, re.ASCII):
-        raise ValueError(
-            f"the name of a criterion is a word of letters, digits, '_', '-' and '.', a letter first; got {name!r}"
-        )
-    if not callable(function):
-        raise ValueError(f"criterion {name!r} needs a function of HeadStatistics; got {function!r}")
-    criterion = Criterion(function, needs_gradients, is_taylor)
-    if _TABLE.get(name, criterion) != criterion:
-        raise ValueError(f"there is a criterion {name!r} already; choose another name")
-    _TABLE[name] = criterion
-
-
-def find_criterion(name: str) -> Criterion:
-    """The criterion of that name; raises ValueError if there is none."""
-    if name not in CRITERIA:
-        raise ValueError(
-            f"criterion must be one of {', '.join(CRITERIA)}; got {name!r}. If a plugin adds it, import the plugin first "
-            "(on the command line: --plugin MODULE), or choose another criterion"
-        )
-    return CRITERIA[name]
 
 
 def head_statistics(params: torch.Tensor, grads: torch.Tensor, layout: HeadLayout) -> torch.Tensor:

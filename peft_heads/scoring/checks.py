@@ -8,8 +8,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
+from ..heads.criteria import find_criterion
 from ..heads.protocol import module_patterns
-from ..heads.scores import find_criterion
 from .scorer import HeadScorer
 
 

@@ -7,7 +7,7 @@ import pytest
 import tiny
 import trees
 
-from peft_heads.benchmark.engine.training import Places
+from peft_heads.benchmark.engine.places import Places
 from peft_heads.benchmark.recipes import RECIPES
 from peft_heads.data.tasks import find_task
 

@@ -4,18 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from peft_heads.functional.rescaling import (
+from peft_heads.functional.rescaled_operation import (
     Change,
     ConvolutionOperation,
     LinearOperation,
-    Rescaling,
-    delta,
-    factor_gradients,
     kernel_to_matrix,
     matrix_to_kernel,
-    rescale,
     rescaled_operation,
 )
+from peft_heads.functional.rescaling import Rescaling, delta, factor_gradients, rescale
 
 
 VARIANTS = [Rescaling(), Rescaling(residual=False), Rescaling(rescale_weight=False)]

@@ -6,16 +6,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from peft_heads.heads import scores as scores_module
+from peft_heads.heads.criteria import CRITERIA, register_criterion
 from peft_heads.heads.layout import HeadLayout
-from peft_heads.heads.scores import (
-    BUILT_IN,
-    CRITERIA,
-    STATISTICS,
-    all_head_statistics,
-    head_scores,
-    head_statistics,
-    register_criterion,
-)
+from peft_heads.heads.scores import STATISTICS, all_head_statistics, head_scores, head_statistics
 
 
 def mean_statistics(params, grads, layout):
@@ -199,43 +192,6 @@ def test_what_was_not_gathered_is_none(forget_criteria):
     head_scores("mine", {"q": HeadLayout("query", 3, 1)})
     (heads,) = seen
     assert (heads.absolute, heads.signed, heads.grad_norm, heads.weight_norm) == (None,) * 4
-
-
-def test_the_table_of_criteria(forget_criteria):
-    function = torch.zeros_like
-    register_criterion("mine-2.0", function, needs_gradients=False, is_taylor=True)
-    register_criterion("mine-2.0", function, needs_gradients=False, is_taylor=True)  # harmless
-    assert list(CRITERIA)[-1] == "mine-2.0" and len(CRITERIA) == len(BUILT_IN) + 1
-    assert (CRITERIA["mine-2.0"].needs_gradients, CRITERIA["mine-2.0"].is_taylor) == (False, True)
-    assert {name for name in BUILT_IN if CRITERIA[name].is_taylor} == {
-        "absolute",
-        "positive",
-        "negative",
-        "most_responsive",
-    }
-    with pytest.raises(
-        ValueError, match="one of absolute, .*, most_responsive, mine-2.0; got 'yours'.*--plugin MODULE"
-    ):
-        head_scores("yours", {})
-    with pytest.raises(TypeError):
-        CRITERIA["theirs"] = CRITERIA["absolute"]
-
-
-@pytest.mark.parametrize(
-    ("name", "function", "message"),
-    [
-        ("absolute", lambda heads: heads.absolute, "there is a criterion 'absolute' already"),
-        ("two words", lambda heads: heads.absolute, "letters, digits.*got 'two words'"),
-        ("", lambda heads: heads.absolute, "got ''"),
-        (1, lambda heads: heads.absolute, "got 1"),
-        ("mine", "absolute", "criterion 'mine' needs a function of HeadStatistics; got 'absolute'"),
-    ],
-)
-def test_what_cannot_be_registered(name, function, message):
-    before = dict(CRITERIA)
-    with pytest.raises(ValueError, match=message):
-        register_criterion(name, function)
-    assert dict(CRITERIA) == before
 
 
 @pytest.mark.parametrize(

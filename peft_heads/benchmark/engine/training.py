@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import get_peft_model_state_dict
 from torch import nn
 from transformers import AutoConfig, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from ..._compat.transformers import commit_hash
-from ...adapter_folder.score_files import SCORES_FILE
-from ...backbones.classifier import classifier_names
 from ...backbones.drop_path import CONFIG_FIELD, add_drop_path, residual_branches
 from ...data.augmentation import Augmentation
 from ...data.cache import open_images
@@ -37,35 +33,8 @@ from ..records.effective import with_warmup
 from ..records.environment import describe_environment
 from ..records.record import CONTENT, Environment, RunResult, RunSpec
 from .callbacks import Clock, EpochEnds
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where files are, and how runs are executed; nothing here changes a result.
-
-    Attributes:
-        data_root: Folder with one folder per task.
-        output_dir: Folder of results; its folder `work` holds what unfinished runs need.
-        cache_dir: Folder of decoded images; None for the default.
-        check_sizes: Whether the tasks must have as many images as published.
-        cache_test_images: Whether test images are cached as well, instead of decoded at every access.
-        save_every: Number of epochs between checkpoints.
-        num_workers: Number of processes that load images; where images are augmented there are none.
-        use_cpu: Whether to use the CPU even if there is an accelerator.
-    """
-
-    data_root: str | os.PathLike
-    output_dir: str | os.PathLike
-    cache_dir: str | os.PathLike | None = None
-    check_sizes: bool = True
-    cache_test_images: bool = False
-    save_every: int = 10
-    num_workers: int = 0
-    use_cpu: bool = False
-
-    @property
-    def work(self) -> Path:
-        return Path(self.output_dir) / "work"
+from .places import Places
+from .trained import saved_bytes, selection_scores
 
 
 class Training:
@@ -195,7 +164,7 @@ class Training:
             adapter_bytes=adapter_bytes,
             head_bytes=head_bytes,
             masks={name: mask.tolist() for name, mask in masks.items()},
-            head_scores=_head_scores(Path(trainer.args.output_dir), model) if masks else None,
+            head_scores=selection_scores(Path(trainer.args.output_dir), model) if masks else None,
             best_on_test=max([accuracy, *earlier]) if earlier and self.spec.eval_split == "test" else None,
         )
 
@@ -267,24 +236,3 @@ def random_mask_seed(spec: RunSpec) -> int:
     """The seed of a run's random masks. Every task and seed has its own: otherwise averages would be over few heads."""
     drawn = f"{spec.task} {spec.seed} {spec.list_seed} {spec.method.get('mask_seed') or 0}"
     return zlib.crc32(drawn.encode())
-
-
-def saved_bytes(model: nn.Module) -> tuple[int, int]:
-    """Bytes that are saved of a trained model: (the adapter, or whatever else was trained; the classifier)."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    heads = tuple(f"{name}." for name in classifier_names(base))
-    if hasattr(model, "peft_config"):
-        tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    else:
-        tensors = {name: param for name, param in model.named_parameters() if param.requires_grad}
-    of_head = [x.nbytes for name, x in tensors.items() if name.removeprefix("base_model.model.").startswith(heads)]
-    return sum(x.nbytes for x in tensors.values()) - sum(of_head), sum(of_head)
-
-
-def _head_scores(folder: Path, model: nn.Module) -> dict[str, list[float]] | None:
-    """The scores by which the run's heads were selected, or None."""
-    path = folder / SCORES_FILE
-    if not path.exists():
-        return None  # baselines that need no scores
-    scores = json.loads(path.read_text(encoding="utf-8"))["scores"]
-    return scores.get(model.active_peft_config.criterion)

@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
 from .averages import averages_over_seeds, mean_and_std
+from .choices import SCALE, VARIANTS, best_on_test, best_on_validation
 from .groups import ONE_GROUP
 from .published import PublishedRow, disagreements, published_rows
-from .rows import SCALE, VARIANTS, Row, best_on_test, best_on_validation, common_and_own, row_labels
+from .rows import Row, common_and_own, row_labels
 from .tables import Cell, Column, Table, TableRow
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from ..records.record import describe_method
 from ..records.schema import canonical_json
 from .averages import averages_over_seeds, mean_and_std
-from .rows import VARIANTS, Row, common_and_own
+from .choices import VARIANTS
+from .rows import Row, common_and_own
 
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from ...functional.packing import PackedWeight
 from ...functional.quantization import Decision, code_book, decide, quantize_by_autograd, straight_through
 from ...functional.sharding import is_dtensor
 from ...heads.layout import ProjectionLayout
+from .stored_codes import as_packed, packed_weight
 
 
 # Number of optimizer steps in this process so far, of all optimizers. They are counted because many optimizers write
@@ -115,7 +116,7 @@ class WeightQuantizer:
         # call it is a new tensor each time, of which nothing is worth keeping.
         if torch.compiler.is_compiling() or not isinstance(weight, nn.Parameter) or weight.is_inference():
             rows = None if head_mask is None else layout.active_rows(head_mask.active)
-            quantized = _as_packed(linear, rows, quantize_by_autograd(weight, self.bits, rows))
+            quantized = as_packed(linear, rows, quantize_by_autograd(weight, self.bits, rows))
         else:
             entry = self._entries.get(linear)
             if entry is None or entry.head_mask is not head_mask:
@@ -212,32 +213,6 @@ class WeightQuantizer:
         with torch.autocast(weight.device.type, enabled=False):
             decision = decide(weight, self.bits, None if packed.rows is None else packed.rows.to(weight.device))
         return decision._replace(values=packed.values(), codes=packed.codes, mean=packed.mean, std=packed.std)
-
-
-def packed_weight(linear: nn.Linear, rows: torch.Tensor | None) -> PackedWeight | None:
-    """The stored codes by which a layer acts; None if it has none, or if its weight has changed since."""
-    packed = getattr(linear, "packed_weight", None)
-    # An offloaded weight cannot be compared. Whoever brings it back asks again.
-    if packed is None or linear.weight.is_meta:
-        return packed
-    if packed.codes.device != linear.weight.device:
-        linear.packed_weight = packed = packed.to(linear.weight.device)
-    if not packed.is_behind(linear.weight.detach(), rows):
-        packed = linear.packed_weight = None
-    return packed
-
-
-def _as_packed(linear: nn.Linear, rows: torch.Tensor | None, quantized: torch.Tensor) -> torch.Tensor:
-    """The packed values if their weight is unchanged, else `quantized`; the gradient is always that of `quantized`.
-
-    One expression without a branch, which a compiler can trace.
-    """
-    packed = getattr(linear, "packed_weight", None)
-    if packed is None:
-        return quantized
-    weight = linear.weight.detach()
-    same = (weight == packed.latents.to(weight)).all()
-    return quantized + torch.where(same, packed.values().to(weight) - quantized.detach(), 0)
 
 
 class _Entry:

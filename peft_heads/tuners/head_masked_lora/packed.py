@@ -15,8 +15,9 @@ from ...heads.layout import ProjectionLayout
 from ...heads.traversal import own_modules
 from ..common.classifiers import QuantizedLinear
 from ..common.head_mask import rows_in_file
-from ..common.quantizer import WeightQuantizer, packed_weight
+from ..common.quantizer import WeightQuantizer
 from ..common.saved_keys import PACKED
+from ..common.stored_codes import packed_weight
 from .config import FULL_PRECISION
 from .layer import HeadMaskedLinear
 

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...functional.rescaling import Change, ConvolutionOperation, LinearOperation, delta, rescaled_operation
+from ...functional.rescaled_operation import Change, ConvolutionOperation, LinearOperation, rescaled_operation
+from ...functional.rescaling import delta
 from ...functional.rows import per_row, without_rows
 from ...heads.layout import ProjectionLayout
 from ...heads.protocol import ScoredParameter

@@ -11,10 +11,11 @@ from types import SimpleNamespace
 import pytest
 from benchmark_runs import make_run
 
+from peft_heads.benchmark.engine import execution
 from peft_heads.benchmark.engine import optuna_queue as shared
-from peft_heads.benchmark.engine import sweep as sweep_module
+from peft_heads.benchmark.engine.execution import Outcome, execute
 from peft_heads.benchmark.engine.optuna_queue import SharedQueue, default_study_name
-from peft_heads.benchmark.engine.sweep import Outcome, Sweep, execute, run_sweep
+from peft_heads.benchmark.engine.sweep import Sweep, run_sweep
 from peft_heads.benchmark.records.results import find_result, read_results, result_path, write_result
 from peft_heads.benchmark.report import make_report
 
@@ -36,7 +37,7 @@ def queue_of(bench, machine, **options):
 def names_of(specs, title):
     groups = {}
     for spec in specs:
-        groups.setdefault(sweep_module.trunk_key(spec), []).append(spec)
+        groups.setdefault(execution.trunk_key(spec), []).append(spec)
     return [shared.group_name(group, title) for group in groups.values()]
 
 
@@ -59,10 +60,10 @@ def made_up(monkeypatch):
         made = make_run(spec.task, accuracy)
         done.append((str(places.output_dir), spec.run_id))
         path = write_result(places.output_dir, spec, made.result, made.environment)
-        return sweep_module.Run(spec, made.result, made.environment, path), True
+        return execution.Run(spec, made.result, made.environment, path), True
 
-    monkeypatch.setattr(sweep_module, "run", run)
-    monkeypatch.setattr(sweep_module, "train_trunk", lambda spec, places: places.work / "trunk" / "checkpoint-1")
+    monkeypatch.setattr(execution, "run", run)
+    monkeypatch.setattr(execution, "train_trunk", lambda spec, places: places.work / "trunk" / "checkpoint-1")
     monkeypatch.setattr(shared, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(shared, "CLAIM_SECONDS", 0.05)
     return done
@@ -109,7 +110,7 @@ def test_a_second_machine_finds_all_done(bench, made_up):
 
 def test_a_killed_machine_goes_on(bench, made_up, monkeypatch):
     specs = sweep_of(bench).search()
-    run = sweep_module.run
+    run = execution.run
 
     class Killed(BaseException):
         pass
@@ -119,10 +120,10 @@ def test_a_killed_machine_goes_on(bench, made_up, monkeypatch):
             raise Killed
         return run(spec, *args, **kwargs)
 
-    monkeypatch.setattr(sweep_module, "run", kill)
+    monkeypatch.setattr(execution, "run", kill)
     with pytest.raises(Killed):
         execute(specs, bench.places("a"), Outcome(), title="search", queue=queue_of(bench, "a"))
-    monkeypatch.setattr(sweep_module, "run", run)
+    monkeypatch.setattr(execution, "run", run)
     # another machine leaves the begun group alone, and waits for it
     other, waited = queue_of(bench, "b"), []
 
@@ -155,14 +156,14 @@ def test_take_over(bench, made_up, monkeypatch):
 
 @pytest.mark.slow
 def test_a_failed_run_keeps_nobody_waiting(bench, made_up, monkeypatch):
-    run = sweep_module.run
+    run = execution.run
 
     def fail(spec, *args, **kwargs):
         if spec.method["scale"] == 10 and spec.task == "cifar":
             raise RuntimeError("no memory")
         return run(spec, *args, **kwargs)
 
-    monkeypatch.setattr(sweep_module, "run", fail)
+    monkeypatch.setattr(execution, "run", fail)
     for machine in ("a", "b"):
         outcome = run_sweep(sweep_of(bench), bench.places(machine), queue=queue_of(bench, machine))
         assert list(outcome.failed.values()) == ["RuntimeError: no memory"] * 2

@@ -11,8 +11,9 @@ from transformers import Trainer, TrainerCallback
 
 from peft_heads import TaylorHeadScorer
 from peft_heads.benchmark.engine import training
-from peft_heads.benchmark.engine.run import make_spec, run, train_trunk, training_key, trunk_epochs, trunk_key
+from peft_heads.benchmark.engine.run import make_spec, run
 from peft_heads.benchmark.engine.training import Training
+from peft_heads.benchmark.engine.trunk import train_trunk, training_key, trunk_epochs, trunk_key
 from peft_heads.benchmark.offline.settings import offline_specs
 from peft_heads.benchmark.records.effective import with_warmup
 from peft_heads.benchmark.records.results import read_results

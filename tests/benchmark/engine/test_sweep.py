@@ -7,9 +7,10 @@ import filelock
 import pytest
 from benchmark_runs import make_run
 
-from peft_heads.benchmark.engine import run as run_module
-from peft_heads.benchmark.engine import sweep as sweep_module
-from peft_heads.benchmark.engine.sweep import Outcome, Sweep, execute, run_sweep
+from peft_heads.benchmark.engine import execution
+from peft_heads.benchmark.engine import trunk as trunk_module
+from peft_heads.benchmark.engine.execution import Outcome, execute
+from peft_heads.benchmark.engine.sweep import Sweep, run_sweep
 from peft_heads.benchmark.engine.training import Training
 from peft_heads.benchmark.records.plans import read_plans, unfinished_choices
 from peft_heads.benchmark.records.record import Run, RunResult
@@ -152,10 +153,8 @@ def test_shared_warmup_changes_nothing(bench):
 @pytest.mark.slow
 def test_shared_warmup_is_trained_once(bench, monkeypatch):
     trunks = []
-    original = sweep_module.train_trunk
-    monkeypatch.setattr(
-        sweep_module, "train_trunk", lambda spec, places: trunks.append(spec) or original(spec, places)
-    )
+    original = execution.train_trunk
+    monkeypatch.setattr(execution, "train_trunk", lambda spec, places: trunks.append(spec) or original(spec, places))
     sweep = sweep_of(bench, GRID | {"ne": [0, 1], "criterion": "front"})
     outcome = Outcome()
     execute(sweep.search(), bench.places("out"), outcome)
@@ -172,9 +171,9 @@ def test_shared_warmup_is_trained_once(bench, monkeypatch):
 @pytest.mark.slow
 def test_runs_of_one_training_are_trained_once(bench, monkeypatch):
     trunks, trained = [], []
-    original, trunk = Training.trainer, sweep_module.train_trunk
+    original, trunk = Training.trainer, execution.train_trunk
     monkeypatch.setattr(Training, "trainer", lambda self, *args: trained.append(self.spec) or original(self, *args))
-    monkeypatch.setattr(sweep_module, "train_trunk", lambda spec, places: trunks.append(spec) or trunk(spec, places))
+    monkeypatch.setattr(execution, "train_trunk", lambda spec, places: trunks.append(spec) or trunk(spec, places))
     tests = sweep_of(bench).runs([HEADS | {"scale": 1, "ne": ne} for ne in (1, 3)], (0,), final=True)
     specs = [twin for spec in tests for twin in (spec, replace(spec, eval_split="val200"))]
     bars = []
@@ -280,7 +279,7 @@ def test_killed_at_random(bench, monkeypatch):
 
 @pytest.mark.slow
 def test_failed_runs_do_not_stop_the_others(bench, monkeypatch, caplog):
-    original = sweep_module.run
+    original = execution.run
     fails = [True]
 
     def run(spec, *args, **kwargs):
@@ -288,7 +287,7 @@ def test_failed_runs_do_not_stop_the_others(bench, monkeypatch, caplog):
             raise RuntimeError("no\nmemory")
         return original(spec, *args, **kwargs)
 
-    monkeypatch.setattr(sweep_module, "run", run)
+    monkeypatch.setattr(execution, "run", run)
     sweep = sweep_of(bench, HEADS | {"ne": [0, 1]})
     outcome = run_sweep(sweep, bench.places("out"))
     assert list(outcome.failed.values()) == ["RuntimeError: no memory"] and len(outcome.runs) == 3 + 1
@@ -374,7 +373,7 @@ def is_test(run):
 @pytest.mark.slow
 def test_what_another_sweep_has_finished_meanwhile_counts(bench, monkeypatch):
     sweep, places = sweep_of(bench, HEADS | {"ne": 1}), bench.places("out")
-    original, first = sweep_module.run, sweep.search()[0]
+    original, first = execution.run, sweep.search()[0]
     tries = []
 
     def run(spec, *args, **kwargs):
@@ -384,7 +383,7 @@ def test_what_another_sweep_has_finished_meanwhile_counts(bench, monkeypatch):
             raise ValueError("is being trained by another process")
         return original(spec, *args, **kwargs)
 
-    monkeypatch.setattr(sweep_module, "run", run)
+    monkeypatch.setattr(execution, "run", run)
     outcome = run_sweep(sweep, places)
     assert not outcome.failed and not outcome.not_chosen and len(outcome.runs) == 3
 
@@ -402,12 +401,12 @@ def made_up(monkeypatch):
         return Run(spec, made.result, made.environment, path), True
 
     def train_trunk(spec, places):
-        folder = run_module.trunk_folder(spec, places)
+        folder = trunk_module.trunk_folder(spec, places)
         folder.mkdir(parents=True, exist_ok=True)
         return folder / "checkpoint-2"
 
-    monkeypatch.setattr(sweep_module, "run", run)
-    monkeypatch.setattr(sweep_module, "train_trunk", train_trunk)
+    monkeypatch.setattr(execution, "run", run)
+    monkeypatch.setattr(execution, "train_trunk", train_trunk)
 
 
 def test_sweeps_of_other_values_in_one_folder(bench, made_up):
@@ -431,20 +430,20 @@ def trunk_names(folder):
 def test_trunks_of_killed_sweeps_are_cleared(bench, made_up, monkeypatch):
     sweep, places = sweep_of(bench, HEADS | {"ne": [0, 1]}), bench.places("out")
     (places.work / "trunk-cifar-seed9-0123456789" / "checkpoint-2").mkdir(parents=True)
-    original, seen = sweep_module.train_trunk, []
+    original, seen = execution.train_trunk, []
 
     def killed(spec, places):
         original(spec, places)
         raise Killed
 
-    monkeypatch.setattr(sweep_module, "train_trunk", killed)
+    monkeypatch.setattr(execution, "train_trunk", killed)
     with pytest.raises(Killed):
         run_sweep(sweep, places)
     # the one of another plan is gone; of this plan one was begun
     kept = [name for name in trunk_names(places.work) if not name.startswith(".")]
     assert len(kept) == 1 and kept != ["trunk-cifar-seed9-0123456789"]
     monkeypatch.setattr(
-        sweep_module, "train_trunk", lambda *args: seen.append(trunk_names(places.work)) or original(*args)
+        execution, "train_trunk", lambda *args: seen.append(trunk_names(places.work)) or original(*args)
     )
     # a sweep of another plan needs it not, the same plan does
     other = sweep_of(bench, HEADS | {"ne": 1, "scale": 5})
@@ -459,19 +458,19 @@ def test_trunks_that_are_in_use_stay(bench):
     """Those that runs of another process begin with, and those that one is training."""
     sweep, places = sweep_of(bench, HEADS | {"ne": [0, 1]}), bench.places("out")
     for spec in sweep.search():
-        run_module.trunk_folder(spec, places).mkdir(parents=True, exist_ok=True)
+        trunk_module.trunk_folder(spec, places).mkdir(parents=True, exist_ok=True)
     spec, *_ = specs = sweep.search()
-    with run_module.held_trunk(spec, places), busy_trunk(specs[-1], places):
-        run_module.clear_trunks(places)
-        names = {run_module.trunk_folder(s, places).name for s in (spec, specs[-1])}
+    with trunk_module.held_trunk(spec, places), busy_trunk(specs[-1], places):
+        trunk_module.clear_trunks(places)
+        names = {trunk_module.trunk_folder(s, places).name for s in (spec, specs[-1])}
         assert len(names) == 2 and names == {path.name for path in places.work.glob("trunk-*")}
-        with pytest.raises(ValueError, match="by another process"), run_module.held_trunk(spec, places):
+        with pytest.raises(ValueError, match="by another process"), trunk_module.held_trunk(spec, places):
             pass
-    run_module.clear_trunks(places, needed=specs[-1:])
-    assert [path.name for path in places.work.glob("trunk-*")] == [run_module.trunk_folder(specs[-1], places).name]
-    run_module.clear_trunks(places)
+    trunk_module.clear_trunks(places, needed=specs[-1:])
+    assert [path.name for path in places.work.glob("trunk-*")] == [trunk_module.trunk_folder(specs[-1], places).name]
+    trunk_module.clear_trunks(places)
     assert list(places.work.iterdir()) == []
 
 
 def busy_trunk(spec, places):
-    return filelock.FileLock(places.work / f".{run_module.trunk_folder(spec, places).name}.lock")
+    return filelock.FileLock(places.work / f".{trunk_module.trunk_folder(spec, places).name}.lock")

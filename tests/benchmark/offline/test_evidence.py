@@ -5,7 +5,7 @@ import pytest
 from benchmark_runs import make_run
 from scipy import stats
 
-from peft_heads.benchmark.engine.run import training_key, trunk_epochs
+from peft_heads.benchmark.engine.trunk import training_key, trunk_epochs
 from peft_heads.benchmark.offline import evidence, evidence_plots, evidence_tables, settings
 from peft_heads.benchmark.offline.evidence import Record
 
