@@ -140,7 +140,9 @@ def save(model, output):
 
         model.vit.save_pretrained(output)
         ViTImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}).save_pretrained(output)
-    (output / "model.safetensors").chmod(0o644)  # save_pretrained lets only the owner read it, but a package must be readable by all
+    (output / "model.safetensors").chmod(
+        0o644
+    )  # save_pretrained lets only the owner read it, but a package must be readable by all
 
 
 def main(argv=None):

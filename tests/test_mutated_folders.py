@@ -136,7 +136,7 @@ def folders(tmp_path_factory):
 
 
 def field_mutants():
-    """Return `(folder, field, value)`: a wrong value for every field of every configuration, and some by hand."""
+    """Yield `(folder, field, value)`: a wrong value for every field of every configuration, and some by hand."""
     for name, config in CONFIGS.items():
         options = json.loads(json.dumps(config.to_dict(), default=sorted))
         for index, option in enumerate(options):

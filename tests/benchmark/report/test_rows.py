@@ -52,7 +52,7 @@ def test_different_data_is_not_averaged():
 
 
 def test_different_contents_are_not_averaged():
-    """Beside results of earlier versions, which do not know theirs."""
+    """The same holds beside results of earlier versions, which do not record their contents."""
 
     def run(seed, content=None):
         part = {"sha256": "1"} | ({} if content is None else {"content_sha256": content})
@@ -96,7 +96,7 @@ def test_best_chosen_on_validation_reports_the_test_figure():
         make_run("dtd", 0.1, method=heads(0), split="val200"),
         make_run("dtd", 0.2, method=heads(3), split="val200"),
         make_run("dtd", 0.6, method=heads(0)),
-        make_run("cifar", 0.9, method=heads(1), spec={"recipe": {}}),  # another recipe: never looked at
+        make_run("cifar", 0.9, method=heads(1), spec={"recipe": {}}),  # another recipe: never used
     ]
     (row,) = best_on_validation(make_rows(runs))
     assert row.samples() == {"cifar": {(0, 0): 50.0}}
