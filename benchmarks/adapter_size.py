@@ -1,7 +1,7 @@
-"""Bytes of saved adapters of ViT-B/16 (q and v), by bits and deactivated heads, beside what the arithmetic allows.
+"""Bytes of saved adapters of ViT-B/16 (q and v), by bits and deactivated heads, beside the arithmetic limit.
 
-Files are written and looked at; the classification head is left out. The limit is the bits of the codes alone, of active
-heads: 24 · r · (768 + 64 · (12 − ne)) · bits / 8. Random weights: nothing is downloaded.
+The script writes files and measures them; the classifier does not count. The limit counts only the bits of the codes of
+active heads: 24 · r · (768 + 64 · (12 − ne)) · bits / 8. The weights are random: nothing is downloaded.
 
     python benchmarks/adapter_size.py [--r 32 --bits 32 8 4 2 1 --ne 0 1 3 6]
 """
@@ -20,7 +20,7 @@ from peft_heads.convert.inspect import inspect_adapter
 
 
 def size_of(config, ne=0):
-    """Bytes of the weights' file without the classification head."""
+    """Return the bytes of the weights' file without the classifier."""
     with torch.device("meta"):
         base = ViTForImageClassification(ViTConfig())
     if config.target_modules is None and not isinstance(config, HeadMaskedLoraConfig):

@@ -1,15 +1,16 @@
 """An epoch of training on as many images as a task of VTAB-1K has, end to end, against a plain script.
 
-Ours: images from the cache (`peft_heads.data.cache`), Trainer, head-masked LoRA, whose heads are selected after the first
-epoch. The plain script: transformers' Trainer, stock LoRA of the same rank, and a `datasets` image folder whose
-set_transform decodes every image anew with PIL and hands it to the checkpoint's image processor (AutoImageProcessor; without
-torchvision, which nothing here asks for, the one that resizes with PIL). The processor's class is printed. Both with Trainer's defaults otherwise (no worker processes unless --num_workers asks for them, for both). Reading is timed
-in the training itself, where no workers do it: the rest is what no way of reading could save.
+Our side reads images from the cache (`peft_heads.data.cache`) and trains head-masked LoRA with Trainer; heads are selected
+after the first epoch. The plain script trains stock LoRA of the same rank with Trainer. It reads a `datasets` image folder,
+whose set_transform decodes every image again with PIL and passes it to the checkpoint's image processor
+(AutoImageProcessor; without torchvision, which nothing here needs, the one that resizes with PIL). The script prints the
+processor's class. Otherwise both sides use Trainer's defaults, and worker processes only if --num_workers asks for them.
+Without workers, reading is timed within the training: no way of reading could save the rest.
 
-Whole trainings in turns, each side first as often as the other; each of ours with a cache of its own, and its first epoch,
-which fills the cache, is printed apart; the ratios are those of the medians of the rounds. The images are crops of the
-two photographs that ship with scikit-learn, as JPEG of --image_size pixels (VTAB's are of varying size). On a CPU the
-model is the small ViT that ships with the package; on a GPU ViT-B/16 with random weights, in bf16.
+Whole trainings take turns, and each side comes first equally often. Each of our trainings has a cache of its own; its first
+epoch, which fills the cache, is printed separately. The ratios are those of the medians of the rounds. The images are crops
+of the two photographs that ship with scikit-learn, as JPEG of --image_size pixels (VTAB's sizes vary). On a CPU the model
+is the small ViT that ships with the package; on a GPU it is ViT-B/16 with random weights, in bf16.
 
     python benchmarks/epoch_time.py [--images 1000 --image_size 224 --epochs 4 --rounds 6 --batch 64]
     python benchmarks/epoch_time.py --device cuda --num_workers 8
@@ -58,7 +59,7 @@ PLAIN, OURS = "plain script", "ours"
 
 
 class TimedImages(torch.utils.data.Dataset):
-    """Counts the seconds in which images are read, where no worker processes do it."""
+    """A data set that counts the seconds spent reading images in this process."""
 
     def __init__(self, data):
         self.data, self.seconds = data, 0.0
@@ -74,7 +75,7 @@ class TimedImages(torch.utils.data.Dataset):
 
 
 class EpochTimes(TrainerCallback):
-    """Seconds of every epoch, from the end of the one before, and those of reading in it."""
+    """Seconds of every epoch, counted from the end of the previous one, and seconds of reading in it."""
 
     def __init__(self, began, images):
         self.images = images
@@ -88,7 +89,7 @@ class EpochTimes(TrainerCallback):
 
     @property
     def seconds(self):
-        """`(seconds, of which reading)` of every epoch."""
+        """`(seconds, seconds of reading)` of every epoch."""
         return [
             (end - begin, stop - start)
             for (begin, end), (start, stop) in zip(pairwise(self.ends), pairwise(self.read), strict=True)
@@ -96,7 +97,7 @@ class EpochTimes(TrainerCallback):
 
 
 def write_images(root, count, size):
-    """`root/photographs/train/<class>/<image>.jpg`, crops of 60 % to 100 % of the height."""
+    """Write `root/photographs/train/<class>/<image>.jpg`: crops of 60 % to 100 % of the height."""
     photographs = [Image.fromarray(image) for image in load_sample_images().images]
     rng = np.random.default_rng(0)
     for index in range(count):
@@ -109,7 +110,7 @@ def write_images(root, count, size):
 
 
 def write_checkpoint(folder):
-    """ViT-B/16 with random weights, and its image processor."""
+    """Save ViT-B/16 with random weights, and its image processor."""
     torch.manual_seed(0)
     ViTForImageClassification(ViTConfig(num_labels=NUM_CLASSES)).save_pretrained(folder)
     processor = load_demo_processor()
@@ -132,7 +133,7 @@ def plain_data(args):
     return data
 
 
-# At the top level, as worker processes that are not forked need it.
+# At the top level, because worker processes that are not forked must import it.
 def transform_plain(processor, examples):
     images = [image.convert("RGB") for image in examples["image"]]
     return {**processor(images, return_tensors="pt"), "label": examples["label"]}
@@ -151,7 +152,7 @@ def our_data(args, cache):
 
 
 def check_same_images(args):
-    """Both sides train on the same numbers, up to the rounding of the library that resizes."""
+    """Check that both sides train on the same pixel values, up to rounding in the resizing library."""
     with tempfile.TemporaryDirectory() as cache:
         one, other = plain_data(args)[0], our_data(args, cache)[0]
     difference = float((torch.as_tensor(one["pixel_values"]) - other["pixel_values"]).abs().max())
@@ -163,7 +164,7 @@ def check_same_images(args):
 
 
 def train_plain(args):
-    """`(seconds, of which reading)` of every epoch of the plain script."""
+    """Train by the plain script; return `(seconds, seconds of reading)` of every epoch."""
     began = time.perf_counter()
     model = load_model(args)
     model = get_peft_model(model, stock_lora(model, args.rank))
@@ -171,7 +172,7 @@ def train_plain(args):
 
 
 def train_ours(args):
-    """The same of ours; the first epoch fills the cache."""
+    """Train on our side; return the same. The first epoch fills the cache."""
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as cache:
         model = get_peft_model(load_model(args), HeadMaskedLoraConfig(r=args.rank, ne=args.ne))
@@ -210,7 +211,7 @@ def main():
     args = parser.parse_args()
     check_trainer_device(parser, args.device)
     if args.epochs < 2:
-        parser.error("--epochs must be at least 2: the first is another matter")
+        parser.error("--epochs must be at least 2: the first epoch is reported separately")
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
         args.root = Path(folder)
@@ -234,7 +235,7 @@ def measure(args):
     }
     interleaved(sides, args.rounds, args.device, warm_up=0)
     first = {side: [training[0][0] for training in rounds] for side, rounds in epochs.items()}
-    # epochs of one training are no independent measurements
+    # The epochs of one training are not independent measurements.
     later, reading = (
         {side: [statistics.median(epoch[i] for epoch in t[1:]) for t in rounds] for side, rounds in epochs.items()}
         for i in range(2)
@@ -244,11 +245,11 @@ def measure(args):
         print(describe(f"{side}, later epochs", later[side], "s"))
         if not args.num_workers:
             print(describe(f"{side}, reading", reading[side], "s"))
-    print("the first: with everything before it, model, data and, in ours, the cache")
+    print("the first epoch includes what comes before it: model, data and, on our side, the cache")
     print(f"first epoch, plain / ours: {ratio(first[PLAIN], first[OURS])}")
     print(f"later epochs, plain / ours: {ratio(later[PLAIN], later[OURS])}")
     where = f"{model}, JPEGs of {args.image_size} pixels, {args.device}"
-    if not args.num_workers:  # which read while others train
+    if not args.num_workers:  # workers read while the main process trains
         share = statistics.median(map(truediv, reading[PLAIN], later[PLAIN]))
         bare = [whole - read for whole, read in zip(later[OURS], reading[OURS], strict=True)]
         print(

@@ -1,16 +1,17 @@
 """All 19 tasks of VTAB-1K in one process on one GPU: time per task, images per second, share of the arithmetic peak.
 
-GPU figures have not been taken yet: there was no GPU. What is here has been run on a CPU alone, with a tiny model.
+GPU figures have not been taken yet: there was no GPU. The script has been run on a CPU only, with a tiny model.
 
-As the recipe `vtab` trains (100 epochs of 1,000 images in batches of 64, AdamW, stochastic depth, heads scored in the tenth epoch
-and deactivated after it), tested once, with ViT-B/16 of random weights on synthetic images of full size and in the published numbers.
-The weights are loaded once; the backbone is compiled once, and the classifier, whose size differs from task to task, stays
-outside; images lie on the device as uint8; attention is SDPA; bfloat16 by autocast, the frozen matrices stored so; steps
-have a fixed shape, and forward and backward pass of the backbone are CUDA graphs (`torch.compile(mode="reduce-overhead")`).
+It trains as the recipe `vtab` does (100 epochs of 1,000 images in batches of 64, AdamW, stochastic depth; heads are scored
+in the tenth epoch and then deactivated) and tests once. The model is ViT-B/16 with random weights; the synthetic images
+have the full size and the published numbers. The weights are loaded once. The backbone is compiled once; the classifier,
+whose size differs from task to task, stays outside. Images lie on the device as uint8. Attention is SDPA. Autocast computes
+in bfloat16, in which the frozen matrices are stored. Steps have a fixed shape, so the forward and backward passes of the
+backbone are CUDA graphs (`torch.compile(mode="reduce-overhead")`).
 
-A task's time is that of training and testing, without the making of its images (which stands for reading the cache; test
-images of real tasks must be decoded as well, once). Start-up (model, compilation) is added to the sum. With --results the
-times are kept task by task in a file, and a later run adds to it: some tasks at a time, summed.
+A task's time is the time of training and testing, without making its images, which stands for reading the cache (test
+images of real tasks must also be decoded once). Start-up (model, compilation) is added to the sum. With --results a file
+keeps the times of each task, and later runs add to it, so that the tasks can be measured a few at a time.
 
     python benchmarks/gpu_suite.py --results gpu_suite.json [--tasks cifar dtd … --peak_tflops 989 --compile reduce-overhead]
     python benchmarks/gpu_suite.py --device cpu --quick
@@ -46,21 +47,21 @@ QUICK_VIT = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4
 QUICK_VIT |= {"image_size": 32, "patch_size": 8}
 
 
-# Floating-point operations, a multiplication and an addition being two
+# Floating-point operations: a multiplication and an addition count as two.
 
 
 def forward_flops(config: ViTConfig, rank: int, num_labels: int) -> int:
-    """Of one image with LoRA on q and v: matrix products alone, as everybody counts them."""
+    """Count the operations of one image with LoRA on q and v: matrix products only, by the usual convention."""
     tokens, parts = _tokens(config), _layer_flops(config, rank)
     patches = 2 * (tokens - 1) * config.num_channels * config.patch_size**2 * config.hidden_size
     return patches + config.num_hidden_layers * sum(parts.values()) + 2 * config.hidden_size * num_labels
 
 
 def training_flops(config: ViTConfig, rank: int, num_labels: int) -> int:
-    """Forward and backward of one image; nothing that flash attention computes a second time.
+    """Count the operations of one image, forward and backward, without what flash attention computes twice.
 
-    Backward, a frozen matrix costs one product (the gradient of its input), two factors that both ask for theirs cost two.
-    In the first layer nobody asks for the gradients of the inputs of q, k and v, nor for that of k.
+    In the backward pass a frozen matrix costs one product (the gradient of its input); a product of two factors that
+    both need gradients costs two. The first layer needs no gradients of the inputs of q, k and v, nor of k.
     """
     tokens, d = _tokens(config), config.hidden_size
     parts = _layer_flops(config, rank)
@@ -84,7 +85,7 @@ def _tokens(config: ViTConfig) -> int:
 
 
 class Features(nn.Module):
-    """The backbone from uint8 images (batch, 3, H, W) to the class token, float32 (batch, hidden)."""
+    """The backbone, from uint8 images (batch, 3, H, W) to the class token, float32 (batch, hidden)."""
 
     def __init__(self, backbone: nn.Module, device: torch.device) -> None:
         super().__init__()
@@ -97,7 +98,7 @@ class Features(nn.Module):
 
 
 class Suite:
-    """One model for all tasks; `run` gives the seconds of one."""
+    """One model for all tasks; `run` measures one task."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.device = args, torch.device(args.device)
@@ -119,7 +120,7 @@ class Suite:
         self.start()
 
     def start(self) -> None:
-        """Compile, and record what can be replayed, before anything is timed."""
+        """Compile, and record the graphs, before anything is timed."""
         images, labels = self.make_images(2, self.args.batch, seed=0)
         test_images, test_labels = self.make_images(2, self.args.test_batch, seed=0)
         classifier, optimizer, _ = self.reset(2, steps=10)
@@ -133,7 +134,7 @@ class Suite:
             self.test(classifier, test_images, test_labels)
 
     def reset(self, num_classes: int, steps: int):
-        """A new adapter in the old tensors, whose addresses a recorded graph knows; classifier, optimizer and schedule."""
+        """Re-initialise the adapter in place (recorded graphs know its addresses); make classifier, optimizer, schedule."""
         for layer in head_layers(self.model).values():
             layer.reset_lora_parameters("default", True)
         set_head_masks(self.model, {name: torch.ones_like(mask) for name, mask in get_head_masks(self.model).items()})
@@ -158,7 +159,7 @@ class Suite:
         return classifier, optimizer, schedule
 
     def make_images(self, num_classes: int, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Noise in a colour that says the class: uint8 (count, 3, H, W), and labels (count,)."""
+        """Make noise in a colour that shows the class: uint8 (count, 3, H, W), and labels (count,)."""
         generator = torch.Generator(self.device).manual_seed(seed)
         colours = torch.randint(0, 128, (num_classes, 3), generator=torch.Generator().manual_seed(0))
         labels = torch.arange(count, device=self.device) % num_classes
@@ -169,10 +170,10 @@ class Suite:
         return images, labels
 
     def step(self, classifier, optimizer, images, labels, scorer=None) -> torch.Tensor:
-        if not self.model.training:  # a walk through all modules, which replaying a graph would wait for
+        if not self.model.training:  # train() walks through all modules, which would delay the graph
             self.model.train()
         torch.compiler.cudagraph_mark_step_begin()
-        # who listens to quantised weights breaks a compiled graph at each of them
+        # hooks on quantised weights break a compiled graph at every weight
         eager = scorer is not None and self.args.adapter_bits < 32
         features = self.features.forward if eager else self.features
         loss = cross_entropy(classifier(features(images)), labels)
@@ -180,19 +181,19 @@ class Suite:
         if scorer is not None:
             scorer.update()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)  # the next step overwrites what a graph has given
+        optimizer.zero_grad(set_to_none=True)  # the next step overwrites the outputs of a graph
         return loss.detach()
 
     @torch.no_grad()
     def end_scoring(self, scorer, optimizer) -> None:
-        """Deactivate heads; a pass outside of the compiled graph, in which quantised weights see that nobody listens."""
+        """Deactivate heads. A pass outside the compiled graph lets quantised weights see that their hooks are gone."""
         scorer.apply(optimizer)
         if self.args.adapter_bits < 32:
             self.features.forward(self.make_images(2, 1, seed=0)[0])
 
     @torch.no_grad()
     def test(self, classifier, images, labels) -> torch.Tensor:
-        """The number of images that are classified rightly; the last batch is filled up, so that its shape is the same."""
+        """Count the images classified correctly. The last batch is filled up, so that its shape is the same."""
         self.model.eval()
         right, count = torch.zeros((), device=self.device), len(labels)
         for begin in range(0, count, self.args.test_batch):
@@ -203,7 +204,7 @@ class Suite:
         return right
 
     def run(self, name: str) -> dict[str, float]:
-        """Seconds, numbers of images and accuracy of one task."""
+        """Return seconds, numbers of images and accuracy of one task."""
         args, task = self.args, VTAB[name]
         images, labels = self.make_images(task.num_classes, args.images, seed=1)
         test_count = args.test_images or task.sizes["test"]
@@ -245,14 +246,14 @@ class Suite:
 
 
 def store_in_bfloat16(model: nn.Module) -> None:
-    """The frozen matrices as autocast would make them anew in every step."""
+    """Store frozen matrices in bfloat16, to which autocast would otherwise convert them in every step."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)) and not module.weight.requires_grad:
             module.to(torch.bfloat16)
 
 
 def read_results(path: str | None, settings: dict) -> dict:
-    """What earlier runs with the same settings have measured; raises ValueError for others."""
+    """Return what earlier runs with the same settings have measured; other settings raise a ValueError."""
     if path is None or not Path(path).exists():
         return {"settings": settings, "start_up": 0.0, "tasks": {}}
     results = json.loads(Path(path).read_text("utf-8"))
@@ -276,7 +277,7 @@ def main():
     )
     parser.add_argument("--tasks", nargs="+", choices=list(VTAB), default=list(VTAB), metavar="TASK")
     parser.add_argument("--compile", choices=["no", "default", "reduce-overhead", "max-autotune"])
-    parser.add_argument("--peak_tflops", type=float, default=H200_BF16_TFLOPS, help="dense bf16, of the device")
+    parser.add_argument("--peak_tflops", type=float, default=H200_BF16_TFLOPS, help="peak of the device in dense bf16")
     parser.add_argument("--results", help="JSON file to add the times to")
     parser.add_argument("--quick", action="store_true", help="a tiny model and a few steps, to see that it runs")
     args = parser.parse_args()

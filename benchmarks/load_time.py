@@ -1,7 +1,8 @@
 """Time to import peft_heads beside peft, to load an adapter and to switch between two, against stock LoRA.
 
-Imports in fresh processes, in turns. Loading is `PeftModel.from_pretrained` onto a model that is there, switching is
-`set_adapter` between two adapters of a model; in one process, in turns. Random weights: nothing is downloaded.
+Imports are timed in fresh processes, in turns. Loading is `PeftModel.from_pretrained` onto an existing model; switching is
+`set_adapter` between two adapters of a model. Both are timed in one process, in turns. The weights are random: nothing is
+downloaded.
 
     python benchmarks/load_time.py [--imports 10 --loads 20 --rank 8]
 """
@@ -25,7 +26,7 @@ STOCK, OURS, ONE_BIT, PACKED = "stock LoRA", "head-masked", "head-masked, 1 bit"
 
 
 def time_import(package):
-    """Seconds of `import` in a fresh interpreter, its own start left out."""
+    """Return the seconds of `import` in a fresh interpreter, without the interpreter's own start."""
     code = f"import time; start = time.perf_counter(); import {package}; print(time.perf_counter() - start)"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
@@ -46,7 +47,7 @@ def write_adapter(side, folder, args):
 
 
 def loader(folder, args):
-    """What loads an adapter, gives its seconds and leaves the model as it was."""
+    """Return a function that loads an adapter, removes it again, and returns the seconds of loading."""
     vit = make_vit(args).to(args.device)
 
     def load():
@@ -58,7 +59,7 @@ def loader(folder, args):
 
 
 def switcher(folder, args):
-    """What goes to the other of two adapters and back."""
+    """Return a function that switches to the other of two adapters and back."""
     model = PeftModel.from_pretrained(make_vit(args).to(args.device), folder)
     model.load_adapter(folder, "other")
 
@@ -84,7 +85,7 @@ def main():
     args = parser.parse_args()
     print(f"{describe_vit(args)}, r={args.rank}, ne={args.ne}, {device_name(args.device)}")
 
-    # the second is what a training needs in any case
+    # every training imports the second
     packages = ("peft", "peft, transformers.trainer", "peft_heads")
     imports = interleaved({name: lambda name=name: time_import(name) for name in packages}, args.imports, warm_up=1)
     report("import", imports, "peft", "s")

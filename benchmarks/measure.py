@@ -1,6 +1,6 @@
-"""What the benchmarks share: sides timed in turns, ratios with their spread, peak memory, and the targets.
+"""Tools that the benchmarks share: sides timed in turns, ratios with their spread, peak memory, and the targets.
 
-A target is printed as one line, which `run_all.py` gathers: `target | what | limit | figure | met`.
+Each target is printed as one line, which `run_all.py` collects: `target | what | limit | figure | met`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ silence_known_warnings()
 
 @dataclass(frozen=True)
 class Target:
-    """A limit, "≤" or "≥", which a figure keeps as it is, not as it is rounded for print."""
+    """A limit, "≤" or "≥", which is compared with the exact figure, not with the printed one."""
 
     what: str
     sign: str
@@ -37,7 +37,7 @@ class Target:
     unit: str
 
     def is_met(self, figure: float) -> bool:
-        """Whether the figure keeps the limit; a figure that equals it but for floating-point's rounding does."""
+        """Whether the figure keeps the limit; a figure that equals it up to floating-point rounding does."""
         beyond = figure > self.limit if self.sign == "≤" else figure < self.limit
         return not beyond or math.isclose(figure, self.limit)
 
@@ -58,14 +58,15 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Ratio:
-    """Of two sides that were timed in turns: the median of the ratios round by round.
+    """Ratios of two sides that were timed in turns, one for each round.
 
     Attributes:
-        middle_half: The quartiles of the ratios.
-        interval: Where the median lies with at least 95 % confidence (order statistics); of less than six rounds, with
-            which nothing is that certain, all the range.
-        of_medians: The ratio of the medians instead.
-        rounds: How many there were.
+        median: Median of the ratios.
+        middle_half: Quartiles of the ratios.
+        interval: Interval of the median with at least 95 % confidence (order statistics). With fewer than six rounds
+            there is none, and this is the whole range.
+        of_medians: Ratio of the two medians.
+        rounds: Number of rounds.
     """
 
     median: float
@@ -75,13 +76,13 @@ class Ratio:
     rounds: int
 
     def map(self, function: Callable[[float], float]) -> Ratio:
-        """What an increasing function makes of it."""
+        """Apply an increasing function to all figures."""
         middle_half, interval = (tuple(map(function, pair)) for pair in (self.middle_half, self.interval))
         return Ratio(function(self.median), middle_half, interval, function(self.of_medians), self.rounds)
 
     @property
     def span(self) -> str:
-        """The interval, with what it is."""
+        """The interval and its kind, in words."""
         what = "95 % of the median" if self.rounds >= 6 else f"range of {self.rounds}"
         return f"{what}: {self.interval[0]:.3f} to {self.interval[1]:.3f}"
 
@@ -93,9 +94,9 @@ class Ratio:
 
 
 def ratio(numerators: list[float], denominators: list[float]) -> Ratio:
-    """Of one side to another, which were measured in the same rounds.
+    """Compare two sides that were measured in the same rounds.
 
-    Memory may be none: of something to nothing the ratio is infinite, of nothing to nothing 1, for they are the same.
+    Memory may be zero. The ratio of something to zero is infinite; that of zero to zero is 1, since both are the same.
     """
     ratios = sorted(_quotient(a, b) for a, b in zip(numerators, denominators, strict=True))
     count = len(ratios)
@@ -116,9 +117,10 @@ def _quotient(a: float, b: float) -> float:
 
 
 def ranks_outside(count: int) -> int:
-    """How many of the lowest, and of the highest, values a 95 % interval of the median leaves out.
+    """Count the lowest values, and as many of the highest, that a 95 % interval of the median leaves out.
 
-    The interval misses the median if at most that many values lie on one side of it: of coin tosses, heads.
+    The interval misses the median if at most that many values lie on one side of it. Each value lies on either side
+    with equal probability, so their number is that of heads in coin tosses.
     """
     outside, missed = 0, 2 / 2**count
     while outside + 1 < count / 2 and (missed := missed + 2 * math.comb(count, outside + 1) / 2**count) <= 0.05:
@@ -129,14 +131,17 @@ def ranks_outside(count: int) -> int:
 def interleaved(
     sides: dict[str, Callable[[], Any]], rounds: int, device: torch.device | str = "cpu", warm_up: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds of every side, round by round, so that all see the same machine.
+    """Time every side in every round, so that all see the same machine.
 
-    The order is drawn anew every other round and turned round in the next: in an even number of rounds every side has
-    been before every other one as often as after it.
+    Every other round draws a new order, and the next one reverses it. In an even number of rounds each side therefore
+    runs before each other side as often as after it.
 
     Args:
-        sides: A side that gives a float has timed itself, for instance without what had to be prepared.
-        warm_up: Rounds before those that count.
+        sides: Functions by name. One that returns a float has timed itself, for instance without its preparations.
+        warm_up: Number of rounds before those that count.
+
+    Returns:
+        Seconds of every side, one value for each round.
     """
     draw, order, times = random.Random(0), list(sides), {name: [] for name in sides}
     for index in range(warm_up + rounds):
@@ -149,7 +154,7 @@ def interleaved(
 
 
 def timed(call: Callable[[], Any], device: torch.device | str = "cpu") -> tuple[float, Any]:
-    """Seconds of a call, with all that it leaves to an accelerator, and what it gives."""
+    """Return the seconds of a call, including its work on an accelerator, and its result."""
     synchronize(device)
     start = time.perf_counter()
     result = call()
@@ -163,7 +168,7 @@ def synchronize(device: torch.device | str) -> None:
 
 
 def describe(name: str, times: list[float], unit: str = "ms", width: int = 24) -> str:
-    """The median and the range of a side."""
+    """Write the median and the range of a side as one line."""
     low, median, high = (1e3 * x if unit == "ms" else x for x in (min(times), statistics.median(times), max(times)))
     return f"{name:{width}} median {median:9.2f} {unit} ({low:.2f} to {high:.2f})"
 
@@ -171,9 +176,9 @@ def describe(name: str, times: list[float], unit: str = "ms", width: int = 24) -
 def judge(name: str, figure: float | Ratio, where: str) -> bool:
     """Print a target's line.
 
-    Of a ratio the whole interval is judged (of few rounds: the range), before anything is rounded: "yes" if its
-    unfavourable end keeps the limit, "no" if not even the favourable end does, "undecided" if the limit lies between
-    them. A single figure is met or not.
+    For a ratio the whole interval is judged (with few rounds: the range), before anything is rounded. The answer is
+    "yes" if the unfavourable end keeps the limit, "no" if not even the favourable end does, and "undecided" if the limit
+    lies between them. A single figure keeps the limit or does not.
 
     Returns:
         Whether the answer is "yes".
@@ -189,12 +194,12 @@ def judge(name: str, figure: float | Ratio, where: str) -> bool:
     return met == "yes"
 
 
-# Without these glibc keeps freed memory for later, more or less of it from run to run.
+# Without these settings glibc keeps freed memory for later, by amounts that vary from run to run.
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def in_own_process(function: Callable, *arguments: Any) -> Any:
-    """What a function of the script's top level gives in a fresh process, which gives freed memory back at once."""
+    """Call a top-level function of a script in a fresh process, which returns freed memory to the system at once."""
     before = {name: os.environ.get(name) for name in GIVES_BACK}
     os.environ.update(GIVES_BACK)
     try:
@@ -206,14 +211,15 @@ def in_own_process(function: Callable, *arguments: Any) -> Any:
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device | str) -> tuple[int, int]:
-    """Bytes in use before a call, and at its peak; to be asked in a process of its own.
+    """Return the bytes in use before a call, and at its peak. Call this in a process of its own.
 
-    On an accelerator what PyTorch has allocated there. On a CPU the resident memory of the process as Linux counts it
-    (VmRSS, VmHWM), which knows the libraries' scratch space as well; it is to be asked where freed memory is given back
-    (`in_own_process`), or it is that of the allocator's habits. `ru_maxrss` would not do: a child inherits its parent's peak.
+    On an accelerator these are PyTorch's allocations. On a CPU they are the resident memory of the process as Linux
+    counts it (VmRSS, VmHWM), which includes the libraries' scratch space. The process must return freed memory to the
+    system (`in_own_process`); otherwise the allocator's habits are measured. `ru_maxrss` would not do, because a child
+    inherits its parent's peak.
 
     Raises:
-        RuntimeError: The peak cannot be told from an earlier one, or there is no Linux to ask.
+        RuntimeError: The peak may be an earlier one, or the system is not Linux.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -226,7 +232,7 @@ def peak_memory(call: Callable[[], Any], device: torch.device | str) -> tuple[in
     if not Path("/proc/self/status").exists():
         raise RuntimeError("the resident memory of a process is read from /proc/self/status, which Linux alone has")
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the current resident memory
     except OSError:
         pass
     before, earlier = _status("VmRSS"), _status("VmHWM")
@@ -242,16 +248,16 @@ def _status(key: str) -> int:
 
 
 def add_arguments(parser, **defaults: int) -> None:
-    """Whole numbers with their defaults, and `--device`."""
+    """Add options for integers with these defaults, and `--device`."""
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def check_trainer_device(parser, device: torch.device | str) -> None:
-    """End a script that leaves the device to Trainer, if that would not be the one that was asked for.
+    """End a script whose Trainer would use another device than the one asked for.
 
-    Trainer takes the first GPU that it sees, and with more of them splits every batch.
+    Trainer takes the first visible GPU, and splits every batch if there are more.
     """
     device = torch.device(device)
     if device.type != "cuda":
@@ -259,13 +265,13 @@ def check_trainer_device(parser, device: torch.device | str) -> None:
     visible = torch.cuda.device_count()
     if device.index not in (None, 0) or visible > 1:
         parser.error(
-            f"--device {device}: Trainer chooses the device here, which is all GPUs that are visible ({visible}), from the "
-            f"first on; set CUDA_VISIBLE_DEVICES={device.index or 0}, to one of them, and pass --device cuda"
+            f"--device {device}: Trainer chooses the device here, and takes all visible GPUs ({visible}), from the "
+            f"first on; make one visible (CUDA_VISIBLE_DEVICES={device.index or 0}) and pass --device cuda"
         )
 
 
 def device_name(device: torch.device | str) -> str:
-    """A device in words, with what its speed depends on."""
+    """Name a device in words, with what its speed depends on."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{cpu_model()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"

@@ -1,9 +1,9 @@
 """Time of inference with deactivated heads: the adapter beside the weights, merged, and pruned.
 
-For every number of heads a head-masked adapter with mask_scope="head" as it is, merged (`peft-heads export --to merged`),
-and without its deactivated heads (`--to pruned`). All in one process, timed in turns; the ratios batch by batch are
-printed beside what the arithmetic allows: the multiplications of both models, counted by PyTorch. In bfloat16 the weights
-are stored so, as for inference, without autocast. Random weights: nothing is downloaded.
+For every number of heads the script times a head-masked adapter with mask_scope="head" as it is, merged (`peft-heads export
+--to merged`), and without its deactivated heads (`--to pruned`). All run in one process, in turns. The ratios, batch by
+batch, are printed beside the arithmetic bound, the ratio of the operations that PyTorch counts in both models. With
+bfloat16 the weights are stored in it, as for inference, without autocast. The weights are random: nothing is downloaded.
 
     python benchmarks/pruned_inference.py [--batch 8 --batches 20 --ne 3 6 --rank 8]
 """
@@ -32,7 +32,7 @@ from peft_heads.convert.pruned import prune_heads
 
 
 def make(args, ne):
-    """`{"unmerged", "merged", "pruned": model}` of the same adapter."""
+    """Return `{"unmerged", "merged", "pruned": model}` of the same adapter."""
     unmerged = add_adapter(make_vit(args), HeadMaskedLoraConfig(r=args.rank, ne=ne, mask_scope="head"), ne).eval()
     masks = get_head_masks(unmerged)
     merged = copy.deepcopy(unmerged).merge_and_unload(safe_merge=True)
@@ -40,7 +40,7 @@ def make(args, ne):
 
 
 def operations(model):
-    """Of one image."""
+    """Count the floating-point operations of one image."""
     twin = copy.deepcopy(model).to("meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         twin(torch.zeros(1, 3, 224, 224, device="meta"))
@@ -75,7 +75,7 @@ def main():
         for slow, fast in (("unmerged", "merged"), ("unmerged", "pruned"), ("merged", "pruned")):
             bound, speed_up = counts[slow] / counts[fast], ratio(times[slow], times[fast])
             print(f"{slow} / {fast}: {speed_up}; by arithmetic {bound:.3f}, of which {speed_up.median / bound:.1%}")
-        # the last pair
+        # the loop ends with merged / pruned, the pair that has a target
         judge(
             "pruned", speed_up.map(lambda x, bound=bound: 100 * x / bound), f"{short(dtype)}, {args.device}, ne={ne}"
         )

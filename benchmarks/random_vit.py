@@ -1,4 +1,4 @@
-"""ViT-B/16 and smaller ones with random weights, adapters on them, and a step of training. Nothing is downloaded."""
+"""ViT-B/16 and smaller models with random weights, adapters on them, and a training step. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NUM_LABELS = 100
 
 
 def add_vit_arguments(parser, **defaults: int) -> None:
-    """The size of the ViT (by default that of ViT-B/16), and more whole numbers."""
+    """Add options for the size of the ViT (ViT-B/16 by default), and more integers."""
     add_arguments(parser, **{"hidden": 768, "layers": 12, "heads": 12, "batch": 8, **defaults})
 
 
@@ -38,21 +38,21 @@ def describe_vit(args) -> str:
 
 
 def make_images(args) -> dict[str, torch.Tensor]:
-    """A batch: `pixel_values` (batch, 3, 224, 224), `labels` (batch,)."""
+    """Make a batch: `pixel_values` (batch, 3, 224, 224), `labels` (batch,)."""
     batch = {"pixel_values": torch.randn(args.batch, 3, 224, 224), "labels": torch.arange(args.batch) % NUM_LABELS}
     return {name: value.to(args.device) for name, value in batch.items()}
 
 
 def stock_lora(vit, rank: int, **options) -> LoraConfig:
-    """LoRA on the projections that ours adapts, and the trained head."""
+    """Configure LoRA on the projections that ours adapts, with a trained classifier."""
     return LoraConfig(r=rank, target_modules=default_targets(vit), modules_to_save=classifier_names(vit), **options)
 
 
 def add_adapter(vit, config, deactivated: int = 0):
-    """The model with an adapter, its first heads deactivated, ready to be trained."""
+    """Return the model with an adapter, its first heads deactivated, in training mode."""
     model = get_peft_model(vit, config).train()
     for name, param in model.named_parameters():
-        if "lora_B" in name:  # zero at initialisation, which could be unfairly fast
+        if "lora_B" in name:  # initialised to zero, which could be unfairly fast
             param.data.normal_(std=0.02)
     if deactivated:
         masks = get_head_masks(model)
@@ -67,7 +67,7 @@ def make_optimizer(model) -> torch.optim.Optimizer:
 
 
 def backward(model, batch, dtype: torch.dtype = torch.float32) -> None:
-    """One pass forward and back; other types than float32 by autocast."""
+    """Run one forward and backward pass; autocast computes in other types than float32."""
     with torch.autocast(batch["labels"].device.type, dtype=dtype, enabled=dtype != torch.float32):
         loss = model(**batch).loss
     loss.backward()

@@ -1,10 +1,10 @@
-"""Step time and memory of RLRR against stock LoRA and scaling in the manner of SSF; and what RLRR trains.
+"""Step time and memory of RLRR against stock LoRA and against scaling as in SSF; and the number of trained parameters.
 
-All sides in one process, timed in turns; the ratios step by step to LoRA on q and v and to the floor are printed. The floor
-is a forward pass and the gradient of the tokens from the last layer to the first, as RLRR and SSF need it: the frozen
-model, of which the classifier and the class token (768 numbers) are trained. Memory is the peak of a step beyond the
-model on an accelerator or, on a CPU, the bytes that are kept for the backward pass, weights left out. Random weights:
-nothing is downloaded.
+All sides run in one process, in turns. The script prints the ratios, step by step, to LoRA on q and v and to the floor. The
+floor is a forward pass and the gradients of the tokens from the last layer to the first, which RLRR and SSF both need: a
+frozen model of which only the classifier and the class token (768 numbers) are trained. On an accelerator memory is the
+peak of a step beyond the model; on a CPU it is the bytes kept for the backward pass, without weights. The weights are
+random: nothing is downloaded.
 
     python benchmarks/rlrr_cost.py [--batch 8 --steps 20 --rank 8]
     python benchmarks/rlrr_cost.py --device cuda --batch 64 --steps 100
@@ -41,8 +41,8 @@ from peft_heads import RLRRConfig
 
 FLOOR, STOCK = "floor", "LoRA q, v"
 ALL_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
-VTAB_CLASSES = 49.5  # of a task of VTAB-1K, on average
-MODELS = {  # what the paper says it trains, in millions
+VTAB_CLASSES = 49.5  # average over the tasks of VTAB-1K
+MODELS = {  # the last number: trained parameters by the paper, in millions
     "ViT-B/16": (ViTForImageClassification, ViTConfig(num_labels=2), 768, 0.33),
     "ViT-L/16": (
         ViTForImageClassification,
@@ -68,13 +68,13 @@ MODELS = {  # what the paper says it trains, in millions
 
 
 class Scale(nn.Module):
-    """SSF: a layer's output times γ plus β, per channel."""
+    """SSF: a layer's output is multiplied by γ and shifted by β, per channel."""
 
     def __init__(self, layer):
         super().__init__()
         self.layer = layer
         channels = layer.weight.shape[0]
-        self.weight = layer.weight  # which the patch embedding is asked for
+        self.weight = layer.weight  # the model reads the patch embedding's weight
         self.scale, self.shift = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
     def forward(self, x):
@@ -84,7 +84,7 @@ class Scale(nn.Module):
 
 
 def scaled(vit):
-    """A model of which every linear layer, layer norm and the patch embedding is scaled and shifted as by SSF."""
+    """Scale and shift every linear layer, every layer norm and the patch embedding, as SSF does."""
     vit.requires_grad_(False)
     vit.classifier.requires_grad_(True)
     for name, module in list(vit.vit.named_modules()):
@@ -94,7 +94,7 @@ def scaled(vit):
 
 
 def floor(vit):
-    """The frozen model with its classifier, back to the class token."""
+    """Freeze all but the classifier and the class token, so that gradients flow through the whole model."""
     vit.requires_grad_(False)
     vit.classifier.requires_grad_(True)
     vit.vit.embeddings.cls_token.requires_grad_(True)
@@ -107,7 +107,7 @@ def lora_on_all_layers(vit, rank):
     return add_adapter(vit, config)
 
 
-SIDES = {  # of the model and LoRA's rank
+SIDES = {  # functions of the model and LoRA's rank
     FLOOR: lambda vit, rank: floor(vit),
     STOCK: lambda vit, rank: add_adapter(vit, stock_lora(vit, rank)),
     "LoRA all layers": lora_on_all_layers,
@@ -118,7 +118,7 @@ SIDES = {  # of the model and LoRA's rank
 
 
 def memory(model, optimizer, batch, dtype):
-    """Bytes at the peak of a step beyond the model; on a CPU, what is kept for the backward pass and is no weight."""
+    """Return the peak bytes of a step beyond the model; on a CPU, the bytes kept for the backward pass, without weights."""
     if batch["labels"].is_cuda:
         before, peak = peak_memory(lambda: training_step(model, optimizer, batch, dtype), batch["labels"].device)
         return peak - before
@@ -138,7 +138,7 @@ def memory(model, optimizer, batch, dtype):
 
 
 def count():
-    print("trained parameters in millions, with the head of an average VTAB-1K task (49.5 classes)")
+    print("trained parameters in millions, with the classifier of an average VTAB-1K task (49.5 classes)")
     for name, (model_class, config, width, paper) in MODELS.items():
         with torch.device("meta"):
             base = model_class(config)
@@ -151,7 +151,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_vit_arguments(parser, steps=20, rank=8)
     add_dtype_argument(parser)
-    parser.add_argument("--count", action="store_true", help="only count what is trained, of four backbones")
+    parser.add_argument("--count", action="store_true", help="only count the trained parameters of four backbones")
     args = parser.parse_args()
     if args.count:
         return count()

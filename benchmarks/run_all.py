@@ -1,12 +1,13 @@
 """All figures with one command: every benchmark, one after the other, with the settings of the README's figures.
 
-Takes about half an hour on two CPU cores. Leave the machine alone meanwhile: what others take of its cores is measured
-beside each script, and said in the table where it is too much.
+This takes about 45 minutes on two CPU cores. Leave the machine alone meanwhile: while a script runs, the load by other
+processes is measured, and the table says where it is too high.
 
-Writes to a folder what every script prints (`NAME.txt`, with the command), the machine (`machine.json`), and the table of
-all targets (`targets.md`). Figures for a GPU are taken on a machine that has one, with --device cuda; on others the table
-names them as missing, with their commands, the suite of 19 tasks in slices of a few minutes. What it has measured is kept
-task by task in `gpu_suite.json`: the command goes on where it, or a slice, was cut off. Delete the file for new figures.
+The output folder gets what every script prints (`NAME.txt`, with the command), the machine (`machine.json`), and the table
+of all targets (`targets.md`). Figures for a GPU need a machine that has one, and --device cuda. Elsewhere the table names
+them as missing, with their commands; the suite of 19 tasks is cut into slices of a few minutes. The suite keeps its times
+task by task in `gpu_suite.json`, so that the command continues where it, or a slice, was cut off. Delete the file for new
+figures.
 
     python benchmarks/run_all.py [--output runs/benchmarks --device cpu --only step_time …]
     python benchmarks/run_all.py --quick        (a few steps of tiny models: whether every script runs)
@@ -33,9 +34,9 @@ from peft_heads.data.tasks import TASKS
 
 
 HERE = Path(__file__).parent
-MOST_BY_OTHERS = 0.05  # of all cores, while a script runs
+MOST_BY_OTHERS = 0.05  # highest acceptable share of all cores that other processes take while a script runs
 TINY = "--hidden 48 --layers 2 --heads 4 --batch 2"
-# Slices of gpu_suite fit ten minutes each, even if all of VTAB took twice its target of 15 minutes.
+# Each slice of gpu_suite fits into ten minutes, even if all of VTAB took twice its target of 15 minutes.
 TASKS_PER_SLICE = 5
 VTAB = [task.name for task in TASKS if task.suite == "vtab"]
 SLICES = tuple(tuple(VTAB[i : i + TASKS_PER_SLICE]) for i in range(0, len(VTAB), TASKS_PER_SLICE))
@@ -46,11 +47,12 @@ class Run:
     """A script with its options.
 
     Attributes:
-        cpu, cuda: Options of the README's figures on either, `{output}` being the folder that is written to; None where
-            there are none to be taken.
-        quick: Options with which it takes seconds, on a CPU.
-        has_device: Whether it takes `--device`.
-        slices: Values of `--tasks` that make all of it, one after the other, with less time for each.
+        script: Name of the script, without its ending.
+        cpu, cuda: Options of the README's figures on either device; `{output}` stands for the output folder. None where
+            the script has no figures to take.
+        quick: Options with which the script takes seconds, on a CPU.
+        has_device: Whether the script takes `--device`.
+        slices: Values of `--tasks`, which together make the whole run in several shorter ones.
     """
 
     script: str
@@ -69,7 +71,7 @@ class Run:
         return ["python", f"benchmarks/{self.script}.py", *chosen, *words]
 
     def commands(self, device: str, output: Path) -> list[list[str]]:
-        """The same for another machine, in its slices."""
+        """Return the commands to run on another machine, one for each slice."""
         command = self.command(device, output)
         if command is None:
             return []
@@ -118,7 +120,7 @@ RUNS = {
 
 
 def busy_seconds(stat: Path = Path("/proc/stat")) -> float | None:
-    """Of all cores since the machine was started; None where there is no Linux to ask."""
+    """Return the busy seconds of all cores since the machine was started; None if the system is not Linux."""
     if not stat.exists():
         return None
     user, nice, system, _, _, irq, softirq, steal = map(int, stat.read_text().split("\n")[0].split()[1:9])
@@ -126,13 +128,13 @@ def busy_seconds(stat: Path = Path("/proc/stat")) -> float | None:
 
 
 def children_seconds() -> float:
-    """Of all cores, by processes that this one has started and that have ended."""
+    """Return the CPU seconds of child processes that have ended."""
     times = os.times()
     return times.children_user + times.children_system
 
 
 def run(command: list[str], path: Path) -> tuple[int, float | None]:
-    """Run a script, show what it prints and write it to a file; gives its exit code, and what others took meanwhile."""
+    """Run a script, and write its output to a file; return its exit code and the load by other processes."""
     lines = [f"$ {shlex.join(command)}\n"]
     print(lines[0], end="", flush=True)
     began, busy, own = time.perf_counter(), busy_seconds(), children_seconds()
@@ -153,7 +155,7 @@ def run(command: list[str], path: Path) -> tuple[int, float | None]:
 
 
 def targets_of(path: Path) -> list[list[str]]:
-    """`[what, limit, figure, met]` of every target that a script has printed."""
+    """Return `[what, limit, figure, met]` of every target that a script has printed."""
     rows = [line.split(" | ") for line in path.read_text("utf-8").splitlines() if line.startswith("target | ")]
     return [row[1:] for row in rows]
 
@@ -161,7 +163,7 @@ def targets_of(path: Path) -> list[list[str]]:
 def table(
     rows: list[list[str]], missing: list[list[str]], failed: list[str], disturbed: dict[str, float], quick: bool
 ) -> str:
-    """Markdown; `disturbed`: scripts, and what others took of the machine meanwhile."""
+    """Write the table as Markdown; `disturbed` holds scripts, and the load by other processes meanwhile."""
     lines = ["A few steps of tiny models: these are no figures.", ""] if quick else []
     lines += ["| target | limit | figure | met |", "|---|---|---|---|"]
     lines += [f"| {' | '.join(row)} |" for row in rows]
@@ -198,7 +200,7 @@ def main():
     args = parser.parse_args()
     other = {"cpu": "cuda", "cuda": "cpu"}.get(torch.device(args.device).type)
     if other is None:
-        parser.error(f"--device {args.device}: there are settings for cpu and cuda alone")
+        parser.error(f"--device {args.device}: there are settings for cpu and cuda only")
 
     args.output.mkdir(parents=True, exist_ok=True)
     write_atomically(args.output / "machine.json", json.dumps(describe_machine(args.device), indent=1))

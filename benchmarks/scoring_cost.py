@@ -1,9 +1,9 @@
-"""What scoring the heads costs: training steps with HeadScorer's hooks and update against steps without, and a selection.
+"""Cost of scoring heads: training steps with HeadScorer's hooks and update against steps without, and a selection.
 
-One model, in one process, with and without recording in turns. What a selection by TaylorHeadScorer takes beyond the
-steps (masks, head_scores.json, head_scores.png) is timed in a short training by Trainer; twice, because the first one
-imports Matplotlib. As a share of the warm-up, with the default window: one epoch of --warmup_epochs is scored, and once
-heads are selected. Random weights: nothing is downloaded.
+One model in one process takes steps with and without recording, in turns. A short training by Trainer times what a
+selection by TaylorHeadScorer takes beyond the steps (masks, head_scores.json, head_scores.png). It runs twice, because the
+first selection imports Matplotlib. The cost is a share of the warm-up with the default window: one epoch of
+--warmup_epochs is scored, and heads are selected once. The weights are random: nothing is downloaded.
 
     python benchmarks/scoring_cost.py [--batch 8 --steps 30 --warmup_epochs 10 --images 1000 --adapter_bits 32]
     python benchmarks/scoring_cost.py --device cuda --batch 64 --steps 100
@@ -35,13 +35,13 @@ from peft_heads import HeadMaskedLoraConfig, HeadScorer, TaylorHeadScorer
 
 
 class TimedScorer(TaylorHeadScorer):
-    """Counts the seconds that it spends outside of `update`."""
+    """A scorer that counts the seconds it spends outside `update`."""
 
     seconds = 0.0
 
     def _timed(event):
         def call(self, args, *more, **kwargs):
-            # an accelerator is still busy with the step
+            # `timed` synchronises first: an accelerator is still busy with the step
             seconds, _ = timed(lambda: getattr(TaylorHeadScorer, event)(self, args, *more, **kwargs), args.device)
             self.seconds += seconds
 
@@ -56,7 +56,7 @@ def make(args):
 
 
 def time_steps(args):
-    """`{"without", "with scoring": seconds of every step}`; starting and stopping to listen is left out."""
+    """Return `{"without", "with scoring": seconds of every step}`, without adding and removing the hooks."""
     model, batch, dtype = make(args).to(args.device), make_images(args), chosen_dtype(args)
     optimizer, scorer = make_optimizer(model), HeadScorer(model, recording=False)
 
@@ -77,7 +77,7 @@ def time_steps(args):
 
 
 def time_selection(args):
-    """Seconds that the callback takes beside the scored steps."""
+    """Return the seconds that the callback takes beside the scored steps."""
     batch = {name: value.cpu() for name, value in make_images(args).items()}
     rows = [{name: value[i] for name, value in batch.items()} for i in range(args.batch)]
     scorer = TimedScorer(select_at=2, window="last_step")

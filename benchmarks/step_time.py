@@ -1,12 +1,13 @@
 """Time and peak memory of a training step with head masks, or with k-bit adapters, against stock LoRA of the same rank.
 
-And against the floor, which every adapter on these projections pays: the frozen forward pass, the gradients of the
-activations down to the first adapted projections, the classifier; no adapter. All sides in one process, timed in turns;
-the ratios step by step are printed. Peak memory is taken in processes of their own, one per side and run, because
-freed memory of one side would serve another; see `measure.peak_memory`. Random weights: nothing is downloaded.
+The third side is the floor, which every adapter on these projections pays: the frozen forward pass, the gradients of the
+activations down to the first adapted projections, and the classifier, without an adapter. All sides run in one process, in
+turns, and the script prints the ratios step by step. Peak memory is measured in a process of its own for each side and run,
+because one side would reuse memory that another has freed; see `measure.peak_memory`. The weights are random: nothing is
+downloaded.
 
-The update's scale s = lora_alpha / r is by default that of both configs' lora_alpha, 8: 1 with r=8. Ours leaves out the
-multiplication by s = 1, which stock LoRA makes. With --scale there is no target.
+The update's scale is s = lora_alpha / r. Both configs have lora_alpha=8 by default, so s = 1 with r=8. Ours skips the
+multiplication by s = 1, which stock LoRA performs. With --scale there is no target.
 
     python benchmarks/step_time.py [--batch 4 --steps 60 --rank 8 --ne 3 --adapter_bits 32 --accumulation 1]
     python benchmarks/step_time.py --batch 4 --rank 32 --adapter_bits 1 --steps 24
@@ -56,7 +57,7 @@ def make(side, args):
 
 
 def floor(vit):
-    """Outputs of the projections that LoRA adapts ask for their gradient; of the parameters, the classifier's do."""
+    """Ask for gradients of the classifier, and of the outputs of the projections that LoRA adapts."""
     vit.requires_grad_(False).train()
     vit.classifier.requires_grad_(True)
     targets = tuple(default_targets(vit))
@@ -67,7 +68,7 @@ def floor(vit):
 
 
 def stepper(side, args):
-    """What makes one step of a side."""
+    """Return a function that takes one training step of a side."""
     model = make(side, args)
     return partial(
         training_step, model, make_optimizer(model), make_images(args), chosen_dtype(args), args.accumulation
@@ -75,7 +76,7 @@ def stepper(side, args):
 
 
 def memory_of(side, args):
-    """Bytes before training and at its peak, in two steps, the first of which makes the optimizer's state."""
+    """Return the bytes before training and at its peak, over two steps; the first makes the optimizer's state."""
     step = stepper(side, args)
     return peak_memory(lambda: [step() for _ in range(2)], args.device)
 
@@ -93,7 +94,9 @@ def print_memory(args, where):
         print(f"memory beyond the model, {OURS} / {other}: {ratio(above[OURS], above[other])}")
         whole = ratio([run[OURS][1] for run in runs], [run[other][1] for run in runs])
         print(f"memory in all, {OURS} / {other}: {whole}")
-    if args.adapter_bits == 32 and args.scale is None:  # a quantised weight is kept beside the one behind it
+    if (
+        args.adapter_bits == 32 and args.scale is None
+    ):  # k-bit adapters have no target: they keep both forms of a weight
         judge("memory", ratio(above[OURS], above[STOCK]), where)
 
 

@@ -1,11 +1,11 @@
 """What the benchmark's protocol saves: time of a sweep, of separate runs, and of testing while training; the image cache.
 
-A tree in VTAB-1K's layout is made of scikit-learn's digits, as JPEG of 224 x 224 pixels: by default a tenth of a task's
-1,000 training images, and 20 test images for each of them, as VTAB-1K has on average (387,904 for 19 tasks). The model is
-the small ViT that ships with the package. Everything is run in one process and thread, in turns, whose order is turned
-round every other time (choose an even --repeat). The spread is printed, and beside (a) what sharing the warm-up could
-reach if training steps alone took time. Of separate runs that are tested while they train, (b) and (c), one is run and its
-time multiplied by their number. One seed of one task: the ratios are what matters.
+The script makes a tree in VTAB-1K's layout of scikit-learn's digits, as JPEG of 224 x 224 pixels. By default it has a tenth
+of a task's 1,000 training images, and 20 test images for each of them, as VTAB-1K has on average (387,904 for 19 tasks).
+The model is the small ViT that ships with the package. Everything runs in one process and thread, in turns; the order is
+reversed every other time, so choose an even --repeat. The script prints the spread and, beside (a), what sharing the
+warm-up could reach if only training steps took time. For separate runs that are tested while they train, (b) and (c), it
+runs one and multiplies the time by their number. There is one seed of one task: only the ratios matter.
 
     python benchmarks/sweep_cost.py [--epochs 100 --images 100 --test_images 2000 --repeat 4 --ne 1 3 6]
     python benchmarks/sweep_cost.py --only_separate --repeat 12        (the sweep against (a), and nothing else)
@@ -41,7 +41,7 @@ METHOD = {"name": "head-masked-lora", "r": 8, "criterion": ["absolute", "positiv
 
 
 def write_tree(root, images, test_images):
-    """svhn's folder with digits in it: the same ten classes."""
+    """Write digits into the folder of svhn, which has the same ten classes."""
     digits = load_digits_dataset()
     home = root / "svhn"
     sizes = {"train800": images * 4 // 5, "val200": images // 5, "train800val200": images, "test": test_images}
@@ -58,7 +58,7 @@ def write_tree(root, images, test_images):
 
 
 def epochs_saved(specs, epochs):
-    """`(saved, all)`: epochs of separate runs, and how many fewer a sweep trains, which shares those before the scoring."""
+    """Return `(saved, all)`: epochs that a sweep saves by sharing those before the scoring; epochs of separate runs."""
     groups = Counter(map(trunk_key, specs))
     shared = {trunk_key(spec): trunk_epochs(spec) for spec in specs}
     saved = sum((count - 1) * shared[key] for key, count in groups.items())
@@ -70,7 +70,7 @@ def main():
     for name, default in {"epochs": 100, "images": 100, "test_images": 2000, "repeat": 4}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--ne", type=int, nargs="+", default=[1, 3, 6])
-    parser.add_argument("--only_separate", action="store_true", help="time the sweep and (a) alone")
+    parser.add_argument("--only_separate", action="store_true", help="time only the sweep and (a)")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
@@ -89,7 +89,7 @@ def measure(args, root):
     )
 
     def run(specs, **options):
-        # a folder of results of its own, so that nothing is found; the cache stays
+        # a new folder of results, so that no run is found finished; the cache stays
         out = Path(tempfile.mkdtemp(dir=root))
         places = Places(root / "data", out, cache_dir=root / "cache", check_sizes=False, use_cpu=True)
         outcome = Outcome()
@@ -109,7 +109,7 @@ def measure(args, root):
         "(b) separate runs, tested every ten epochs": lambda: len(specs) * one_run(test_every=10),
         "(c) separate runs, tested every epoch": lambda: len(specs) * one_run(test_every=1),
     }
-    run(specs[:1], share_warmup=False)  # makes the cache's entries
+    run(specs[:1], share_warmup=False)  # fills the cache
     times = interleaved(ways if args.only_separate else ways | tested, args.repeat, warm_up=0)
     saved, whole = epochs_saved(specs, args.epochs)
     base = next(iter(times.values()))

@@ -1,11 +1,11 @@
-"""Two source trees of peft_heads, side by side: has a change made a training step, or loading an adapter, slower?
+"""Compare two source trees of peft_heads: does a change make a training step, or loading an adapter, slower?
 
     git worktree add ../before v0.1.0
     python benchmarks/two_trees.py ../before . [--rounds 40] [--steps 5]
 
-One worker process for each tree, which imports peft_heads from there. The two take turns, so that both see the same
-machine. The workers use public names alone, so that trees far apart can be compared. Prints a table of ratios, the
-second tree to the first.
+Each tree has one worker process, which imports peft_heads from there. The workers take turns, so that both see the same
+machine. They use only public names, so that distant trees can be compared. The script prints the ratios of the second tree
+to the first.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TASKS = ("step", "step of 1 bit", "step of RLRR", "load", "load of RLRR")
 
 
 class Worker:
-    """A process that does what it is told, one line for each task, and answers with the seconds it took."""
+    """A process that reads one task a line, performs it, and answers with the seconds."""
 
     def __init__(self, tree: Path, arguments: list[str]) -> None:
         env = os.environ | {"PYTHONPATH": str(tree.resolve()), "HF_HUB_OFFLINE": "1"}
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def work(steps: int) -> None:
-    """Answer tasks until the end of the input."""
+    """Perform the tasks that are read, until the end of the input."""
     import torch
     from peft import PeftModel, get_peft_model
     from transformers import ViTConfig, ViTForImageClassification

@@ -1,4 +1,4 @@
-"""Pre-train the demo model: a small ViT that tells synthetic stroke characters apart (see `strokes.py`).
+"""Pre-train the demo model: a small ViT that recognises synthetic stroke characters (see `strokes.py`).
 
     python scripts/pretrain.py --output DIR
 
@@ -19,7 +19,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from peft_heads.image_classifier import quiet_loading
 
 
-CLASS_SEED = 0  # which characters there are; --seed changes only the initialisation and the writing
+CLASS_SEED = 0  # selects the characters; --seed changes only the initialisation and the writing
 VALIDATION_SEED_OFFSET = 1_000_003  # new writings of the same characters
 
 MODEL_CARD = """\
@@ -77,7 +77,7 @@ def parse_args(argv=None):
 
 
 def make_config(num_labels):
-    """The demo architecture. 12 heads of 8 dimensions: small, but as many heads as in the ViT-Base of the literature."""
+    """Return the demo architecture: small, but with as many attention heads (12, of 8 dimensions) as ViT-Base."""
     return ViTConfig(
         hidden_size=96,
         num_hidden_layers=5,
@@ -122,7 +122,7 @@ def train(args):
 
 @torch.no_grad()
 def validate(model, args, num_batches=20):
-    """Accuracy on new writings of the training characters."""
+    """Return the accuracy on new writings of the training characters, and the number of images."""
     batches = StrokeBatches(args.classes, args.batch_size, args.seed + VALIDATION_SEED_OFFSET, CLASS_SEED)
     hits = 0
     for _ in range(num_batches):
@@ -133,14 +133,16 @@ def validate(model, args, num_batches=20):
 
 def save(model, output):
     """Save the backbone under a configuration without the stroke classes, and the image processor."""
-    model.vit.config = make_config(num_labels=2)  # the library's default, so config.json names no classes
+    model.vit.config = make_config(num_labels=2)  # transformers' default, so that config.json names no classes
     with quiet_loading():
-        # Imported here: without torchvision, transformers answers with its PIL-based processor and a warning.
+        # Imported here because transformers warns, without torchvision, that it falls back to its PIL-based processor.
         from transformers import ViTImageProcessor
 
         model.vit.save_pretrained(output)
         ViTImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}).save_pretrained(output)
-    (output / "model.safetensors").chmod(0o644)  # created readable by its owner alone, which a package must not be
+    (output / "model.safetensors").chmod(
+        0o644
+    )  # save_pretrained lets only the owner read it, but a package must be readable by all
 
 
 def main(argv=None):

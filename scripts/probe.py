@@ -23,7 +23,7 @@ RANDOM_SEEDS = (0, 1, 2)
 
 
 def load_pixels(processor):
-    """The digits as {split: (pixels (n, 3, 32, 32), labels (n,))}."""
+    """Return the digits as {split: (pixels (n, 3, 32, 32), labels (n,))}."""
     return {
         name: (processor(split[:]["image"], return_tensors="pt")["pixel_values"], np.array(split["label"]))
         for name, split in load_digits_dataset().items()
@@ -32,19 +32,19 @@ def load_pixels(processor):
 
 @torch.no_grad()
 def cls_features(model, pixels, batch_size=256):
-    """CLS features (n, hidden_size), float32."""
+    """Return the CLS features (n, hidden_size), float32."""
     model.eval()
     batches = [model.vit(pixel_values=batch).last_hidden_state[:, 0] for batch in pixels.split(batch_size)]
     return torch.cat(batches).numpy()
 
 
 def logistic_probe(train, test):
-    """Test accuracy of a logistic regression; `train` and `test` are pairs (standardised features, labels)."""
+    """Return the test accuracy of a logistic regression; `train` and `test` are (standardised features, labels)."""
     return LogisticRegression(max_iter=2000).fit(*train).score(*test)
 
 
 def linear_layer_probe(train, test, epochs=100, batch_size=64, learning_rate=1e-2):
-    """Test accuracy of one linear layer trained with AdamW and no penalty, the second opinion."""
+    """Return the test accuracy of a linear layer trained with AdamW and no penalty, as a second opinion."""
     features, labels = (torch.as_tensor(part) for part in train)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
@@ -62,7 +62,7 @@ def linear_layer_probe(train, test, epochs=100, batch_size=64, learning_rate=1e-
 
 
 def probe_accuracy(model, pixels, probe=logistic_probe):
-    """Test accuracy of `probe` on the frozen `model`; `pixels` as `load_pixels` returns them."""
+    """Return the test accuracy of `probe` on the frozen `model`; `pixels` come from `load_pixels`."""
     scaler = StandardScaler()
     train = scaler.fit_transform(cls_features(model, pixels["train"][0])), pixels["train"][1]
     test = scaler.transform(cls_features(model, pixels["test"][0])), pixels["test"][1]
@@ -70,7 +70,7 @@ def probe_accuracy(model, pixels, probe=logistic_probe):
 
 
 def compare(path=DEMO_MODEL_PATH, probe=logistic_probe):
-    """Test accuracies {"shipped": float, "random": [float per seed], "gap": shipped - mean of random}."""
+    """Return test accuracies {"shipped": float, "random": [float per seed], "gap": shipped - mean of random}."""
     pixels = load_pixels(load_demo_processor(path))
     shipped = probe_accuracy(load_demo_model(path=path), pixels, probe)
     random = [
@@ -81,7 +81,7 @@ def compare(path=DEMO_MODEL_PATH, probe=logistic_probe):
 
 
 def report(path=DEMO_MODEL_PATH):
-    """Lines of text with both probes' accuracies in per cent and the gap in percentage points."""
+    """Return lines of text: the accuracies of both probes in per cent, and the gap in percentage points."""
     lines = []
     for name, probe in [("logistic regression", logistic_probe), ("linear layer, AdamW", linear_layer_probe)]:
         result = compare(path, probe)

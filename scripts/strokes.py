@@ -1,9 +1,9 @@
 """Synthetic stroke characters: the pre-training data of the demo model.
 
 No fonts, digits or other real data are involved. A *class* is a character of one to four random strokes (lines, arcs
-and free curves); an *image* is that character written again with a random affine transform, jittered control
-points, pen width, softness, contrast and noise. Most images are reduced to 8x8 grey levels and enlarged again, because
-the images of the demo's target task are that coarse.
+and free curves). An *image* is that character, written with a random affine transform, jittered control points, pen
+width, softness, contrast and noise. Most images are reduced to 8x8 grey levels and enlarged again, because the images
+of the demo's target task are that coarse.
 
 Coordinates are in a square [-1, 1] x [-1, 1] (x to the right, y down). Every stroke is a Bezier curve with
 `CONTROL_POINTS` control points, so that a batch of characters is one matrix product.
@@ -23,7 +23,7 @@ POINTS_PER_STROKE = 32
 
 
 def bezier_basis(points=POINTS_PER_STROKE, control_points=CONTROL_POINTS):
-    """Bernstein basis, shape (points, control_points): `basis @ control` samples the curve at equal steps of t."""
+    """Return the Bernstein basis (points, control_points): `basis @ control` samples the curve at equal steps of t."""
     t = torch.linspace(0, 1, points, dtype=torch.float64)[:, None]
     i = torch.arange(control_points, dtype=torch.float64)[None]
     n = control_points - 1
@@ -36,7 +36,7 @@ def _uniform(generator, shape, low, high):
 
 
 def _random_stroke(generator, start):
-    """Control points (CONTROL_POINTS, 2) of one line, elliptic arc or free curve; it begins at `start` if given."""
+    """Draw control points (CONTROL_POINTS, 2) of a line, elliptic arc or free curve, which begins at `start` if given."""
     kind = torch.rand((), generator=generator).item()
     if kind < 0.3:  # line
         ends = _uniform(generator, (2, 2), -1, 1)
@@ -48,7 +48,7 @@ def _random_stroke(generator, start):
         angle = first + torch.linspace(0, 1, POINTS_PER_STROKE) * sweep
         radii = _uniform(generator, (2,), 0.3, 0.9)
         curve = torch.stack([angle.cos(), angle.sin()], dim=1) * radii + _uniform(generator, (2,), -0.5, 0.5)
-        # In double precision and rounded: LAPACK's last bits differ from call to call, the characters must not.
+        # Double precision and rounding: LAPACK's last bits differ from call to call, but the characters must not.
         fit = torch.linalg.lstsq(bezier_basis().double(), curve.double()).solution
         stroke = (fit * 4096).round().float() / 4096
     else:  # free curve; control points beyond the square make it bend more
@@ -64,7 +64,7 @@ def make_classes(num_classes, seed=0):
     for c in range(num_classes):
         strokes = int(torch.multinomial(torch.tensor([0.2, 0.4, 0.3, 0.1]), 1, generator=generator)) + 1
         for s in range(strokes):
-            # Half of the later strokes go on where the pen stopped, as in writing without lifting it.
+            # Half of the later strokes continue where the pen stopped, as if it had not been lifted.
             joined = s > 0 and torch.rand((), generator=generator).item() < 0.5
             control[c, s] = _random_stroke(generator, control[c, s - 1, -1] if joined else None)
         mask[c, :strokes] = 1
@@ -72,7 +72,7 @@ def make_classes(num_classes, seed=0):
 
 
 def _write(control, mask, generator, jitter):
-    """Curve points (batch, points, 2) and their ink weights (batch, points), after jitter, affine map and centring."""
+    """Return curve points (batch, points, 2) and ink weights (batch, points) after jitter, affine map and centring."""
     batch = control.shape[0]
     noise = torch.randn(control.shape, generator=generator) * jitter
     moved = torch.randn((batch, MAX_STROKES, 1, 2), generator=generator) * jitter  # a stroke as a whole

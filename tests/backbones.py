@@ -1,4 +1,4 @@
-"""A tiny model of every family, from its configuration, and what an attention layer of it looks like."""
+"""A tiny model of every family, made from its configuration, and a description of its attention layers."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ LABELS = {"num_labels": 3}
 
 @dataclass(frozen=True)
 class Family:
-    """How a family is built, and what the tests expect to be found in it.
+    """How a family is built, and what the tests expect to find in it.
 
-    Attributes:
-        make: Builds the model.
-        prefix: What the names of adapted projections begin with.
-        projections: Last components of the adapted projections, in the order query, value; one name if fused.
-        output: Last component of the module that takes the heads' outputs side by side, seen from the attention layer.
-        classifiers: Modules trained from scratch.
-        heads: Numbers of heads, ascending.
-        layers: Number of attention layers that are adapted.
+        Attributes:
+            make: Builds the model.
+    prefix: Beginning of the names of adapted projections.
+            projections: Last components of the adapted projections, in the order query, value; one name if fused.
+            output: Name, within the attention layer, of the module that takes the heads' outputs side by side.
+            classifiers: Modules trained from scratch.
+            heads: Numbers of heads, ascending.
+            layers: Number of attention layers that are adapted.
     """
 
     make: Callable[[], nn.Module]
@@ -186,7 +186,7 @@ _TIMM_SWIN = {
 }
 _TIMM_VIT = {"img_size": IMAGE_SIZE, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 6}
 
-# transformers 5.9 and later has one module for what were four
+# transformers 5.9 and later has one module in place of four
 _FPN = ("fpn",) if hasattr(hf.models.beit.modeling_beit, "BeitFPNNeck") else ("fpn1", "fpn2")
 
 FAMILIES = {
@@ -363,7 +363,7 @@ FAMILIES = {
 
 
 def inputs(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What a forward pass of the model takes: two images, and whatever else its class insists on."""
+    """Return the inputs of a forward pass: two images, and whatever else the model's class requires."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
     name = type(model).__name__
@@ -385,7 +385,7 @@ def inputs(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def output(model: nn.Module, **given: torch.Tensor) -> torch.Tensor:
-    """One tensor that depends on the image."""
+    """Return one tensor that depends on the image."""
     result = model(**given)
     if isinstance(result, torch.Tensor):
         return result

@@ -18,7 +18,7 @@ def make_run(
     spec=(),
     environment=(),
 ):
-    """A run with little but what is given; `method` is a name and settings."""
+    """Make a run with the given values and few others; `method` holds a name and settings."""
     name, settings = method
     fields = {
         "suite": suite,

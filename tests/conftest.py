@@ -1,7 +1,7 @@
 import os
 
 
-# before any Hugging Face library is imported: no test may reach for the network
+# set before any Hugging Face library is imported: no test may use the network
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
@@ -26,7 +26,7 @@ def backbone(request):
 
 @pytest.fixture
 def forget_criteria():
-    """What a test registers is unknown after it."""
+    """Remove the criteria that a test registers, after the test."""
     from peft_heads.heads import criteria
 
     before = dict(criteria._TABLE)

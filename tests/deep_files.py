@@ -1,4 +1,4 @@
-"""Writes image files that Pillow reads and does not write: 16-bit colours, signed values, any TIFF of one strip."""
+"""Writers for image files that Pillow can read but not write: 16-bit colours, signed values, any TIFF of one strip."""
 
 import struct
 import zlib
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def write_tiff(path, values, kind=1, photometric=None, big=False, deflate=False):
-    """`values` (H, W) or (H, W, C) as they are; `kind`: 1 unsigned, 2 signed, 3 float."""
+    """Write `values` (H, W) or (H, W, C) unchanged; `kind`: 1 unsigned, 2 signed, 3 float."""
     order = ">" if big else "<"
     values = np.ascontiguousarray(values)
     data = values.astype(values.dtype.newbyteorder(order)).tobytes()
@@ -40,7 +40,7 @@ def write_tiff(path, values, kind=1, photometric=None, big=False, deflate=False)
 
 
 def write_png(path, values, transparent=None):
-    """uint16 (H, W), or (H, W, C) with 2 (grey, alpha), 3 or 4 channels."""
+    """Write uint16 (H, W), or (H, W, C) with 2 (grey, alpha), 3 or 4 channels."""
     height, width, channels = (*values.shape, 1)[:3]
     lines = np.ascontiguousarray(values).astype(">u2").reshape(height, -1)
     header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
@@ -53,7 +53,7 @@ def write_png(path, values, transparent=None):
 
 
 def write_pnm(path, values, white=65535):
-    """uint16 (H, W) as binary PGM or (H, W, 3) as PPM."""
+    """Write uint16 (H, W) as binary PGM, or (H, W, 3) as PPM."""
     height, width = values.shape[:2]
     head = f"P{5 if values.ndim == 2 else 6} {width} {height} {white}\n"
     path.write_bytes(head.encode() + np.ascontiguousarray(values).astype(">u2").tobytes())

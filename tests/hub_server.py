@@ -1,8 +1,8 @@
-"""A Hub of our own on loopback: the part of the Hub's HTTP API that huggingface_hub calls, kept in memory.
+"""A small Hub on the loopback interface: the part of the Hub's HTTP API that huggingface_hub calls, kept in memory.
 
 Repositories of models have a true history: every commit has a hash, branches and tags point at commits, and old
 commits stay readable. Binary files go through Git LFS and are served by redirect, the others are part of the commit.
-What no route knows is answered with 501 and noted in `Hub.unknown`.
+A request without a route gets the answer 501 and is noted in `Hub.unknown`.
 """
 
 import base64
@@ -31,7 +31,7 @@ class File:
         return sha256(self.data) if self.lfs else hashlib.sha1(b"blob %d\0" % len(self.data) + self.data).hexdigest()
 
     def entry(self, path):
-        """As in the listing of a tree."""
+        """The file's entry in the listing of a tree."""
         lfs = {"lfs": {"oid": self.oid, "size": len(self.data), "pointerSize": 130}} if self.lfs else {}
         return {"type": "file", "path": path, "size": len(self.data), "oid": self.oid, **lfs}
 
@@ -80,7 +80,7 @@ class Repo:
 
 
 class Refused(Exception):
-    """An answer that is no success: status, the Hub's error code, and more headers."""
+    """An error response: status, the Hub's error code, and more headers."""
 
     def __init__(self, status, code="", headers=None, **body):
         super().__init__(status, code)
@@ -192,7 +192,7 @@ class Hub:
         return {"id": name, "sha": commit.sha, "siblings": siblings, "private": False, "tags": []}
 
     def tree(self, request, name, revision):
-        """Of the whole repository; other listings are not served."""
+        """List the whole repository; other listings are not served."""
         if "recursive=true" not in request.path.lower():
             raise Refused(501)
         return [file.entry(path) for path, file in self.repo(name).find(revision).files.items()]
@@ -205,7 +205,7 @@ class Hub:
         file = commit.files[path]
         if file.lfs:
             headers |= {"X-Linked-Size": str(len(file.data)), "X-Linked-Etag": f'"{file.oid}"'}
-            # by another name: huggingface_hub takes the file's size and hash from a redirect that leaves the Hub
+            # under another name, because huggingface_hub takes a file's size and hash from a redirect that leaves the Hub
             storage = self.url.replace("127.0.0.1", "localhost")
             return 302, {**headers, "Location": f"{storage}/lfs/{file.oid}"}, b""
         return 200, {**headers, "ETag": f'"{file.oid}"'}, file.data
@@ -235,7 +235,7 @@ def sha256(data):
 
 
 def check_card(text):
-    """The Hub refuses a card whose metadata are no YAML, or whose `base_model` is not the name of a repository."""
+    """Refuse a card, as the Hub does, if its metadata is no YAML or its `base_model` is no repository's name."""
     match = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     base = ((yaml.safe_load(match[1]) if match else None) or {}).get("base_model")
     if base is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(base)):
@@ -245,7 +245,7 @@ def check_card(text):
 def make_handler(hub):
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        wbufsize = 1 << 16  # headers and content in one piece: two would wait 40 ms for each other
+        wbufsize = 1 << 16  # headers and content in one packet: the second of two would wait 40 ms
 
         def answer(self):
             self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -261,7 +261,7 @@ def make_handler(hub):
                 status, headers, content = result if isinstance(result, tuple) else (200, {}, result)
             except Refused as refused:
                 status, headers, content = refused.status, refused.headers, refused.body
-            except Exception as error:  # not 500, which huggingface_hub would try again
+            except Exception as error:  # not 500, after which huggingface_hub would retry
                 status, headers, content = 501, {}, {"error": repr(error)}
             if status == 501:
                 hub.unknown.append(f"{self.command} {self.path} {content or ''}")
@@ -279,7 +279,7 @@ def make_handler(hub):
         def dispatch(self, path):
             method = "GET" if self.command == "HEAD" else self.command
             for route_method, pattern, function in ROUTES:
-                # quoted slashes belong to a name, so that names are unquoted after the match
+                # quoted slashes belong to a name, so names are unquoted after the match
                 match = re.fullmatch(pattern, path)
                 if match and method == route_method:
                     return function(hub, self, *map(unquote, match.groups()))

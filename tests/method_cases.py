@@ -1,7 +1,7 @@
-"""The methods and their options, one row each, and what the tests of `tests/tuners/test_contract.py` are made of.
+"""The methods and their options, one row each, and the helpers of `tests/tuners/test_contract.py`.
 
 A new method is one row of `METHODS`; a new option of a method is one row of `OPTIONS`. A method with a plain reference
-of its own is a subclass of `Method` as well. A reference never touches our masks: it is built from stock PEFT, or from
+of its own is a subclass of `Method` as well. A reference never uses our masks: it is built from stock PEFT, or from
 the formulas, with the rows of deactivated heads edited by explicit indices.
 """
 
@@ -41,11 +41,11 @@ HEAD_DIM = {"vit": 4, "swin": 6}
 
 
 class Method:
-    """A method without a reference of its own: an adapter must do what it does alone on a new model.
+    """A method without a reference of its own: an adapter must act as it does alone on a new model.
 
     Attributes:
         config: Class of its configurations.
-        prefix: What the names of its parameters begin with.
+        prefix: Beginning of the names of its parameters.
         restores_exactly: Whether unmerging restores the base model bit for bit.
         rounding: `(rtol, atol)` against a reference that computes in another order.
         atol: Absolute tolerance of merged weights.
@@ -60,18 +60,18 @@ class Method:
         self.prefix = prefix
 
     def randomize(self, model, seed=0):
-        """Give every adapter on the model values with which it does something."""
+        """Give every adapter on the model values with which it has an effect."""
         generator = torch.Generator().manual_seed(seed)
         for name, param in model.named_parameters():
             if self.prefix in name:
                 param.data += 0.2 * torch.randn(param.shape, generator=generator)
 
     def logits(self, case, model, adapter="default"):
-        """What the model must give with `adapter` active."""
+        """Return the logits that the model must have with `adapter` active."""
         return logits(self._alone(case, model, adapter))
 
     def gradients(self, case, model):
-        """`{parameter name: gradient}` of a batch, in training mode, with "default" active; None if not known."""
+        """Return `{parameter name: gradient}` of a batch, in training mode, "default" being active; None if unknown."""
         alone = self._alone(case, model, "default").train()
         torch.manual_seed(5)
         alone(**tiny.batch()).loss.backward()
@@ -84,7 +84,7 @@ class Method:
 
 
 class HeadMaskedLora(Method):
-    """Head-masked LoRA against stock LoRA whose rows of deactivated heads are zero."""
+    """Head-masked LoRA, compared with stock LoRA whose rows of deactivated heads are zero."""
 
     own_options = frozenset(f.name for f in dataclasses.fields(HeadMaskedLoraConfig)) - frozenset(
         f.name for f in dataclasses.fields(LoraConfig)
@@ -106,7 +106,7 @@ class HeadMaskedLora(Method):
 
     def gradients(self, case, model):
         if case.options.get("mask_scope") == "head":
-            return None  # the frozen part of a head is gone as well, of which stock PEFT has no gradient
+            return None  # the frozen part of a head is removed as well; stock PEFT has no gradient of it
         stock = self.reference(case, model).train()
         torch.manual_seed(5)
         stock(**tiny.batch()).loss.backward()
@@ -117,7 +117,7 @@ class HeadMaskedLora(Method):
         return {name: param.grad for name, param in stock.named_parameters() if param.requires_grad}
 
     def reference(self, case, model, adapter="default"):
-        """Stock PEFT with explicitly edited rows, `adapter` active."""
+        """Return stock PEFT with explicitly edited rows, `adapter` being active."""
         stock = self.stock(case, model)
         for each in model.peft_config:
             for name, heads in heads_off(case, model, each).items():
@@ -126,7 +126,7 @@ class HeadMaskedLora(Method):
         return stock.eval()
 
     def stock(self, case, model):
-        """The same adapters as stock PEFT's, with the same values and no masks at all."""
+        """Return the same adapters as stock PEFT's, with the same values and without masks."""
         reference = None
         for adapter, ours in model.peft_config.items():
             options = {"target_modules": tiny.now(["q_proj", "v_proj"]), "modules_to_save": ["classifier"]}
@@ -143,11 +143,11 @@ class HeadMaskedLora(Method):
         return reference.eval()
 
     def edit(self, case, stock, adapter, name, rows, *, base=False):
-        """Deactivate: rows of one projection contribute nothing to the adapter; base=True, to the model."""
+        """Deactivate rows of one projection: they contribute nothing to the adapter or, if base=True, to the model."""
         layer = stock.get_base_model().get_submodule(name)
         for tensor in self.row_tensors(layer, adapter):
             tensor.data[rows] = 0
-        if adapter in layer.lora_magnitude_vector:  # the magnitude that the frozen row has by itself
+        if adapter in layer.lora_magnitude_vector:  # the magnitude of the frozen row alone
             norm = torch.linalg.norm(layer.base_layer.weight[rows], dim=1)
             layer.lora_magnitude_vector[adapter].weight.data[rows] = norm
         if base and case.options.get("mask_scope") == "head":
@@ -156,13 +156,13 @@ class HeadMaskedLora(Method):
 
     @staticmethod
     def row_tensors(layer, adapter):
-        """The parameters of a stock layer whose leading dimension is the projection's rows."""
+        """Return the parameters of a stock layer whose first dimension is that of the projection's rows."""
         lora_B = layer.lora_B[adapter]
         return [tensor for tensor in (lora_B.weight, lora_B.bias) if tensor is not None]
 
 
 class KBitLora(HeadMaskedLora):
-    """Against stock LoRA whose weights are the quantised ones, written out by the plain reference."""
+    """k-bit LoRA, compared with stock LoRA whose weights are those that the plain reference quantises."""
 
     def gradients(self, case, model):
         return None  # tests/tuners/head_masked_lora/test_k_bit.py has them
@@ -191,7 +191,7 @@ class KBitLora(HeadMaskedLora):
 
 
 class RLRR(Method):
-    """RLRR against a plain model whose weights are computed by the formulas (rlrr_reference.py)."""
+    """RLRR, compared with a plain model whose weights are computed by the formulas (rlrr_reference.py)."""
 
     restores_exactly = True
     rounding = (1e-4, 3e-6)
@@ -217,7 +217,7 @@ class RLRR(Method):
         }
 
     def tensors(self, model, adapter="default"):
-        """The adapter's tensors, keys as of a file, taken from the model's state dict."""
+        """Return the adapter's tensors from the model's state dict, with the keys of a file."""
         return {
             self.key(key, adapter): value
             for key, value in model.state_dict().items()
@@ -234,7 +234,7 @@ class RLRR(Method):
         off = {name: rows_of(case, heads) for name, heads in heads_off(case, model, adapter).items()}
         variant = case.options.get("residual", True), case.options.get("rescale_weight", True)
         weights = rlrr_reference.acting(base.state_dict(), tensors, variant, off)
-        # biases that the layers have not are given to them
+        # layers without biases get them
         for key in weights.keys() - base.state_dict().keys():
             if key.endswith(".bias"):
                 base.get_submodule(key.removesuffix(".bias")).bias = torch.nn.Parameter(weights[key].detach())
@@ -246,7 +246,7 @@ class RLRR(Method):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One row: a configuration, and where it departs from what all others do."""
+    """One row: a configuration, and the behaviours in which it differs from the others."""
 
     method: Method
     options: dict
@@ -274,7 +274,7 @@ class Case:
         return self.method.config(**self.options)
 
     def varied(self, **options):
-        """The same row with some options set."""
+        """Return the same row with some options set."""
         return dataclasses.replace(self, options=self.options | options)
 
 
@@ -285,7 +285,7 @@ def eva(model):
     batches = [{"pixel_values": tiny.images(16, seed=seed)} for seed in range(3)]
     functions = {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": None}
     directions = get_eva_state_dict(model, batches, show_progress_bar=False, **functions)
-    # the tiny layers see much the same; let ranks differ, as they do in larger models
+    # the tiny layers have similar inputs; this lets ranks differ, as in larger models
     directions = {
         name: rows[:2] if name.endswith(tiny.now("1.attention.v_proj")) else rows for name, rows in directions.items()
     }
@@ -303,12 +303,12 @@ HEADLESS = ("these targets have no attention heads",)
 
 
 def lora(options, **departures):
-    """A row of head-masked LoRA: one head is deactivated unless the options say otherwise."""
+    """Make a row of head-masked LoRA; one head is deactivated unless the options say otherwise."""
     return Case(HeadMaskedLora(), ({} if "ratio" in options else {"ne": 1}) | options, **departures)
 
 
 def k_bit(bits, *, refuses=None, **options):
-    """A row with adapter_bits."""
+    """Make a row with adapter_bits."""
     if options.get("mask_scope") == "head":  # as without bits
         refuses = REFUSED_BY_HEAD_SCOPE
     else:
@@ -329,11 +329,11 @@ def k_bit(bits, *, refuses=None, **options):
 
 
 def rlrr(options, **departures):
-    """A row of RLRR, whose reference forms the weights in another way."""
+    """Make a row of RLRR, whose reference computes the weights in another way."""
     return Case(RLRR(), options, exact=False, **departures)
 
 
-# One row for every method, and for each of its variants that is a way of computing of its own
+# One row for every method, and for each of its variants that computes in a way of its own
 METHODS = {
     "plain": lora({}),
     "dora": lora(
@@ -415,7 +415,7 @@ OPTIONS = {
         {"target_modules": tiny.now(["q_proj", "fc1", "projection"])},
         masked=tiny.now(r"q_proj"),
         warns=HEADLESS,
-        refuses={"save_as_lora": "do not support LoRA conversion"},  # PEFT converts linear layers alone
+        refuses={"save_as_lora": "do not support LoRA conversion"},  # PEFT converts only linear layers
     ),
     "num_heads": lora({"num_heads": 6}),
     "fan_in_fan_out": lora({"fan_in_fan_out": True}, warns=("fan_in_fan_out is set to True",)),
@@ -456,12 +456,12 @@ SLOW = ("8 bit, swin",)
 
 
 def rows_of_method(*methods):
-    """The rows of some methods, by the classes of their references."""
+    """Return the rows of some methods, given by the classes of their references."""
     return {name: case for name, case in CASES.items() if isinstance(case.method, methods)}
 
 
 def behaviour(rows):
-    """Run a test on every one of the rows; where a row refuses, the refusal is what is tested."""
+    """Run a test on every row; for a row that refuses, test the refusal."""
 
     def decorate(test):
         name = test.__name__.removeprefix("test_")
@@ -489,11 +489,11 @@ def behaviour(rows):
     return decorate
 
 
-# What the behaviours are made of
+# Helpers of the behaviours
 
 
 def create(case, *adapters, seed=0):
-    """A model with adapters that have values, each with heads of its own deactivated; "default" is active."""
+    """Make a model with adapters that have an effect, each with other heads deactivated; "default" is active."""
     adapters = adapters or ("default",)
     model = get_peft_model(tiny.make(case.backbone), case.config(), adapter_name=adapters[0])
     case.prepare(model)
@@ -511,18 +511,18 @@ def base_of(model):
 
 @functools.cache
 def num_rows(backbone):
-    """`{name of a linear layer: number of its rows}` of the untouched model."""
+    """Return `{name of a linear layer: number of its rows}` of the untouched model."""
     return {name: m.out_features for name, m in tiny.make(backbone).named_modules() if hasattr(m, "out_features")}
 
 
 def projections(case):
-    """Names of the projections that must carry a mask, from the untouched model."""
+    """Return the names of the projections that must carry a mask, from the untouched model."""
     pattern = re.compile(rf"(.*\.)?{case.masked}")
     return [name for name in num_rows(case.backbone) if pattern.fullmatch(name)] if case.is_masked else []
 
 
 def deactivated(case, seed=0):
-    """`{projection: indices of deactivated heads}`: one head each, another one for another seed."""
+    """Return `{projection: indices of deactivated heads}`: one head each, which depends on the seed."""
     result = {}
     for index, name in enumerate(projections(case)):
         head = 1 + seed
@@ -540,18 +540,18 @@ def deactivate(case, model, adapter="default", seed=0):
         masks[name][:] = True
         masks[name][heads] = False
     set_head_masks(model, masks, adapter)
-    for mask in masks.values():  # what was passed is the caller's
+    for mask in masks.values():  # the argument belongs to the caller
         mask.logical_not_()
 
 
 def rows_of(case, heads):
-    """Indices of the output rows that belong to the heads."""
+    """Return the indices of the output rows that belong to the heads."""
     size = HEAD_DIM[case.backbone]
     return [row for head in heads for row in range(head * size, (head + 1) * size)]
 
 
 def heads_off(case, model, adapter="default"):
-    """`{projection: indices of deactivated heads}`, from the masks."""
+    """Return `{projection: indices of deactivated heads}`, from the masks."""
     masks = get_head_masks(model, adapter) if case.is_masked else {}
     return {name: [head for head, active in enumerate(mask.tolist()) if not active] for name, mask in masks.items()}
 
@@ -562,7 +562,7 @@ def logits(model, **kwargs):
 
 
 def assert_same(case, actual, expected):
-    """Bit for bit where the reference computes the same numbers in the same order."""
+    """Compare bit for bit if the reference computes the same numbers in the same order."""
     rtol, atol = (0, 0) if case.exact else case.method.rounding
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
 
@@ -572,7 +572,7 @@ def assert_close(case, actual, expected):
 
 
 def assert_heads_are_off(case, model, adapter="default"):
-    """The rows of deactivated heads are the frozen projection's own, and exactly so; the others are not."""
+    """Check that exactly the rows of deactivated heads equal those of the frozen projection."""
     off = heads_off(case, model, adapter)
     assert len(off) == len(projections(case))
     for name, heads in off.items():

@@ -6,7 +6,7 @@ import statistics
 
 
 def scores(criterion, params, grads_per_step, num_heads):
-    """Scores of one projection.
+    """Return the scores of one projection.
 
     params: list over steps of rows of floats (out, r), before each step; grads_per_step: the same for gradients.
     """
@@ -41,7 +41,7 @@ def weight_norms(params, num_heads):
 
 
 def deactivated(scores_by_projection, *, ne, granularity, joint):
-    """`{projection: set of deactivated heads}` from `{(layer, part): scores}`."""
+    """Return `{projection: set of deactivated heads}` from `{(layer, part): scores}`."""
     result = {}
     for (layer, part), own in scores_by_projection.items():
         total = [0.0] * len(own)
@@ -55,7 +55,7 @@ def deactivated(scores_by_projection, *, ne, granularity, joint):
 
 
 def code_book(bits):
-    """The codes, from the standard library's normal distribution."""
+    """Return the codes, from the standard library's normal distribution."""
     normal = statistics.NormalDist()
     codes = [0.0] * 2**bits
     for _ in range(500):
@@ -65,7 +65,7 @@ def code_book(bits):
 
 
 def quantized(rows, bits, kept=None):
-    """A matrix given as rows of floats, quantised with the statistics of the rows that are kept; the others are 0."""
+    """Quantise a matrix, rows of floats, with the statistics of the rows that are kept; the others become 0."""
     kept = kept or [True] * len(rows)
     entries = [x for row, keep in zip(rows, kept, strict=True) if keep for x in row]
     mean, std = statistics.fmean(entries), statistics.stdev(entries)
@@ -77,7 +77,7 @@ def quantized(rows, bits, kept=None):
 
 
 def packed(codes, bits):
-    """Bytes of the codes, the first in the lowest bits."""
+    """Return the bytes of the codes; the first code has the lowest bits."""
     digits = "".join(format(code, f"0{bits}b")[::-1] for code in codes)
     digits += "0" * (-len(digits) % 8)
     return [int(digits[i : i + 8][::-1], 2) for i in range(0, len(digits), 8)]

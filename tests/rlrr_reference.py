@@ -1,10 +1,10 @@
-"""RLRR written out plainly: the frozen weights in, by the formulas of the paper the weights by which a model acts."""
+"""RLRR written out plainly: by the paper's formulas, the acting weights of a model from its frozen ones."""
 
 import torch
 
 
 def acting(base, adapter, variant=(True, True), off=None):
-    """`{parameter name: tensor}` of a model that does what an adapter makes of it.
+    """Return `{parameter name: tensor}` of a plain model that acts like an adapted one.
 
     Args:
         base: The state dict of the frozen model.

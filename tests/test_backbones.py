@@ -1,4 +1,4 @@
-"""Every family of backbones: what is adapted without `target_modules`, and that the rows are those of the heads."""
+"""Every family of backbones: the modules adapted without `target_modules`, and the rows that belong to each head."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ from peft_heads.backbones.targets import default_targets
 from peft_heads.heads.detect import resolve_heads
 
 
-# PVT-v2, SegFormer and Hiera begin with a stage of one head, which ne=1 keeps, and says so
+# PVT-v2, SegFormer and Hiera begin with a stage of one head, which ne=1 keeps with a warning
 pytestmark = pytest.mark.filterwarnings("ignore:ne=1. . group.s. with no more heads")
 
 
@@ -40,7 +40,7 @@ def build(name):
 
 
 def adapted(name, **config):
-    """A base model, and an adapter with default targets on a copy of it whose update is not zero."""
+    """Return a base model, and a copy of it with an adapter on default targets whose update is not zero."""
     base = build(name)
     model = get_peft_model(copy.deepcopy(base), HeadMaskedLoraConfig(ne=1, **config)).eval()
     randomize(model)
@@ -59,7 +59,7 @@ def lora_layers(model):
 
 
 def deactivate(model, head):
-    """In every projection that has more heads than one."""
+    """Deactivate the head in every projection that has more than one."""
     masks = {name: mask for name, mask in get_head_masks(model).items() if len(mask) > 1}
     for mask in masks.values():
         mask[head] = False
@@ -145,17 +145,17 @@ def test_output_equals_an_edited_model(name, head):
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("scope", ["adapter", "head"])
 def test_context_of_the_head(name, scope):
-    """The rows are really the head's: seen where the attention layer puts the heads' outputs side by side."""
+    """The rows belong to the head, as seen where the attention layer puts the heads' outputs side by side."""
     base, model = adapted(name, mask_scope=scope)
     names = [n for n in lora_layers(model) if num_heads_of(base.get_submodule(n.rpartition(".")[0])) > 1]
     attention = names[0].rpartition(".")[0]
     num_heads = num_heads_of(base.get_submodule(attention))
-    for layer_name, layer in lora_layers(model).items():  # of one layer only, so that its input stays the same
+    for layer_name, layer in lora_layers(model).items():  # in one layer only, so that its input stays the same
         if not layer_name.startswith(attention + "."):
             layer.lora_B["default"].weight.data.zero_()
     place = FAMILIES[name].output
     if place == "o_proj" and not hasattr(base.get_submodule(attention), place):
-        place = "^output.dense"  # as transformers before 5.9 (DINOv2: 5.18) has it
+        place = "^output.dense"  # the form of transformers before 5.9 (DINOv2: 5.18)
     place = f"{attention.rpartition('.')[0]}.{place[1:]}" if place.startswith("^") else f"{attention}.{place}"
 
     def context(model):
@@ -295,7 +295,7 @@ def test_file_of_a_fused_projection_is_a_plain_lora(tmp_path):
 
 
 def test_all_parts_of_a_fused_projection():
-    """`fused_parts="qkv"` is stock LoRA until heads are deactivated, then all three parts lose them."""
+    """`fused_parts="qkv"` equals stock LoRA until heads are deactivated; then all three parts lose them."""
     from peft import LoraConfig
 
     base = build("fused vit")
@@ -473,7 +473,7 @@ def test_fused_projection_with_fewer_key_value_heads():
 
 @pytest.mark.parametrize("option", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}])
 def test_initialisations_that_need_all_rows(option):
-    """They move part of the keys into the adapter, which leaves keys alone even with ne=0."""
+    """They move part of the keys into the adapter, which does not adapt keys even with ne=0."""
     with pytest.raises(
         ValueError, match=r"cannot be combined with fused_parts='qv' on a fused.*pass fused_parts=\"qkv"
     ):
@@ -485,7 +485,7 @@ def test_initialisations_that_need_all_rows(option):
 
 
 class QuantisedLinear(nn.Linear):
-    """Stands for a bitsandbytes layer."""
+    """A stand-in for a bitsandbytes layer."""
 
 
 @pytest.mark.parametrize("ne", [0, 1])
@@ -508,7 +508,7 @@ def test_towers_for_text_are_never_adapted():
     assert all(name.startswith(("encoder.layers.", "encoder.encoder.")) for name in resolve_targets(model))
     assert classifier_names(model) == ["enc_to_dec_proj"]  # new; the decoder is a pre-trained model
 
-    # a vision tower without attention: nothing, rather than the text tower
+    # a vision tower without attention: nothing is found, and not the text tower
     model = nn.Module()
     model.config = hf.CLIPConfig(text_config=backbones.TEXT, vision_config=backbones.VIT)
     model.text_model = hf.CLIPTextModel(model.config.text_config)
@@ -578,7 +578,7 @@ def test_a_projection_that_is_never_called_is_refused(ne):
 
 
 def test_names_that_peft_would_read_too_widely():
-    """`head` ends `auxiliary_head` and `auxiliary_head.head` as well; nothing is wrapped twice."""
+    """`auxiliary_head` and `auxiliary_head.head` end with `head` as well; nothing is wrapped twice."""
     import transformers as hf
 
     config = hf.DPTConfig(
@@ -598,7 +598,7 @@ def test_names_that_peft_would_read_too_widely():
 
 @pytest.mark.parametrize("name", ["vit", "swin", "clip", "siglip", "siglip2", "vit mae pretraining"])
 def test_layers_to_transform(name):
-    """Also where the default targets are whole names, since another tower or the decoder ends in the same."""
+    """They also work where default targets are whole names, because other modules end with the same name."""
     model = get_peft_model(build(name), HeadMaskedLoraConfig(ne=1, layers_to_transform=[1]))
     everything = lora_layers(adapted(name)[1])
     chosen = [n for n in everything if re.search(r"\.(layers?|blocks)\.1\.", n)]
@@ -622,7 +622,7 @@ def test_interleaved_rows_are_refused(attribute):
 
 
 class Wrapped(nn.Module):
-    """As transformers wraps timm's models, which have the classifier inside."""
+    """A model wrapped as transformers wraps timm's, which have the classifier inside."""
 
     base_model_prefix = "timm_model"
 

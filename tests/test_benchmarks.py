@@ -1,4 +1,4 @@
-"""The benchmark scripts run and print what they should; no test looks at a time."""
+"""The benchmark scripts run and print what they should; no test checks a time."""
 
 import importlib
 import json
@@ -73,7 +73,7 @@ PRINTED = {
         "not judged",
     ],
 }
-TARGETS = {  # how many it judges
+TARGETS = {  # number of targets that it judges
     "step_time": 2,
     "step_time_1_bit": 1,
     "scoring_cost": 1,
@@ -85,7 +85,7 @@ TARGETS = {  # how many it judges
 
 @pytest.fixture
 def script(monkeypatch):
-    """Imports one of the scripts, whose folder is on the path when they run."""
+    """Import a script, with its folder on the path as when it runs."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module
 
@@ -108,7 +108,7 @@ def test_script(name, tmp_path):
 
 
 def test_every_script_is_run(script):
-    """By the one command, and by the test above."""
+    """The one command runs every script, and so does the test above."""
     run_all = script("run_all")
     assert set(PRINTED) == set(run_all.RUNS)
     scripts = {path.stem for path in BENCHMARKS.glob("*.py")} - {"run_all", "measure", "random_vit", "two_trees"}
@@ -126,7 +126,7 @@ def test_every_script_is_run(script):
 
 @pytest.mark.slow
 def test_two_trees():
-    """Of which one may hold no package; a tree against itself."""
+    """A tree is compared with itself; a tree without the package is refused."""
     script = [sys.executable, str(BENCHMARKS / "two_trees.py"), "--rounds", "2", "--steps", "1"]
     done = subprocess.run([*script, str(ROOT), str(ROOT)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -137,7 +137,7 @@ def test_two_trees():
 
 @pytest.mark.slow
 def test_a_script_that_fails(script, tmp_path):
-    """Is reported, with what it has printed."""
+    """A failure is reported, with the script's output."""
     path = tmp_path / "out.txt"
     command = ["python", "benchmarks/adapter_size.py", "--no_such_option"]
     code, others = script("run_all").run(command, path)
@@ -147,7 +147,7 @@ def test_a_script_that_fails(script, tmp_path):
 
 
 def test_table(script):
-    """All that is missing is named, with its command; a quick run has no figures."""
+    """Everything missing is named, with its command; a quick run has no figures."""
     run_all = script("run_all")
     rows = [["step", "≤ 1.00 ×", "0.99 ×", "yes"]]
     missing, disturbed = [["python", "x.py", "--device", "cuda"]], {"step_time": 0.123}
@@ -165,7 +165,7 @@ def test_table(script):
     ("code", "others", "figures", "doubts"), [(0, 0.01, True, False), (0, 0.2, True, True), (1, None, False, False)]
 )
 def test_what_gets_into_the_table(script, tmp_path, monkeypatch, code, others, figures, doubts):
-    """Nothing of a script that has failed, although it had printed a target; doubts, if the machine was not alone."""
+    """A failed script adds nothing, even if it printed a target; load by others adds a doubt."""
     run_all = script("run_all")
 
     def run(command, path):
@@ -184,7 +184,7 @@ def test_what_gets_into_the_table(script, tmp_path, monkeypatch, code, others, f
 
 
 def test_nothing_to_be_taken_here(script, tmp_path, monkeypatch):
-    """The suite for a GPU is named in slices that make all of it, and add to one file."""
+    """The suite for a GPU is named in slices that cover it and write to one file."""
     run_all = script("run_all")
     monkeypatch.setattr(
         sys, "argv", ["run_all.py", "--device", "cpu", "--only", "gpu_suite", "--output", str(tmp_path)]
@@ -198,7 +198,7 @@ def test_nothing_to_be_taken_here(script, tmp_path, monkeypatch):
 
 
 def test_the_suite_is_gone_on_with(script, tmp_path, monkeypatch):
-    """By the one command its times are kept in the output folder; not those of a few steps."""
+    """The one command keeps the suite's times in the output folder, unless the run is quick."""
     run_all, output = script("run_all"), tmp_path / "a folder"
     commands = []
     monkeypatch.setattr(run_all, "run", lambda command, path: commands.append(command) or (1, None))
@@ -214,7 +214,7 @@ def test_the_suite_is_gone_on_with(script, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_suite_that_was_cut_off(script, tmp_path, monkeypatch, capsys):
-    """Has its times in the file; the next run measures the rest, and says what was there."""
+    """Its times are in the file; the next run measures the rest, and marks what was there."""
     gpu_suite, results = script("gpu_suite"), tmp_path / "new" / "gpu_suite.json"
     arguments = ["gpu_suite.py", "--device", "cpu", "--quick", "--results", str(results)]
     monkeypatch.setattr(sys, "argv", arguments)
@@ -239,7 +239,7 @@ def test_a_suite_that_was_cut_off(script, tmp_path, monkeypatch, capsys):
 
 
 def test_what_others_take(script, tmp_path):
-    """What keeps the machine busy, without idling and waiting for disks; what ended children of this process took."""
+    """Busy seconds exclude idling and waiting for disks; those of ended children are counted separately."""
     run_all, stat = script("run_all"), tmp_path / "stat"
     stat.write_text("cpu  1000 200 30 5000 600 4 5 60 9 9\ncpu0 1 1 1 1 1 1 1 1 1 1\n")
     assert run_all.busy_seconds(stat) == 1299 / os.sysconf("SC_CLK_TCK")
@@ -253,7 +253,7 @@ def test_what_others_take(script, tmp_path):
 
 
 def test_memory_for_the_backward_pass(script):
-    """Of RLRR's benchmark: what a layer keeps, once, and no weight."""
+    """RLRR's benchmark counts what a layer keeps, once, and no weights."""
     rlrr_cost = script("rlrr_cost")
 
     class Model(torch.nn.Linear):
@@ -288,7 +288,7 @@ def test_ratio(script):
 
 
 def test_ratio_to_nothing(script, capsys):
-    """What needs no memory at all ends no benchmark."""
+    """A side that needs no memory does not break a benchmark."""
     measure = script("measure")
     ratio = measure.ratio([0.0, 3.0, 0.0, 4.0], [0.0, 0.0, 2.0, 2.0])
     assert (ratio.interval, ratio.median) == ((0, math.inf), 1.5)
@@ -303,7 +303,7 @@ def test_ratio_to_nothing(script, capsys):
     ("name", "values", "met"),
     [
         ("step", [0.98, 0.99, 1.0], "yes"),
-        ("step", [0.98, 0.99, 1 + 1e-12], "yes"),  # the limit but for floating-point's rounding
+        ("step", [0.98, 0.99, 1 + 1e-12], "yes"),  # the limit up to floating-point rounding
         ("step", [0.98, 0.99, 1.004], "undecided"),  # the end is not rounded
         ("step", [0.999, 1.02, 1.03], "undecided"),
         ("step", [1.0, 1.02, 1.03], "undecided"),
@@ -315,7 +315,7 @@ def test_ratio_to_nothing(script, capsys):
     ],
 )
 def test_judge(script, capsys, name, values, met):
-    """All of the range must keep the limit for a yes, and all must miss it for a no."""
+    """The answer is yes if the whole range keeps the limit, and no if the whole range misses it."""
     measure = script("measure")
     assert measure.judge(name, measure.ratio(values, [1.0] * len(values)), "here") is (met == "yes")
     line = capsys.readouterr().out
@@ -326,7 +326,7 @@ def test_judge(script, capsys, name, values, met):
 
 
 def test_judge_by_the_interval(script, capsys):
-    """Of many rounds outliers are left out, and the interval of the median decides, not the median."""
+    """With many rounds outliers are left out, and the interval of the median decides, not the median."""
     measure = script("measure")
     for values, met in (([0.9] * 18 + [1.2] * 2, "yes"), ([0.9] * 11 + [1.2] * 9, "undecided")):
         ratio = measure.ratio(values, [1.0] * 20)
@@ -349,7 +349,7 @@ def test_each_of_two_sides_is_first_as_often(script, rounds, warm_up):
 
 
 def test_what_a_sweep_saves(script):
-    """Nine of ten epochs before the selection, for all but one of the runs that begin alike."""
+    """A sweep saves nine of ten epochs before the selection, for all but one of the runs that begin alike."""
     sweep_cost = script("sweep_cost")
     recipe = replace(sweep_cost.RECIPES["vtab"], epochs=30)
     method = sweep_cost.METHOD | {"ne": [1, 3]}
@@ -361,7 +361,7 @@ def test_what_a_sweep_saves(script):
 
 
 def test_only_separate_runs(script, monkeypatch, capsys):
-    """Nothing else is timed."""
+    """With --only_separate nothing else is timed."""
     sweep_cost, timed = script("sweep_cost"), []
 
     def interleaved(sides, rounds, **options):
@@ -404,7 +404,7 @@ def test_scale_of_both_sides(script, scale, rank, expected):
     ],
 )
 def test_devices_that_trainer_would_not_use(script, monkeypatch, capsys, name, device, visible, way_out):
-    """Are refused at once, with the way out."""
+    """Such devices are refused at once, with the way out."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--device", device])
     with pytest.raises(SystemExit):
@@ -421,7 +421,7 @@ def test_devices_that_trainer_uses(script, monkeypatch):
 
 
 def test_what_worker_processes_get(script, tmp_path):
-    """Can be pickled, in both sides of epoch_time, and gives the same images then: not all workers are forked."""
+    """The data of both sides of epoch_time can be pickled and yields the same images: not all workers are forked."""
     epoch_time = script("epoch_time")
     epoch_time.write_images(tmp_path, 10, 32)
     args = SimpleNamespace(root=tmp_path, checkpoint=epoch_time.DEMO_MODEL_PATH)
@@ -440,7 +440,7 @@ def test_what_worker_processes_get(script, tmp_path):
 
 @pytest.mark.parametrize("event", ["on_train_begin", "on_step_begin", "on_step_end", "on_train_end"])
 def test_the_clock_of_scoring(script, monkeypatch, event):
-    """Does not count what an accelerator still has to do of the step, but all that the callback leaves to it."""
+    """The clock counts the callback's work on an accelerator, but not what is left of the step."""
     measure, scoring_cost = script("measure"), script("scoring_cost")
     now, pending, begun = [0.0], [100.0], []  # seconds, and what the step has left to the accelerator
 
@@ -462,7 +462,7 @@ def test_the_clock_of_scoring(script, monkeypatch, event):
 
 
 def test_interleaved(script):
-    """Warm-up is left out, every round has every side, and in more than one order; a side may time itself."""
+    """Warm-up does not count; every round has every side, in varying order; a side may time itself."""
     measure, calls = script("measure"), []
     sides = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b"), "c": lambda: calls.append("c") or 7.0}
     times = measure.interleaved(sides, rounds=6, warm_up=2)
@@ -476,7 +476,7 @@ def test_interleaved(script):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux")
 def test_peak_memory(script):
-    """Sees what is freed again, and not what was there before."""
+    """The peak includes memory that is freed again, but not an earlier peak."""
     measure = script("measure")
     kept = torch.ones(64 * 2**20, dtype=torch.uint8)
     before, peak = measure.peak_memory(lambda: torch.ones(64 * 2**20).sum(), "cpu")
@@ -485,7 +485,7 @@ def test_peak_memory(script):
 
 
 def test_peak_memory_of_an_accelerator(script, monkeypatch):
-    """Every question is about the device that was named, in an order that leaves nothing of the call out."""
+    """Every query names the given device, in an order that covers the whole call."""
     measure, calls = script("measure"), []
     answers = {"synchronize": None, "reset_peak_memory_stats": None, "memory_allocated": 3, "max_memory_allocated": 8}
     for name, answer in answers.items():
@@ -502,7 +502,7 @@ def test_peak_memory_of_an_accelerator(script, monkeypatch):
 
 
 def test_a_process_of_its_own_gives_memory_back(script, monkeypatch):
-    """Or a peak is that of what glibc keeps; this process stays as it was."""
+    """Otherwise a peak would be that of memory kept by glibc; this process stays as it was."""
     monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
     assert script("measure").in_own_process(os.getenv, "MALLOC_TRIM_THRESHOLD_") == "65536"
     assert "MALLOC_TRIM_THRESHOLD_" not in os.environ
@@ -510,7 +510,7 @@ def test_a_process_of_its_own_gives_memory_back(script, monkeypatch):
 
 @pytest.mark.parametrize(("rank", "labels"), [(4, 7), (2, 100)])
 def test_operations_of_a_training_step(script, rank, labels):
-    """The formulas are what PyTorch counts, attention in plain matrix products."""
+    """The formulas agree with PyTorch's counts, with attention in plain matrix products."""
     gpu_suite = script("gpu_suite")
     config = ViTConfig(**gpu_suite.QUICK_VIT, num_labels=labels, attn_implementation="eager")
     model = get_peft_model(ViTForImageClassification(config), HeadMaskedLoraConfig(r=rank, ne=1)).train()
@@ -524,7 +524,7 @@ def test_operations_of_a_training_step(script, rank, labels):
 
 
 def test_floor(script):
-    """The frozen model's numbers; gradients of activations from the first adapted projections on, none of weights."""
+    """The floor has the frozen model's outputs, and gradients of activations but not of weights."""
     vit = ViTForImageClassification(ViTConfig(**script("gpu_suite").QUICK_VIT, num_labels=3))
     images = torch.randn(2, 3, 32, 32)
     expected = vit.eval()(images).logits

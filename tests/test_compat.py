@@ -64,7 +64,7 @@ def test_a_real_conflict_is_reported():
 
 
 def test_shared_prefix_refused_one_day(monkeypatch):
-    """Should PEFT come to refuse a prefix that is taken, registration still works."""
+    """If PEFT should one day refuse a prefix that is taken, registration still works."""
 
     def refuse(**kwargs):
         raise KeyError("There is already a prefix called 'lora_'")
@@ -87,7 +87,7 @@ def test_importing_survives_the_loss_of_a_private_method(monkeypatch):
 
 
 class ForeignConfig(LoraConfig):
-    """Of another plugin, say: it has a `from_pretrained` of its own, which PEFT does not call."""
+    """A configuration of another plugin, say, with a `from_pretrained` that PEFT does not call."""
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -103,7 +103,7 @@ def test_configurations_of_others_are_loaded_as_peft_does(tmp_path, monkeypatch)
 
 
 def test_hotswap_of_others_is_checked_as_peft_does(monkeypatch):
-    """Our check asks for fields that are ours, but a configuration of another type may have one of that name."""
+    """Our check reads our own fields, but a configuration of another type may have one of the same name."""
     old, new = LoraConfig(target_modules=["q"]), LoraConfig(target_modules=["v"])
     new.mask_scope, new.packed = "head", True
     hotswap.check_hotswap_configs_compatible(old, new)
@@ -118,7 +118,7 @@ def test_hotswapping_is_extended_once():
 
 @pytest.fixture
 def uploaded(monkeypatch):
-    """What `push_to_hub` would have uploaded, by file name; the card is then the Hub's template, as on the Hub."""
+    """Return what `push_to_hub` would upload, by file name; the Hub's template then replaces the card."""
     files = {}
 
     def upload(self, working_dir, *args, **kwargs):
@@ -190,7 +190,7 @@ TUNERS = pytest.mark.parametrize("tuner", [HeadMaskedLoraModel, RLRRModel])
 @TUNERS
 @pytest.mark.parametrize("hook", ["_get_adapter_state_dict", "_create_and_replace"])
 def test_a_hook_that_peft_has_no_longer_is_missed_at_once(tuner, hook, monkeypatch):
-    """PEFT would not call ours either: masks would not be saved, and layers not be masked, without a word."""
+    """PEFT would not call our override either: masks would silently be neither saved nor applied."""
     check_hooks(tuner)
     for cls in tuner.__mro__:
         if cls.__module__.startswith("peft.") and hook in vars(cls):
@@ -231,7 +231,7 @@ def without_version_check(monkeypatch):
 @pytest.mark.filterwarnings("ignore:Could not find a config file")
 @pytest.mark.parametrize("make_config", [HeadMaskedLoraConfig, RLRRConfig])
 def test_mixin_of_transformers(make_config, without_version_check, tmp_path):
-    """Its own `add_adapter` under a name, `load_adapter` and the rest give what PEFT's model gives."""
+    """transformers' own `add_adapter`, `load_adapter` and the rest have the same results as PEFT's model."""
     model = tiny.make("vit")
     model.add_adapter(make_config(ne=1), adapter_name="pets")
     peft_model = get_peft_model(tiny.make("vit"), make_config(ne=1), adapter_name="pets")
@@ -255,7 +255,7 @@ def test_mixin_of_transformers(make_config, without_version_check, tmp_path):
     assert {tuple(mask.tolist()) for mask in get_head_masks(loaded, "again").values()} == {
         (True, True, False, True, True, True)
     }
-    loaded.disable_adapters()  # its enable_adapters forgets the trained head, of stock adapters as well
+    loaded.disable_adapters()  # its enable_adapters forgets the trained classifier, of stock adapters as well
     assert torch.equal(loaded(images).logits, base_logits)
     model.delete_adapter("pets")
     assert torch.equal(model(images).logits, base_logits)
@@ -314,7 +314,7 @@ def test_transformers_loading_leaves_the_model_s_patterns_alone(make_config, tmp
 
 
 def test_of_a_stock_adapter_transformers_reports_everything(tmp_path):
-    """Also settings of ours, which stock LoRA would overlook."""
+    """It also reports our settings, which stock LoRA would overlook."""
     model = get_peft_model(tiny.make("vit"), LoraConfig(target_modules=tiny.now(["q_proj"])))
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     path = tmp_path / "adapter_model.safetensors"

@@ -1,4 +1,4 @@
-"""Truncated, empty and foreign files: an error that names the file, and nothing on disk is changed."""
+"""Truncated, empty and foreign files raise an error that names the file; nothing on disk changes."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ FAULTS = {
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):
-    """A base checkpoint with an image processor, an adapter of ours, a stock one, and images of two classes."""
+    """Make a base checkpoint with an image processor, one of our adapters, a stock one, and images of two classes."""
     root = tmp_path_factory.mktemp("originals")
     base = tiny.make("vit")
     base.save_pretrained(root / "base")
@@ -54,7 +54,7 @@ def originals(tmp_path_factory):
 
 @pytest.fixture
 def damaged(originals, tmp_path):
-    """`damaged(folder, file, fault)`: a copy of a folder in which one file is damaged."""
+    """Return `damaged(folder, file, fault)`, which copies a folder and damages one file of the copy."""
 
     def damage(folder, file, fault):
         copy = shutil.copytree(originals / folder, tmp_path / folder)
@@ -119,7 +119,7 @@ def test_a_loaded_model_is_left_as_it_was(damaged, fault):
 
 @pytest.mark.parametrize("fault", ["truncated", "foreign"])
 def test_head_scores_of_another_run_are_not_shown(originals, tmp_path, fault):
-    """They are not read back where masks and scores cannot be compared: the card does without them."""
+    """If masks and scores cannot be compared, the scores are not read back, and the card has none."""
     copy = shutil.copytree(originals / "ours", tmp_path / "ours")
     (copy / "head_scores.json").write_bytes(FAULTS[fault](b'{"deactivated_heads": {}}', "head_scores.json"))
     (copy / "head_scores.png").write_bytes(b"no picture")
@@ -133,7 +133,7 @@ def test_head_scores_of_another_run_are_not_shown(originals, tmp_path, fault):
 
 @pytest.fixture
 def command(originals, tmp_path, capsys):
-    """`command(*words)` runs one that must fail; the line it says."""
+    """Return `command(*words)`, which runs a command that must fail, and returns the line that it prints."""
 
     def run(*words):
         before = contents(tmp_path)

@@ -1,4 +1,4 @@
-"""Invariants 6 and 7 over processes: two gloo processes on the CPU against one, with the same global batch."""
+"""Invariants 6 and 7 with several processes: two gloo processes on the CPU against one, with the same global batch."""
 
 import importlib.util
 import json
@@ -37,11 +37,11 @@ def run(folder, processes, layout, **options):
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
     assert all(rank["world_size"] == processes for rank in ranks)
-    # the files are the main process's business
+    # only the main process writes files
     assert not any(rank.pop("written") for rank in ranks[1:])
     written = ranks[0].pop("written")
     assert set(written) == (TRAINER_FILES if (folder / "head_scores.json").exists() else {"labels.json", "README.md"})
-    assert all(rank == ranks[0] for rank in ranks)  # on masks, scores and weights the ranks agree
+    assert all(rank == ranks[0] for rank in ranks)  # the ranks agree on masks, scores and weights
     assert ranks[0]["deactivated_rows"] == ranks[0]["their_states"] == 0
     saved = load_file(folder / "adapter_model.safetensors")
     ranks[0]["saved"] = {key: value.double().sum().item() for key, value in saved.items()}
@@ -51,7 +51,7 @@ def run(folder, processes, layout, **options):
 
 
 def assert_same(actual, expected):
-    """Masks and scores; 1e-5 of the largest score of a projection, since signed ones may cancel to nearly nothing."""
+    """Compare masks and scores, up to 1e-5 of a projection's largest score: signed scores may nearly cancel."""
     assert actual["masks"] == expected["masks"]
     assert sum(not on for mask in expected["masks"].values() for on in mask) == 2 * 4
     assert set(actual["scores"]) == set(expected["scores"]) == set(CRITERIA)
@@ -79,7 +79,7 @@ def masks_of(scores, granularity, joint):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """One process through Trainer."""
+    """Train in one process through Trainer."""
     return run(tmp_path_factory.mktemp("alone") / "run", 1, "ddp")
 
 
@@ -96,7 +96,7 @@ def test_ddp_with_k_bits(tmp_path, accumulation):
     assert_same(run(tmp_path / "two", 2, "ddp", gradient_accumulation_steps=accumulation, config=config), expected)
 
 
-# The keys' shift is left out: it changes no softmax, so that its gradient is rounding errors, of which Adam makes steps.
+# The keys' shift is left out: it changes no softmax, so its gradient is rounding error, which Adam turns into steps.
 RLRR = {"method": "rlrr", "config": {"exclude_modules": tiny.now(["k_proj"])}}
 
 
@@ -107,7 +107,7 @@ def test_ddp_with_rlrr(tmp_path, accumulation):
 
 
 def test_fsdp2_with_rlrr(tmp_path):
-    """The frozen weight is put together for the block, forward and backward."""
+    """The frozen weight is gathered for the block, forward and backward."""
     expected = run(tmp_path / "one", 1, "loop", **RLRR)
     assert_same(run(tmp_path / "two", 2, "fsdp2", accumulation=2, **RLRR), expected)
     weights, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("two", "one"))
@@ -131,33 +131,33 @@ def test_fsdp2_with_k_bits_is_refused(tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_deepspeed(tmp_path, alone, stage):
-    """Its engine steps before Trainer tells the callbacks, and keeps weights and optimizer state in parts."""
+    """DeepSpeed's engine steps before Trainer calls the callbacks, and keeps weights and optimizer state in parts."""
     assert_same(run(tmp_path / "two", 2, f"zero{stage}", gradient_accumulation_steps=2), alone)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 @pytest.mark.parametrize("stage", [1, 2])
 def test_deepspeed_with_k_bits(tmp_path, stage):
-    """Its optimizer writes to the weights behind autograd's back."""
+    """DeepSpeed's optimizer writes to the weights without autograd's knowledge."""
     config = {"adapter_bits": 2, "r": 4}
     expected = run(tmp_path / "one", 1, "ddp", config=config)
     assert_same(run(tmp_path / "two", 2, f"zero{stage}", config=config), expected)
 
 
 def test_bf16_autocast(tmp_path):
-    """The ranks agree (in `run`); two halves of a batch are rounded in another way than the whole."""
+    """The ranks agree (in `run`); two halves of a batch are rounded differently from the whole."""
     run(tmp_path / "two", 2, "ddp", bf16=True)
 
 
 def test_a_short_last_batch(tmp_path):
-    """Of 30 examples in batches of 8 the last six are four on one process and two on the other."""
+    """With 30 examples in batches of 8, one process has four of the last six and the other has two."""
     result = run(tmp_path / "two", 2, "ddp", examples=30, accelerator_config={"even_batches": False})
     assert sum(not on for mask in result["masks"].values() for on in mask) == 2 * 4
 
 
 @pytest.fixture(scope="module")
 def plain_loop(tmp_path_factory):
-    """`run(**options)`: one process in a plain loop."""
+    """Return `run(**options)`, which trains in one process in a plain loop."""
     folder = tmp_path_factory.mktemp("loop")
     results = {}
 
@@ -175,13 +175,13 @@ def test_loop(tmp_path, plain_loop):
 
 
 def test_a_process_without_data(tmp_path):
-    """It takes part in the reduction with zeros: nobody waits for it, and all agree."""
+    """It takes part in the reduction with zeros, so that no process waits for it and all agree."""
     result = run(tmp_path / "two", 2, "loop", short=True)
     assert sum(not on for mask in result["masks"].values() for on in mask) == 2 * 4
 
 
 def test_a_process_whose_gradient_overflows(tmp_path):
-    """The step counts on none of them."""
+    """The step counts in no process."""
     assert run(tmp_path / "two", 2, "loop", overflow=True)["steps"] == [2, 1]
 
 

@@ -1,4 +1,4 @@
-"""The examples in docstrings, wherever in the package they stand."""
+"""The examples in all docstrings of the package."""
 
 import doctest
 import functools
@@ -26,14 +26,14 @@ SKIPPED = re.compile(r"#\s*(\S.*?)\s*# doctest: \+SKIP$", re.MULTILINE)
 
 
 class Parser(doctest.DocTestParser):
-    """One that does not take the end of a code block for the output of the last example in it."""
+    """A parser that does not take the end of a code block for the output of its last example."""
 
     def parse(self, string, name="<string>"):
         return super().parse(re.sub(r"^\s*```.*$", "", string, flags=re.MULTILINE), name)
 
 
 class Checker(doctest.OutputChecker):
-    """One to whom an example that shows no output says nothing of it, as in PEFT's docstrings."""
+    """A checker that accepts any output of an example that shows none, as in PEFT's docstrings."""
 
     def check_output(self, want, got, optionflags):
         return not want or super().check_output(want, got, optionflags)
@@ -41,7 +41,7 @@ class Checker(doctest.OutputChecker):
 
 @pytest.fixture
 def given(tmp_path, forget_criteria):
-    """What examples take as given, in small."""
+    """Return the names that examples use without defining them, as tiny objects."""
     args = TrainingArguments(
         str(tmp_path),
         num_train_epochs=11,  # more than ten, of one step each

@@ -1,4 +1,4 @@
-"""The Hub's HTTP API, spoken by a server on loopback, from processes that talk to nothing else."""
+"""The Hub's HTTP API, served on the loopback interface to processes that use no other network."""
 
 import json
 import os
@@ -24,7 +24,7 @@ SCORES = {"head_scores.json", "head_scores.png"}
 
 
 def run(hub, command, folder):
-    """One process of the script, with a cache of its own; returns its results and what it wrote to stderr."""
+    """Run the script in a process with a cache of its own; return its results and what it wrote to stderr."""
     env = {
         **os.environ,
         "HF_ENDPOINT": hub.url,
@@ -74,7 +74,7 @@ def card_of(hub, repository, revision="main"):
 
 def test_push_to_hub_uploads_everything(hub):
     assert set(hub.repos["me/my-adapter"].files()) == ADAPTER
-    card = card_of(hub, "me/my-adapter")  # push_to_hub itself would have replaced it by blanks
+    card = card_of(hub, "me/my-adapter")  # push_to_hub alone would have replaced it with an empty template
     assert "head 2 of 6 in all 4 projections" in card.text and "[More Information Needed]" not in card.text
     assert card.data["library_name"] == "peft" and "head-masked-lora" in card.data.tags
     assert card.data.base_model == "me/tiny-vit" and card.data.pipeline_tag == "image-classification"
@@ -104,7 +104,7 @@ def test_rlrr_has_a_card_of_its_own(hub):
 
 
 def test_local_base_model(hub):
-    """PEFT's card names a folder of this machine as the base model, which the Hub refuses."""
+    """PEFT's card names a local folder as the base model, which the Hub refuses."""
     assert card_of(hub, "me/local-base").data.base_model is None
 
 
@@ -144,7 +144,7 @@ def test_configurations(loaded):
 
 @pytest.mark.parametrize("repository", ["me/trained", "me/trained-by-hand", "me/resumed"])
 def test_card_shows_the_heat_map(hub, pushed, repository):
-    """After Trainer's push, after the model's, and after that of a run which was resumed after the selection."""
+    """It does after Trainer's push, after the model's, and after that of a run resumed after the selection."""
     revision = "as-trained" if repository == "me/trained-by-hand" else "main"
     files = hub.repos[repository].files(revision)
     assert set(files) >= ADAPTER | SCORES
@@ -159,7 +159,7 @@ def test_card_shows_the_heat_map(hub, pushed, repository):
 
 @pytest.mark.skipif(not COMPLETE_PUSHES, reason="transformers before 5.0 has no on_push_begin")
 def test_every_push_during_training_is_complete(hub, session):
-    """Trainer pushes each checkpoint's weights; card, labels and processor come with them, before push_to_hub."""
+    """Trainer pushes each checkpoint's weights with card, labels and processor, before push_to_hub."""
     history = [c for c in hub.repos["me/trained"].history() if re.fullmatch("Training.*epoch .", c.title)]
     assert [commit.title[-1] for commit in history] == ["1", "2", "3"]
     for epoch, commit in enumerate(history, start=1):
@@ -167,7 +167,7 @@ def test_every_push_during_training_is_complete(hub, session):
         card = card_of(hub, "me/trained", commit.sha)
         assert set(commit.files) >= (ADAPTER | SCORES if selected else ADAPTER)
         assert ("None have been selected yet" in card.text) != selected and (HEAT_MAP in card.text) == selected
-    assert "none has been selected" not in session[1][1]  # a warning that would be wrong in a warm-up
+    assert "none has been selected" not in session[1][1]  # the warning would be wrong during a warm-up
 
 
 def test_card_shows_no_heat_map_of_other_masks(hub):
@@ -177,7 +177,7 @@ def test_card_shows_no_heat_map_of_other_masks(hub):
 
 
 def test_only_the_adapter_is_downloaded(hub, loaded):
-    """Neither the optimizer's state nor the heat map, nor the checkpoint that Trainer has pushed as well."""
+    """The optimizer's state, the heat map and the checkpoint that Trainer pushed are left out."""
     assert set(loaded["downloaded"]) == ADAPTER | {"head_scores.json"}
     assert any(path.startswith("last-checkpoint/") for path in hub.repos["me/trained"].files())
 

@@ -71,7 +71,7 @@ def test_pipeline(adapter, caplog):
 
 
 def test_images_of_more_than_8_bits(adapter, tmp_path):
-    """A pipeline would clip them; what was recorded says how they are decoded."""
+    """A pipeline would clip them; the recorded range determines how they are decoded."""
     model, folder = adapter
     processor = load_demo_processor()
     processor.size = {"height": tiny.IMAGE_SIZE, "width": tiny.IMAGE_SIZE}
@@ -192,7 +192,7 @@ def test_errors(tmp_path):
 
 @pytest.fixture
 def with_code(adapter, monkeypatch, tmp_path):
-    """An adapter whose image processor brings code, and somebody who answers every question with yes."""
+    """An adapter whose image processor brings code, and a user who answers every question with yes."""
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     monkeypatch.setattr(sys, "stdin", io.StringIO(9 * "y\n"))
     _, folder = adapter

@@ -42,7 +42,7 @@ def pair(backbone, head_masked=None, dtype=torch.float32, **lora):
 
 
 def masked(backbone, *heads, head_masked=None, **lora):
-    """An adapter with values in lora_B and the given heads deactivated, and the same without a mask."""
+    """Return an adapter with values in lora_B and the given heads deactivated, and the same without a mask."""
     ours, stock = pair(backbone, head_masked, **lora)
     tiny.randomize_lora(ours)
     tiny.randomize_lora(stock)
@@ -198,7 +198,7 @@ def test_2_merge_and_unmerge(backbone, variant, safe_merge, scope):
 @pytest.mark.parametrize("scope", ["adapter", "head"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_2_unmerge_after_a_cast(scope, dtype):
-    """The rows that a merge has overwritten come back although the model was cast in between."""
+    """The rows that a merge has overwritten are restored even if the model was cast in between."""
     ours, _ = masked("vit", 1, head_masked={"ne": 1, "mask_scope": scope})
     base = {name: layer.base_layer.weight.clone() for name, layer in lora_layers(ours)}
     ours.merge_adapter()
@@ -237,7 +237,7 @@ def test_2_file_holds_zero_rows(backbone, variant):
             rows = saved[f"base_model.model.{name}.lora_B.{suffix}"]
             assert rows[off].count_nonzero() == 0
             assert torch.equal(rows[~off], raw[~off])
-            assert raw[off].count_nonzero() > 0  # what is in memory is not touched by saving
+            assert raw[off].count_nonzero() > 0  # saving does not change what is in memory
             seen += 1
     assert seen == (2 if variant == "bias" else 1) * len(lora_layers(ours))
 
@@ -263,7 +263,7 @@ def test_2_stays_zero_whatever_the_optimizer_does(optimizer_class, variant):
 
 
 def test_2_drift_of_raw_rows_does_not_show():
-    """An optimizer we were not given moves the raw rows by its momentum; forward, merge and file do not see it."""
+    """An unknown optimizer moves the raw rows by its momentum; forward, merge and file are unaffected."""
     ours, _ = pair("vit")
     optimizer = tiny.train(ours, steps=4)
     set_head_masks(ours, tiny.masks_off(ours, 2))
@@ -282,7 +282,7 @@ def test_2_drift_of_raw_rows_does_not_show():
 
 @pytest.mark.parametrize("variant", K_BIT)
 def test_2_k_bit(variant, backbone):
-    """Exactly zero in forward, delta, merged weight and file; and what the raw rows hold changes no active head."""
+    """The part is exactly zero in forward, delta, merged weight and file; raw rows change no active head."""
     ours = get_peft_model(tiny.make(backbone), HeadMaskedLoraConfig(**K_BIT[variant]))
     optimizer = tiny.train(ours, steps=4)
     set_head_masks(ours, tiny.masks_off(ours, 1))
@@ -352,7 +352,7 @@ def test_3_hotswap_of_another_kind_is_refused(other, tmp_path):
 
 @pytest.mark.slow
 def test_4_saved_file_is_a_plain_lora(backbone, tmp_path):
-    """Anyone with stock PEFT and without us can use it: the type changed, the mask left out."""
+    """Stock PEFT can use it without this package, once the type is changed and the mask left out."""
     ours, _ = masked(backbone, 1)
     ours.save_pretrained(tmp_path)
     base = tiny.make(backbone)

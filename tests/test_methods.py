@@ -1,4 +1,4 @@
-"""Every method that PEFT knows, by `--method peft`: it trains its own targets, or is refused in one line."""
+"""Every method of PEFT with `--method peft`: it trains its own targets, or is refused in one line."""
 
 import json
 from types import SimpleNamespace
@@ -100,7 +100,7 @@ def test_what_peft_stumbles_over_is_one_line(monkeypatch):
 
 
 def test_adalora_allocates_its_ranks():
-    """PEFT leaves it to the training loop to ask for it."""
+    """PEFT leaves it to the training loop to call for the allocation."""
     model, (allocator,) = applied("ADALORA", total_step=4, init_r=4, target_r=1)
     assert tiny.train(model, steps=1)
     ranks = []

@@ -1,4 +1,4 @@
-"""Mutated adapter folders: each loads exactly, or is refused in one line by an error of ours, quickly and in little memory."""
+"""Mutated adapter folders: each loads exactly, or is refused by one line of ours, quickly and with little memory."""
 
 import json
 import os
@@ -41,7 +41,7 @@ CONFIGS = {
     "rlrr lora": RLRRConfig(r=2, rescale_weight=False),
 }
 DELETE = object()
-# What any field may become; then values of single fields that contradict the weights.
+# Wrong values for any field; then values of single fields that contradict the weights.
 WRONG = (DELETE, None, "x", -1, 10**9, 0.5, [], {"a": "b"}, True)
 OTHER = {
     "r": [1, 3, 2_000_000, 10**30, 0, float("nan")],
@@ -78,7 +78,7 @@ OTHER = {
     "use_qalora": [True],
     "init_lora_weights": ["loftq", "other", False],
 }
-# These leave no trace in the tensors, and have no wrong value but those of a wrong type.
+# These leave no trace in the tensors; only values of a wrong type are wrong.
 UNSEEN = {"use_rslora", "lora_alpha", "alpha_pattern"}
 
 
@@ -108,13 +108,13 @@ def logits(model):
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    """A base model that is no folder is looked for in the cache alone."""
+    """Look for base models that are no folders only in the cache."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """`{name: (folder of the adapter, its logits)}`, with the base model beside."""
+    """Make `{name: (folder of the adapter, its logits)}`, with the base model beside."""
     root = tmp_path_factory.mktemp("folders")
     make_base().save_pretrained(root / "base")
     tiny.ViTProcessor(size={"height": 8, "width": 8}).save_pretrained(root / "base")
@@ -136,11 +136,11 @@ def folders(tmp_path_factory):
 
 
 def field_mutants():
-    """`(folder, field, value)`: every field of every configuration in turn, a wrong value each time, and others by hand."""
+    """Yield `(folder, field, value)`: a wrong value for every field of every configuration, and some by hand."""
     for name, config in CONFIGS.items():
         options = json.loads(json.dumps(config.to_dict(), default=sorted))
         for index, option in enumerate(options):
-            # all wrong values for one folder of each method, else another one for each field
+            # all wrong values for one folder of each method, otherwise one value for each field in rotation
             chosen = WRONG if name in ("masked", "rlrr") else (WRONG[index % len(WRONG)],)
             for value in (*chosen, *OTHER.get(option, ())):
                 yield name, option, value
@@ -206,7 +206,7 @@ def tensor_mutants():
 
 
 def change_tensors(folder, kind, part):
-    """False where there is nothing to change."""
+    """Change the tensors; return False if there is nothing to change."""
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)
     if kind == "added":
@@ -240,7 +240,7 @@ def half(name):
 
 
 def settings_with(text):
-    """Text in place of the last brace of the configuration."""
+    """Replace the last brace of the configuration by the text."""
     return lambda folder: (folder / "adapter_config.json").write_text(
         (folder / "adapter_config.json").read_text().rstrip().removesuffix("}") + text
     )
@@ -322,7 +322,7 @@ LOADS = {
 
 
 def outcome(function, folder):
-    """What comes back, or the error; fails where it took too long or too much memory, or the error is not ours."""
+    """Return the result or the error; fail if it took too much time or memory, or if the error is not ours."""
     before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     try:
         return function(folder)
@@ -340,7 +340,7 @@ def load(folder):
 
 
 def mutant(folders, tmp_path, name, change):
-    """Load and inspect a changed copy: the same logits, or one line; gives the outcome of loading, None if unchanged."""
+    """Load and inspect a changed copy (the same logits, or one line); return the outcome, None if unchanged."""
     folder = shutil.copytree(folders[name][0], tmp_path / "adapter")
     try:
         if change(folder) is False:
@@ -357,7 +357,7 @@ def mutant(folders, tmp_path, name, change):
 
 
 def run_all(folders, tmp_path, mutants, change, step):
-    """Every `step`-th of the mutants; a list of what went wrong."""
+    """Try every `step`-th mutant; return a list of what went wrong."""
     faults, loaded, refused = [], 0, 0
     for number, (name, *details) in enumerate(mutants):
         if number % step:
@@ -374,10 +374,10 @@ def run_all(folders, tmp_path, mutants, change, step):
 
 
 def leaves_no_trace(name, option, value):
-    """Whether a changed field cannot be told from what a file may have been saved with.
+    """Whether the file could have been saved with the changed field, so that the change cannot be noticed.
 
-    The file of a plain adapter notes no settings, as all files did before settings were noted: that it has few bits is
-    believed. Nor does that of a packed one with the mask's scope "adapter", where bytes count.
+    The file of a plain adapter records no settings, like all files of earlier versions, so a claim of few bits is
+    believed. A packed file with the mask scope "adapter" records none either, to save bytes.
     """
     if option == "mask_scope" and name == "packed":
         return value == "head"

@@ -44,7 +44,7 @@ def text_of(cell):
 
 
 def test_the_stored_tables_are_those_of_the_runs():
-    """What notebook 3 says in words and shows is computed from the file beside it."""
+    """The tables of notebook 3 are computed from the file beside it."""
     folder = NOTEBOOKS[0].parent
     notebook = nbformat.read(folder / "03_does_it_work.ipynb", as_version=4)
     shown = [o["data"].get("text/markdown", "") for c in notebook.cells for o in c.get("outputs", []) if "data" in o]

@@ -1,4 +1,4 @@
-"""The versions that pyproject.toml allows are those that CI tries, and those that the README names."""
+"""The versions that pyproject.toml allows are those that CI tests and the README names."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def pinned(name):
-    """The versions that a file of .ci pins."""
+    """Return the versions that a file of .ci pins."""
     text = (ROOT / ".ci" / name).read_text("utf-8")
     return {package: numbers(version) for package, version in re.findall(r"^([\w-]+)==([\d.]+)$", text, re.MULTILINE)}
 
@@ -22,20 +22,20 @@ def numbers(version):
 
 @pytest.fixture
 def bounds():
-    """The lower bounds of the dependencies."""
+    """Return the lower bounds of the dependencies."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     found = re.findall(r"^([\w-]+)>=([\d.]+)$", "\n".join(project["dependencies"]), re.MULTILINE)
     return {name: numbers(version) for name, version in found}
 
 
 def test_the_lower_bounds_are_what_ci_installs(bounds):
-    del bounds["torch"]  # the one version that was tried
+    del bounds["torch"]  # the only version that was tested
     oldest = pinned("oldest.txt")
     assert bounds == {name: version[: len(bounds[name])] for name, version in oldest.items()}
 
 
 def test_the_readme_names_one_range_of_transformers(bounds):
-    """It says twice which versions of transformers are supported."""
+    """The README states the supported versions of transformers twice."""
     ranges = re.findall(r"transformers (\d+\.\d+)\s+to\s+(\d+\.\d+)", (ROOT / "README.md").read_text("utf-8"))
     assert len(ranges) == 2 and len(set(ranges)) == 1
     lowest, highest = map(numbers, ranges[0])
@@ -43,7 +43,7 @@ def test_the_readme_names_one_range_of_transformers(bounds):
 
 
 def test_the_readme_names_the_torch_of_ci(bounds):
-    """Its commands, which CI runs, have the oldest torch that is allowed; another environment has a newer one."""
+    """Its commands, which CI runs, install the oldest allowed torch; another environment has a newer one."""
     readme = (ROOT / "README.md").read_text("utf-8")
     ci = (ROOT / ".ci" / "run").read_text("utf-8")
     versions = [numbers(version) for version in re.findall(r"torch==([\d.]+)", readme + ci)]

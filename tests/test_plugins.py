@@ -1,4 +1,4 @@
-"""Plugins: what is loaded, when, and what becomes of one that fails."""
+"""Plugins: which are loaded, when, and what happens if one fails."""
 
 import os
 import subprocess
@@ -28,7 +28,7 @@ def register():
 
 @pytest.fixture(autouse=True)
 def nothing_loaded(monkeypatch, forget_criteria):
-    """As in a new process, without the plugins of this machine."""
+    """Start as in a new process, without the plugins of this machine."""
     for name, value in {
         "_LOADED": {},
         "_IMPORTED": [],
@@ -45,7 +45,7 @@ def nothing_loaded(monkeypatch, forget_criteria):
 
 @pytest.fixture
 def install(tmp_path, monkeypatch):
-    """`install(name, code, entry)` does what pip does with a distribution of one module."""
+    """Return `install(name, code, entry)`, which installs a distribution of one module, as pip does."""
     site = tmp_path / "site"
     site.mkdir()
     monkeypatch.syspath_prepend(site)
@@ -116,7 +116,7 @@ def test_one_that_was_asked_for_must_be_there(tmp_path, monkeypatch):
 
 
 def run_command(monkeypatch, *words):
-    """What reaches the command of `peft-heads train …`, or the exit code."""
+    """Return the arguments that reach the command of `peft-heads train …`, or the exit code."""
     given = []
     monkeypatch.setattr(
         cli.importlib, "import_module", lambda name: SimpleNamespace(run=lambda argv: given.extend(argv) or 0)

@@ -26,7 +26,7 @@ def make():
 
 
 def scores_of(dtype=None, scale=None, clip=None, micro_batches=1, steps=3):
-    """A plain loop as PyTorch's documentation has it; without learning, so that nothing but the gradients differs."""
+    """Run the plain loop of PyTorch's documentation, without learning, so that only the gradients differ."""
     model = make()
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(params, lr=0.0)
@@ -46,13 +46,13 @@ def scores_of(dtype=None, scale=None, clip=None, micro_batches=1, steps=3):
         before = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
-        assert counted[-1] is (scaler.get_scale() == before)  # it halves its scale where it skips a step
+        assert counted[-1] is (scaler.get_scale() == before)  # it halves its scale when it skips a step
         optimizer.zero_grad()
     return {criterion: scorer.scores(criterion) for criterion in GRADIENT_CRITERIA}, counted
 
 
 def largest_difference(one, other):
-    """Relative to the largest score of the projection."""
+    """Return the largest difference, relative to the largest score of the projection."""
     return max(
         float((one[c][name] - other[c][name]).abs().max() / one[c][name].abs().max()) for c in one for name in one[c]
     )
@@ -69,7 +69,7 @@ def test_loss_scale_and_clipping_do_not_matter(clip):
 def test_fp16_with_a_loss_scaler():
     low, _ = scores_of(torch.float16, scale=2.0**8)
     high, _ = scores_of(torch.float16, scale=2.0**12, clip=1e-3)
-    assert largest_difference(low, high) < 1e-4  # what the lower scale loses at the lower end
+    assert largest_difference(low, high) < 1e-4  # the lower scale loses precision at the lower end
     exact, _ = scores_of()
     assert 0 < largest_difference(exact, high) < 0.01  # float16 has three digits
 
@@ -104,7 +104,7 @@ def test_bf16_autocast():
 
 
 def train(folder, scale=None, loss_factor=None, **arguments):
-    """Through Trainer, whose loss scaler exists on GPUs alone: its accelerator is given one that works on a CPU."""
+    """Train through Trainer. Its loss scaler needs a GPU, so its accelerator gets one that works on a CPU."""
     args = TrainingArguments(
         str(folder),
         per_device_train_batch_size=arguments.pop("per_device_train_batch_size", 8),
@@ -168,7 +168,7 @@ def test_fp16_with_deepspeed_is_refused(monkeypatch):
 
 
 def test_a_step_counts_only_if_everything_is_finite():
-    """The loss scaler skips it as well where something other than the heads has overflowed."""
+    """The loss scaler also skips a step in which something other than the heads has overflowed."""
     model = make()
     scorer = HeadScorer(model)
     model(**tiny.batch()).loss.backward()

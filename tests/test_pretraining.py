@@ -1,4 +1,4 @@
-"""The scripts that made the shipped ViT, which are no part of the package."""
+"""The scripts that made the shipped ViT; they are not part of the package."""
 
 import importlib
 import subprocess

@@ -1,4 +1,4 @@
-"""Private names of the hosts: outside `_compat` there are none but the overridden methods that it lists."""
+"""Private names of the hosts: outside `_compat` only the overridden methods that it lists are used."""
 
 import ast
 import functools
@@ -34,7 +34,7 @@ def is_host(cls):
 
 @functools.cache
 def own_classes():
-    """All classes of the package, in a module that can be imported here."""
+    """Return all classes of the package whose modules can be imported here."""
     classes, unknown = set(), []
     for info in pkgutil.walk_packages(peft_heads.__path__, "peft_heads."):
         if info.name.endswith("__main__"):
@@ -53,7 +53,7 @@ def own_classes():
 
 
 def overridden():
-    """`{path of the host's method: classes of ours that override it}`."""
+    """Return `{path of the host's method: our classes that override it}`."""
     found = {}
     for cls in own_classes():
         hosts = [base for base in cls.__mro__ if is_host(base)]
@@ -105,7 +105,7 @@ def test_the_test_that_notices_a_change_exists(path):
 
 @functools.cache
 def host_names():
-    """Private names that the hosts' classes and their objects have, as far as ours meet them."""
+    """Return the private names of the hosts' classes and objects that our code meets."""
     met = [
         torch.nn.Module(),
         torch.Tensor,
@@ -120,7 +120,7 @@ def host_names():
 
 
 def private_uses(tree):
-    """`(line, name)` of every name that is taken from something: as an attribute, by an import, or by its string."""
+    """Return `(line, name)` of every name that is read as an attribute, by an import, or by its string."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             yield node.lineno, node.attr
@@ -135,7 +135,7 @@ def private_uses(tree):
 
 
 def own_names(tree):
-    """Private names that the package defines: functions, classes, variables, attributes that it sets, modules."""
+    """Return the private names that the package defines: functions, classes, variables, attributes, modules."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             yield node.name
@@ -144,7 +144,7 @@ def own_names(tree):
 
 
 def foreign_uses(tree, own, hosts):
-    """Private names in the source that are a host's, as far as can be told."""
+    """Return the private names in the source that appear to be a host's."""
     is_string = {(node.lineno, node.value) for node in ast.walk(tree) if isinstance(node, ast.Constant)}
     of_self = {
         (node.lineno, node.attr)

@@ -18,7 +18,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 @pytest.fixture
 def stand_ins(tmp_path):
-    """Local folders for the README's two names on the Hub."""
+    """Make local folders in place of the README's two names on the Hub."""
     checkpoint = tmp_path / "checkpoint"
     tiny.make("vit").save_pretrained(checkpoint)
     processor = load_demo_processor()
@@ -62,5 +62,5 @@ def test_code_blocks_run(stand_ins, tmp_path, monkeypatch, capsys):
 
 
 def test_length():
-    """Short enough that a newcomer reads it to the end."""
+    """The README is short enough for a newcomer to read to the end."""
     assert len(README.read_text("utf-8").splitlines()) <= 172

@@ -1,4 +1,4 @@
-"""Importing peft_heads changes nothing of stock PEFT: what is written, uploaded and loaded has the same bytes."""
+"""Importing peft_heads changes nothing in stock PEFT: what is written, uploaded and loaded has the same bytes."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def files_below(folder):
 
 @pytest.fixture(scope="module")
 def sessions(tmp_path_factory):
-    """Without and with the import: results, files of the working directory, commits on the Hub."""
+    """Run without and with the import; return results, files of the working directory, commits on the Hub."""
     sessions = []
     for how in ([], ["with-peft-heads"]):
         cwd = tmp_path_factory.mktemp("stock") / "work"
@@ -73,7 +73,7 @@ def test_stock_adapters_are_written_alike(sessions):
 
 @pytest.mark.slow
 def test_stock_adapters_are_uploaded_alike(sessions):
-    """Also those on a base model without a name, or of this machine, whose names the Hub refuses in a card."""
+    """This includes base models without a name or in a local folder, whose names the Hub refuses in a card."""
     (_, _, stock), (_, _, extended) = sessions
     extended = {key: commits for key, commits in extended.items() if not key[0].startswith("me/ours-")}
     assert {"me/lora-unnamed", "me/lora-local", "me/lora-hub", "me/ia3-local", "me/vera-unnamed"} < {
@@ -95,7 +95,7 @@ def test_adapters_of_ours_are_uploaded_between_them(sessions):
 
 @pytest.mark.slow
 def test_the_import_changes_only_what_it_must():
-    """Nothing else changes of what other code in the process shares."""
+    """Nothing else changes that other code in the process shares."""
     changed = json.loads(run("what_import_changes.py").stdout)
     assert set(changed["attributes"]) == {
         *(f"peft.utils.peft_types.PeftType.{name}" for name in ("HEAD_MASKED_LORA", "RLRR")),

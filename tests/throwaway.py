@@ -1,4 +1,4 @@
-"""A method that is registered for a test, and gone after it."""
+"""Methods that are registered only during a test."""
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,7 +43,7 @@ def throwaway(**changes):
 
 @contextmanager
 def registered(method):
-    """Inside the block, the method is registered."""
+    """Register the method inside the block."""
     tables = (
         registry._METHODS,
         PEFT_TYPE_TO_CONFIG_MAPPING,

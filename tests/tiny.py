@@ -16,8 +16,8 @@ IMAGE_SIZE = 16
 NUM_LABELS = 3
 # transformers >= 5.1 has a class of its own for the PIL backend
 ViTProcessor = type(load_pil_image_processor(DEMO_MODEL_PATH))
-# The names of ViT's and Swin's modules as the tests have them, transformers >= 5.9, and as they were before. A dot may
-# be one of a regular expression.
+# Names of ViT's and Swin's modules in the tests (transformers >= 5.9), and their earlier names. A dot may belong to a
+# regular expression.
 VERSION = Version(transformers.__version__)
 OLD_NAMES = VERSION < Version("5.9")
 _RENAMED = [
@@ -34,7 +34,7 @@ _RENAMED = [
 
 
 def now(names):
-    """Names of modules, or patterns of them, alone or in a list, set or dict, as the installed transformers has them."""
+    """Translate names or patterns of modules, alone or in a list, set or dict, for the installed transformers."""
     if isinstance(names, dict):
         return {now(name): value for name, value in names.items()}
     if not isinstance(names, str):
@@ -45,7 +45,7 @@ def now(names):
 
 
 def make(name, seed=0, num_labels=NUM_LABELS):
-    """A randomly initialised tiny ViT (6 heads in 2 layers) or Swin (stages of 2 and 4 heads, 2 layers each)."""
+    """Make a randomly initialised tiny ViT (6 heads in 2 layers) or Swin (stages of 2 and 4 heads, 2 layers each)."""
     torch.manual_seed(seed)
     labels = {"num_labels": num_labels}
     if name == "vit":
@@ -75,13 +75,13 @@ def batch(n=4, seed=0):
 
 
 def examples(n=32, seed=0):
-    """A list dataset whose labels can be learned: the mean colour says the class."""
+    """Make a list dataset whose labels can be learned: the mean colour shows the class."""
     pixels = images(n, seed)
     return [{"pixel_values": pixels[i] + (i % NUM_LABELS), "labels": i % NUM_LABELS} for i in range(n)]
 
 
 def randomize_lora(model, seed=0, std=0.5):
-    """Give lora_B (zero at initialisation) values, so that the adapter does something."""
+    """Give lora_B, which is initialised to zero, values, so that the adapter has an effect."""
     generator = torch.Generator().manual_seed(seed)
     for name, param in model.named_parameters():
         if "lora_B" in name:
@@ -89,7 +89,7 @@ def randomize_lora(model, seed=0, std=0.5):
 
 
 def masks_off(model, *heads):
-    """Masks for `set_head_masks` with the given head indices deactivated in every projection that LoRA adapts."""
+    """Return masks for `set_head_masks` that deactivate these heads in every projection that LoRA adapts."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     masks = {}
     for name, layout in resolve_heads(base, fused_parts="qv").items():
@@ -101,14 +101,14 @@ def masks_off(model, *heads):
 
 
 def gradients(model):
-    """`{name: gradient}` of everything that is trained; nothing may have none."""
+    """Return `{name: gradient}` of all trained parameters; each must have one."""
     grads = {name: param.grad for name, param in model.named_parameters() if param.requires_grad}
     assert grads and not [name for name, grad in grads.items() if grad is None]
     return grads
 
 
 def train(model, steps=3, seed=0, optimizer=None, lr=1e-2, after_backward=None):
-    """A few optimizer steps in training mode; returns the optimizer."""
+    """Take a few optimizer steps in training mode; return the optimizer."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = optimizer or torch.optim.AdamW(trainable, lr=lr, weight_decay=0.1)
     model.train()

@@ -19,14 +19,14 @@ SIZES = {"train": 9, "val": 6, "test": 6}
 
 
 def picture(label, num_classes, index=0, size=(20, 16)):
-    """RGB, `size` = (width, height), the class's colour with noise drawn with `index`."""
+    """Return an RGB image of `size` = (width, height): the class's colour with noise seeded by `index`."""
     colour = 255 * np.array(colorsys.hsv_to_rgb(label / num_classes, 1, 0.8))
     noise = np.random.default_rng((label, index)).normal(0, 12, (size[1], size[0], 3))
     return Image.fromarray(np.clip(colour + noise, 0, 255).astype(np.uint8))
 
 
 def small(name, suite, num_classes=3, sizes=None):
-    """The row of a task with fewer classes and images."""
+    """Return the row of a task with fewer classes and images."""
     task = find_task(name, suite)
     if suite == "fewshot":
         return replace(task, num_classes=num_classes, sizes=sizes or {"val": SIZES["val"], "test": SIZES["test"]})
@@ -34,7 +34,7 @@ def small(name, suite, num_classes=3, sizes=None):
 
 
 def write_vtab(root, task, layout="txt", folder=None, size=(20, 16)):
-    """A task of VTAB-1K: "txt", JPEG with second copies in train800val200, or "json", PNG; gives its folder."""
+    """Write a task of VTAB-1K ("txt": JPEG with copies in train800val200; "json": PNG); return its folder."""
     home = root / (folder or task.name)
     if layout == "json":
         for split in ("train800val200", "test"):
@@ -64,7 +64,7 @@ def write_vtab(root, task, layout="txt", folder=None, size=(20, 16)):
 
 
 def write_few_shot(root, task, folder=None, repeat=1, shots=SHOTS, images="images", size=(20, 16)):
-    """A few-shot task with all its lists; every line of the 1-shot lists stands `repeat` times; gives its folder."""
+    """Write a few-shot task with all lists, 1-shot lists repeating each line `repeat` times; return its folder."""
     home = root / (folder or task.name)
 
     def rows(split, per_class, start=0):
@@ -87,7 +87,7 @@ def write_few_shot(root, task, folder=None, repeat=1, shots=SHOTS, images="image
 
 
 def write_fgvc(root, task, folder=None, images="images", text_classes=False, size=(20, 16)):
-    """A fine-grained task; classes are 1, 2, …, or text ("0295", …) as in NABirds; gives its folder."""
+    """Write a fine-grained task; classes are 1, 2, … or text ("0295", …) as in NABirds. Return its folder."""
     home = root / (folder or task.name)
     for split, number in task.sizes.items():
         entries = {}
@@ -101,7 +101,7 @@ def write_fgvc(root, task, folder=None, images="images", text_classes=False, siz
 
 
 def noise_index(split, index):
-    """Other noise in every split."""
+    """Return an index that makes other noise in every split."""
     return 1000 * ("train800", "val200", "test", "train", "val").index(split) + index
 
 

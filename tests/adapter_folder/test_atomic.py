@@ -43,7 +43,7 @@ def test_new_folder_has_ordinary_rights(tmp_path):
 
 @pytest.mark.parametrize("crash_at", [0, 1, 2, 3])
 def test_a_crash_leaves_the_old_folder(tmp_path, monkeypatch, crash_at):
-    """In the block, while the files are flushed, at the first renaming, at the second."""
+    """The crash comes in the block, while the files are flushed, at the first renaming, or at the second."""
     target = tmp_path / "target"
     target.mkdir()
     (target / "config.json").write_text("old")
@@ -74,7 +74,7 @@ def test_files_that_belong_together(tmp_path, old):
 @pytest.mark.parametrize("old", [(), ("b",), ("a", "b")])
 @pytest.mark.parametrize("crash_at", [0, 1, 2, 3, 4])
 def test_a_crash_leaves_the_old_files(tmp_path, monkeypatch, old, crash_at):
-    """While they are written, at each renaming; in between no reader finds an old one beside a new one."""
+    """The crash comes while they are written, or at a renaming; no reader ever finds an old beside a new file."""
     for name in old:
         (tmp_path / name).write_text("old")
     rename, calls = os.rename, []

@@ -25,7 +25,7 @@ def card_of(folder):
     return ModelCard.load(folder / "README.md")
 
 
-# PEFT looks for the base model's config.json, which is not to be had here
+# PEFT looks for the base model's config.json, which is not available here
 no_base_config = pytest.mark.filterwarnings("ignore:Could not find a config file in")
 
 
@@ -117,7 +117,7 @@ def test_image_processor(model, tmp_path):
 
 
 def test_card_of_a_trainer(model, tmp_path):
-    """Trainer writes a card of its own, in which our section finds a place."""
+    """Trainer writes a card of its own, to which our section is added."""
     set_head_masks(model, tiny.masks_off(model, 1))
     trainer = Trainer(model, TrainingArguments(str(tmp_path), report_to="none", use_cpu=True))
     trainer.save_model()
@@ -128,7 +128,7 @@ def test_card_of_a_trainer(model, tmp_path):
 
 
 def scores_of(heads, **settings):
-    """What the scorer leaves in `FolderContents`, as far as it matters here."""
+    """Return what the scorer leaves in `FolderContents`, as far as it matters here."""
     settings = {"ne": 1, "ratio": None, "granularity": "global", "joint": True, "criterion": "absolute"} | settings
     off = dict.fromkeys(tiny.masks_off(tiny.make("vit")), heads)
     report = {**settings, "mask_scope": "adapter", "deactivated_heads": off}
@@ -152,7 +152,7 @@ def test_heat_map_goes_with_the_masks_it_explains(model, tmp_path):
 
 
 def test_heat_map_of_the_folder_is_shown(model, tmp_path):
-    """An adapter that was loaded does not carry it, but may be saved where it came from."""
+    """A loaded adapter does not carry the heat map, but may be saved to the folder that has it."""
     for name, content in scores_of([4]).items():
         (tmp_path / name).write_bytes(content)
     set_head_masks(model, tiny.masks_off(model, 4))

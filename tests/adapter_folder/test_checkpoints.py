@@ -33,7 +33,7 @@ def make(method):
 
 
 def train(folder, method="lora", **arguments):
-    """Three steps, with checkpoints 1, 2 and 3."""
+    """Train three steps, with checkpoints 1, 2 and 3."""
     args = TrainingArguments(
         str(folder),
         max_steps=3,
@@ -54,7 +54,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def run(finished, tmp_path):
-    """A run's output folder, to be damaged."""
+    """A run's output folder, which a test may damage."""
     return shutil.copytree(finished, tmp_path / "run")
 
 
@@ -69,7 +69,7 @@ def digest(folder):
 
 
 def assert_skipped(run, what):
-    """The second checkpoint is taken, with a warning that names folder and file of the third, and nothing changes."""
+    """Check that the second checkpoint is returned, with a warning that names the third; nothing changes."""
     before = digest(run)
     with pytest.warns(UserWarning) as record:
         found = last_complete_checkpoint(run)
@@ -109,7 +109,7 @@ def test_none(tmp_path, finished):
 
 
 def test_other_names_of_the_folder(run):
-    """As an argument of its own it may be called anything."""
+    """The folder may have any name if it is passed itself."""
     assert checkpoint_fault((run / "checkpoint-3").rename(run / "best")) is None
 
 
@@ -144,7 +144,7 @@ def test_missing(run, name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_overwritten_with_zeros(run, name):
-    """As a file system may leave it after a power cut."""
+    """A file system may leave a file like this after a power cut."""
     path = run / "checkpoint-3" / name
     path.write_bytes(bytes(path.stat().st_size))
     assert_skipped(run, f"{name} cannot be read (")
@@ -233,7 +233,7 @@ def test_fsdp_s_weights(run, name):
 
 
 def test_deepspeed(run):
-    """The folder of the optimizer's shards is named by `latest`; the scheduler's state may be in it."""
+    """`latest` names the folder of the optimizer's shards, which may hold the scheduler's state."""
     folder = run / "checkpoint-3"
     (folder / "global_step3").mkdir()
     (folder / "latest").write_text("global_step3")

@@ -1,4 +1,4 @@
-"""Every part of every family's blocks, against what the modules of a block do with each other in a forward pass."""
+"""Every part of every family's blocks, compared with the data flow between a block's modules in a forward pass."""
 
 import backbones
 import pytest
@@ -13,10 +13,10 @@ from peft_heads import RLRRConfig
 from peft_heads.backbones.blocks import Block, find_blocks, whole_blocks
 
 
-# Families by what their blocks have beside two norms and two ends; the name of one stands for all that begin with it.
+# Families by what their blocks have beside two norms and two ends; a name stands for all that begin with it.
 LAYER_SCALE = ("beit", "dinov2", "dinov3", "depth anything")
 NORMS_AT_THE_END = ("swinv2",)
-# Swin of transformers leaves out its attention alone; the rates of other families are 0 by default.
+# transformers' Swin drops only its attention; the rates of other families are 0 by default.
 DROP_PATH = {
     **dict.fromkeys(("beit", "swinv2", "segformer", "timm swin", "timm wrapper swin"), (True, True)),
     **dict.fromkeys(("swin", "upernet swin"), (True, False)),
@@ -50,7 +50,7 @@ def build(name):
 
 
 class Seen:
-    """What the modules of a model's blocks take and return in a forward pass."""
+    """Inputs and outputs of the modules of a model's blocks in a forward pass."""
 
     def __init__(self, model, blocks):
         self.model, self.calls, self.order = model, {}, []
@@ -76,7 +76,7 @@ class Seen:
         return self.calls[name][call][1]
 
     def scale(self, name):
-        """The numbers of a layer scale, a module or a parameter."""
+        """Return the numbers of a layer scale, which is a module or a parameter."""
         if name is None:
             return 1
         if name in self.calls:
@@ -86,7 +86,7 @@ class Seen:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request):
-    """Name, blocks, and what was seen of them."""
+    """The family's name, its blocks, and their inputs and outputs."""
     model = build(request.param)
     is_whole = not is_one_of(request.param, WITHOUT_MLP)
     blocks = whole_blocks(model) if is_whole else find_blocks(model)
@@ -94,12 +94,12 @@ def family(request):
 
 
 def same(one, other):
-    """The same numbers; windows may have other shapes and order."""
+    """Whether the numbers are the same; windows may have other shapes and order."""
     return one.numel() == other.numel() and torch.allclose(one.flatten().sort().values, other.flatten().sort().values)
 
 
 def context(block, seen, attention):
-    """What the heads return side by side, from the projections' outputs: (groups of tokens, tokens, width)."""
+    """Compute the heads' outputs side by side from the projections' outputs: (groups of tokens, tokens, width)."""
     if block.fused:
         query, key, value = seen.output(block.fused).chunk(3, dim=-1)
     else:
@@ -125,14 +125,14 @@ def is_shifted(model, block):
 
 
 def test_the_attention_layer(family):
-    """Query, key, value or fused, the number of heads, the scaling, and the output."""
+    """Query, key, value or fused, number of heads, scaling and output are right."""
     name, blocks, seen = family
     compared = 0
     for block in blocks:
         assert (block.fused is None) == all((block.query, block.key, block.value))
         attention = seen.model.get_submodule((block.fused or block.query).rpartition(".")[0])
         assert (block.scaling is None) == hasattr(attention, "logit_scale")
-        # masks between shifted windows, units of tokens and pooled queries (Hiera) are another matter
+        # masks between shifted windows, units of tokens and pooled queries (Hiera) are not computed here
         if is_shifted(seen.model, block) or (name == "hiera" and "stages.2" not in block.name):
             continue
         expected = context(block, seen, attention)
@@ -155,7 +155,7 @@ def test_norms(family):
 
 
 def test_the_mlp(family):
-    """Its layers in the order of their calls, and all linear layers of the block beside those of the attention."""
+    """The MLP has its layers in the order of their calls: all linear layers of the block outside the attention."""
     name, blocks, seen = family
     for block in blocks:
         linear = [key for key in seen.order if is_linear(seen.model, key) and key.startswith(f"{block.name}.")]
@@ -223,7 +223,7 @@ def test_drop_paths_that_are_switched_on(make, without):
 
 
 def test_what_torchvision_calls_them():
-    """Its Swin reads the weights of qkv and proj, so that no hook sees them."""
+    """torchvision's Swin reads the weights of qkv and proj, so no hook sees the layers."""
     models = pytest.importorskip("torchvision.models", exc_type=ImportError)
     model = models.SwinTransformer([4, 4], 8, depths=[1, 1], num_heads=[2, 4], window_size=[2, 2])
     name = "features.3.0"
@@ -249,7 +249,7 @@ class LayerScale(nn.Module):
 
 
 class TimmBlock(nn.Module):
-    """What timm's blocks call their parts, with layer scale and drop path in each branch."""
+    """A block with timm's names of parts, with layer scale and drop path in each branch."""
 
     def __init__(self, width=24, heads=6):
         super().__init__()

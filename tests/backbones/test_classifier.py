@@ -1,4 +1,4 @@
-"""The classifier is found wherever a model of transformers has it, and no loss module in its place."""
+"""The classifier is found wherever a model of transformers has it, and no loss module instead."""
 
 import warnings
 
@@ -109,7 +109,7 @@ def test_random_numbers_are_left_alone():
 
 
 class Labelled(nn.Module):
-    """A model of transformers by its attributes, whose classifier nobody can find."""
+    """A model with the attributes of transformers' models, whose classifier cannot be found."""
 
     base_model_prefix = "backbone"
 
@@ -126,7 +126,7 @@ class Labelled(nn.Module):
 
 
 class Drawing(Labelled):
-    """Draws random numbers on the CPU while it is built, on whatever device."""
+    """A module that draws random numbers on the CPU while it is built, on any device."""
 
     def __init__(self, config):
         super().__init__()

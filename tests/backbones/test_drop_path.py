@@ -1,4 +1,4 @@
-"""Stochastic depth by hooks: which layers, how often, and that evaluation does not see it."""
+"""Stochastic depth by hooks: which layers are dropped, how often, and not in evaluation."""
 
 import backbones
 import pytest
@@ -42,9 +42,9 @@ def test_a_branch_is_left_out_image_by_image():
     plain = torch.nn.functional.linear(x, last.weight, last.bias)
     kept = (output != 0).flatten(1).any(dim=1)
     assert kept.float().mean().item() == pytest.approx(0.5, abs=0.03)
-    torch.testing.assert_close(output[kept], plain[kept] * 2)  # the mean stays what it was
+    torch.testing.assert_close(output[kept], plain[kept] * 2)  # the mean does not change
     assert not output[~kept].any()
-    # the first block is never left out
+    # the first block is never dropped
     assert not first._forward_hooks
 
 

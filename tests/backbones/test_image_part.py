@@ -1,4 +1,4 @@
-"""The part of a model that sees the images, where there are others."""
+"""The part of a model that sees the images, in models that have other parts."""
 
 import pytest
 import transformers as hf

@@ -13,7 +13,7 @@ def test_what_is_a_norm():
 
 
 class ResNetConvLayer(nn.Module):
-    """As transformers' module of that name, by its parts."""
+    """A layer with the parts of transformers' module of the same name."""
 
     def __init__(self, normalization):
         super().__init__()

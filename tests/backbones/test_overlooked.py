@@ -65,7 +65,7 @@ def test_nothing_recognised_is_another_matter():
 
 @pytest.mark.parametrize("dim", [24, 32])
 def test_keys_and_values_under_the_name_qkv(dim):
-    """GCViT: 2·24 rows would divide by 3 parts of 2 heads, but not into heads of the width that it states."""
+    """GCViT's 2·24 rows can be divided into 3 parts of 2 heads, but not into heads of the stated width."""
     model = FusedViT((2, 2), dim=dim)
     model.blocks[1].attn = attention = FusedAttention(dim, 2)
     attention.qkv, attention.head_dim = nn.Linear(dim, 2 * dim), dim // 2

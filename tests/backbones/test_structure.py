@@ -55,12 +55,12 @@ def test_a_text_tower_is_left_out():
     parts = find_backbone(FAMILIES["clip"].make())
     names = (*parts.matrices, *parts.norms, parts.patch_embedding)
     assert all(name.startswith("vision_model.") for name in names)
-    # the norm before the blocks is neither theirs nor the final one
+    # the norm before the blocks is neither a block's nor the final one
     assert "vision_model.post_layernorm" in names and "vision_model.pre_layrnorm" not in names
 
 
 def test_a_backbone_alone():
-    """Its final norm and patch embedding stand beside the stack of blocks."""
+    """Its final norm and patch embedding are found beside the stack of blocks."""
     parts = find_backbone(FAMILIES["dinov3"].make())
     assert parts.norms[-1] == "norm" and parts.patch_embedding == "embeddings.patch_embeddings"
 
@@ -81,7 +81,7 @@ def test_nothing_is_found_in_what_is_no_backbone():
 
 
 def test_every_norm_of_a_block_counts():
-    """One that RLRR cannot adapt is found, so that it can be said."""
+    """A norm that RLRR cannot adapt is found, so that an error can name it."""
     vit = FusedViT((6, 6))
     vit.blocks[1].norm = nn.RMSNorm(24)
     assert find_backbone(vit).norms == ("blocks.0.norm", "blocks.1.norm")

@@ -8,7 +8,7 @@ from peft_heads.backbones.targets import default_targets, exact_targets
 
 
 class Attention(nn.Module):
-    """Names that transformers used before 5.9."""
+    """An attention layer with the names that transformers used before 5.9."""
 
     def __init__(self):
         super().__init__()
@@ -32,7 +32,7 @@ def test_default_targets_are_names_where_suffixes_match_too_much():
 
 
 def test_targets_that_peft_would_read_too_widely():
-    """A final `norm` at the top, and a `norm` elsewhere that is none (timm's ViT)."""
+    """timm's ViT has a final `norm` at the top, and elsewhere a `norm` that is not one."""
     model = FusedViT((6, 6))
     model.norm, model.patch_embed.norm = nn.LayerNorm(24), nn.Identity()
     names = ["blocks.0.norm", "blocks.1.norm", "norm"]

@@ -18,7 +18,7 @@ TASKS = ("cifar", "eurosat")
 
 @dataclass
 class Bench:
-    """Everything that a run needs; `places(name)` are those of a folder of results of its own."""
+    """Everything that a run needs; `places(name)` has a folder of results of its own."""
 
     root: Path
 
@@ -44,7 +44,7 @@ class Bench:
 
 @pytest.fixture
 def bench(bench_root, tmp_path):
-    """With folders of results that no other test has."""
+    """The same, with folders of results that no other test uses."""
     for name in ("data", "vit", "cache"):
         (tmp_path / name).symlink_to(bench_root / name, target_is_directory=True)
     return Bench(tmp_path)

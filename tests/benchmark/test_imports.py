@@ -11,7 +11,7 @@ ORDER = ("recipes", "records", "report", "engine", "offline")
 
 
 def imports():
-    """`(room, imported room, file)` of all relative imports between rooms, those in functions included."""
+    """Return `(room, imported room, file)` of all relative imports between rooms, also of those in functions."""
     for path in sorted(HOME.rglob("*.py")):
         room, *inside = path.relative_to(HOME).with_suffix("").parts
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
@@ -22,5 +22,5 @@ def imports():
 
 def test_imports_point_downward():
     between = [(room, other, path) for room, other, path in imports() if room in ORDER]
-    assert len(between) > 20  # otherwise this test has lost its way
+    assert len(between) > 20  # otherwise this test reads the wrong folder
     assert not [(path, other) for room, other, path in between if ORDER.index(other) > ORDER.index(room)]

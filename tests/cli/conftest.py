@@ -36,7 +36,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def train(checkpoint, folders, tmp_path, monkeypatch):
-    """`train(*words, data=…)` runs `peft-heads train` with short settings that the words override."""
+    """Return `train(*words, data=…)`, which runs `peft-heads train` with short settings that the words override."""
     monkeypatch.setattr(sys, "argv", ["peft-heads"])
     cache = ["--cache_dir", str(folders / "cache")]
     folder_data = ["--train_dir", str(folders / "train"), "--validation_dir", str(folders / "validation")]

@@ -1,4 +1,4 @@
-"""`peft-heads bench offline`, the evidence of our own, in its quick form."""
+"""`peft-heads bench offline`, our own evidence, in its quick form."""
 
 import pytest
 from benchmark_runs import make_run
@@ -23,7 +23,7 @@ def test_unknown_task(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_quick(tmp_path, capsys):
-    """Begun in pieces; the report is about all of them."""
+    """The suite is run in parts; the report covers all of them."""
     words = ["bench", "offline", "--quick", "--output_dir", str(tmp_path)]
     other = make_run("digits", 0.5, suite="offline", method=("lora", {"r": 8, "scale": 1}), spec={"epochs": 12})
     write_result(tmp_path, other.spec, other.result, other.environment)  # of another length: not compared with

@@ -1,4 +1,4 @@
-"""The whole path of a newcomer: check the tree, sweep, report; on two processes as on one."""
+"""A newcomer's whole path: check the tree, sweep, report; with the same results on two processes as on one."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def test_check_sweep_report(root, tmp_path, capsys):
     assert {"report.md", "accuracy.csv", "accuracy.tex", "accuracy_against_ne.png"} <= {
         p.name for p in report.iterdir()
     }
-    # nothing is run again, and the report command finds the same
+    # nothing is run again, and the report command finds the same results
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json")}
     assert main(["bench", "sweep", *sweep]) == 0
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json")}
@@ -92,7 +92,7 @@ def test_few_shot(root, tmp_path, capsys):
 
 
 def test_few_shot_without_augmentation(root, tmp_path, monkeypatch):
-    """As far as it goes without kornia, which says what is missing."""
+    """Without kornia the command runs until it needs it, and says what is missing."""
     import importlib.util
 
     import peft_heads.data.augmentation as augmentation
@@ -118,7 +118,7 @@ def test_fgvc(root, tmp_path, model):
 
 @pytest.mark.slow
 def test_two_processes(root, tmp_path):
-    """The same heads and accuracy as one process has; drop-path and dropout are drawn by each process for itself."""
+    """Heads and accuracy are those of one process, although each process draws its own dropout and drop path."""
     more = f"{HEADS} --task cifar --ne 0 1 --scale 1 10 --criterion absolute --seed 0 --drop_path 0 --bottleneck_dropout 0"
     assert main(["bench", "sweep", *words(root, tmp_path / "one", more=more)]) == 0
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -219,7 +219,7 @@ def test_a_tree_of_another_size(root, tmp_path, capsys):
 
 
 def test_images_of_more_than_8_bits(tmp_path, root, capsys):
-    """What is black and white in them is part of the run."""
+    """The values of black and white are part of the run."""
     noise = np.random.default_rng(0)
     for split in ("train", "val", "test"):
         for label, name in enumerate(["low", "high"]):

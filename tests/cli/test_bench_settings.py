@@ -35,7 +35,7 @@ def test_help_says_what_the_benchmark_uses(argument, expected):
 
 
 def test_help_never_contradicts():
-    """Whatever a method is given if nothing is given stands in the help."""
+    """The help shows every default that a method is given."""
     grids = {method.name: method.grid for method in registered_methods() if method.grid}
     assert {"head-masked-lora", "lora", "rlrr"} <= set(grids)
     for method, grid in grids.items():

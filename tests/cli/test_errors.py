@@ -61,7 +61,7 @@ def test_bugs_and_the_curious_get_the_traceback(monkeypatch):
 
 
 def test_a_full_disk_behind_another_error():
-    """datasets wraps it."""
+    """The datasets library wraps the error of the full disk."""
     cause = OSError(errno.ENOSPC, "No space left on device")
     assert disk_full(raised(RuntimeError("generating the dataset"), cause)) == "[Errno 28] No space left on device"
     assert disk_full(raised(RuntimeError("shapes differ"))) is None
@@ -73,7 +73,7 @@ def test_a_full_disk_behind_another_error():
 
 @pytest.mark.slow
 def test_what_the_libraries_raise_on_a_full_disk(tmp_path):
-    """A file that must not grow: the nearest to a full disk that needs no rights."""
+    """A limit on file sizes is the closest to a full disk that needs no special rights."""
     code = """
 import resource, sys, numpy, torch
 from safetensors.numpy import save_file

@@ -37,7 +37,7 @@ def environment(*folders):
 
 
 def run(*words, path=(), cwd=None, code=0):
-    """What `python WORDS` prints."""
+    """Return what `python WORDS` prints."""
     words = [sys.executable, *map(str, words)]
     done = subprocess.run(words, env=environment(*path), cwd=cwd, capture_output=True, text=True, timeout=300)
     assert done.returncode == code, done.stderr
@@ -85,7 +85,7 @@ def results(folder):
 
 
 def assert_selected_by(folder, criterion):
-    """Whether the heads that are off are those with the lowest scores."""
+    """Check that the deactivated heads are those with the lowest scores."""
     report = json.loads((folder / "head_scores.json").read_text())
     assert report["criterion"] == criterion
     total = sum(torch.tensor(scores, dtype=torch.float64) for scores in report["scores"][criterion].values())

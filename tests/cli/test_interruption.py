@@ -1,4 +1,4 @@
-"""Ctrl-C, a full disk, no Hub: one line that says how it goes on, and nothing lost."""
+"""Ctrl-C, a full disk, no Hub: one line says how to continue, and nothing is lost."""
 
 import errno
 import json
@@ -21,7 +21,7 @@ SHORT = ("--method=lora", "--max_steps=6", "--save_steps=2", "--do_train", "--da
 
 @pytest.fixture
 def stop_at(monkeypatch):
-    """`stop_at(step, error)` raises the error at the end of a step."""
+    """Return `stop_at(step, error)`, which raises the error at the end of a step."""
 
     def arrange(step, error):
         original = CallbackHandler.on_step_end
@@ -52,7 +52,7 @@ def test_ctrl_c_says_how_to_resume(train, tmp_path, stop_at, capsys, monkeypatch
     assert "peft-heads train: interrupted at step 5 of 6; resume with: peft-heads train" in line.replace("\n", " ")
     assert "hf_secret" not in line
     monkeypatch.undo()
-    # the words are those of the command, to be pasted into a shell
+    # the words are those of the command, ready to be pasted into a shell
     command = shlex.split(line.partition("resume with: ")[2])
     assert command[:2] == ["peft-heads", "train"] and str(checkpoint) in command
     assert main(command[1:]) == 0
@@ -76,7 +76,7 @@ def test_ctrl_c_before_the_first_checkpoint(train, stop_at, capsys):
     ],
 )
 def test_a_full_disk_while_a_checkpoint_is_written(train, tmp_path, capsys, monkeypatch, error):
-    """Half a checkpoint stays behind, and the one before is named."""
+    """Half a checkpoint stays behind, and the message names the one before."""
     original = Trainer._save_optimizer_and_scheduler
 
     def save(self, output_dir):
@@ -150,7 +150,7 @@ def test_no_hub_when_the_repository_is_made(train, capsys, monkeypatch):
 
 
 def test_no_hub_after_the_training(train, tmp_path, capsys, monkeypatch):
-    """It is saved, evaluated and summed up, and the user hears how to upload it."""
+    """The training is saved, evaluated and summarised, and a message says how to upload it."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, **kwargs: None)
 

@@ -9,7 +9,7 @@ from peft_heads.cli import main as cli
 
 
 def run_command(monkeypatch, run):
-    """`peft-heads train a b` with `run` in place of the command's own."""
+    """Run `peft-heads train a b` with `run` in place of the command's own function."""
     monkeypatch.setattr(cli.importlib, "import_module", lambda name: SimpleNamespace(run=run))
     return cli.main(["train", "a", "b"])
 
@@ -36,7 +36,7 @@ def test_arguments_and_exit_code_are_the_command_s(monkeypatch):
 
 
 def namespace_of(package):
-    """Functions as if they were defined in a module of `package`."""
+    """Return functions as if they were defined in a module of `package`."""
     code = """
 def check(error):
     raise error

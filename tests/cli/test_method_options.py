@@ -17,7 +17,7 @@ from peft_heads.tuners.common.options import HEAD_SETTINGS, SCORER_SETTINGS
 from peft_heads.tuners.common.registry import registered_methods
 
 
-# Another value than the default, where none follows from the type.
+# A value other than the default, for options whose type suggests none.
 VALUES = {
     "adapter_bits": 1,
     "classifier_bits": 2,
@@ -46,7 +46,7 @@ def test_every_option_is_tried():
 
 @pytest.mark.parametrize(("name", "option_name"), OPTIONS)
 def test_every_option_trains(name, option_name):
-    """From the words on the command line to a step of the model."""
+    """Each option leads from words on the command line to a step of the model."""
     (option,) = (
         x for method in registered_methods() if method.name == name for x in [method.option_table[option_name]]
     )

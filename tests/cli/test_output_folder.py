@@ -25,7 +25,7 @@ def arguments(folder, overwrite=False):
 
 
 def write_checkpoint(folder, step, run=None):
-    """What tells a checkpoint's run, and no more."""
+    """Write only what identifies a checkpoint's run."""
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
     state = {"global_step": step, "stateful_callbacks": {}}
@@ -45,7 +45,7 @@ def test_a_second_training_is_refused(train, tmp_path, capsys):
     assert error.count("\n") == 1 and f"{out} holds an earlier training (adapter_config.json, " in error
     assert "--resume_from_checkpoint true" in error and "--overwrite_output_dir" in error
     assert contents(out) == before
-    # to evaluate harms nothing
+    # evaluation does no harm
     assert train("--method=lora", "--do_eval") == 0
 
     # replaced: the old checkpoints, of a later step, are never taken for the new run's
@@ -69,7 +69,7 @@ def test_a_resumed_run_keeps_its_id_and_passes_over_others(train, tmp_path, caps
     foreign = contents(out / "checkpoint-6")
     with pytest.warns(UserWarning, match="checkpoint-6 is of another run"):
         assert train(*SHORT, "--max_steps=6", "--resume_from_checkpoint=true") == 0
-    # step 6 is reached again, and what lay there is not written over
+    # step 6 is reached again, and its old folder is not overwritten
     assert {run_of(path) for path in out.glob("checkpoint-*")} == {own}
     assert {path.rpartition("/")[2]: data for path, data in contents(out / "_foreign" / "checkpoint-6").items()} == {
         path.rpartition("/")[2]: data for path, data in foreign.items()
@@ -77,7 +77,7 @@ def test_a_resumed_run_keeps_its_id_and_passes_over_others(train, tmp_path, caps
 
 
 def test_checkpoints_without_an_id_are_one_s_own(train, tmp_path):
-    """Those of earlier versions, and of scripts with a plain Trainer."""
+    """Checkpoints of earlier versions, and of scripts with a plain Trainer, are taken for one's own."""
     out = tmp_path / "out"
     assert train(*SHORT) == 0
     (out / "_run.json").unlink()
@@ -113,7 +113,7 @@ def test_whatever_was_trained_is_refused(tmp_path, name):
 
 
 def test_a_checkpoint_of_elsewhere(tmp_path):
-    """Resumed into another folder: fine, unless that holds a training that is not known to be the same run's."""
+    """It may be resumed into another folder, unless that holds a training not known to be of the same run."""
     there, here = write_checkpoint(tmp_path / "a", 3, "run a"), tmp_path / "b"
     check_output_folder(arguments(here), str(there))
     here.mkdir()
@@ -143,7 +143,7 @@ def test_a_checkpoint_on_another_disk_is_the_folder_s_own(tmp_path):
 
 
 def test_the_base_model_is_not_replaced(train, tmp_path, checkpoint, capsys):
-    """Its files have the names of a training's: `config.json`, `model.safetensors`."""
+    """Its files have the same names as a training's: `config.json`, `model.safetensors`."""
     out = tmp_path / "out"
     shutil.copytree(checkpoint, out)
     before = contents(out)
@@ -219,7 +219,7 @@ def test_the_user_s_word_for_a_checkpoint_of_another_run(tmp_path):
 
 
 def test_replaced_files_are_kept_until_the_new_training_is_saved(tmp_path):
-    """A run that is killed after it has begun to replace another loses nothing; notes and the card stay in place."""
+    """A run that is killed while it replaces another loses nothing; notes and the card stay in place."""
     for index in range(2):
         write_checkpoint(tmp_path, 9, f"run {index}")
         for name in (

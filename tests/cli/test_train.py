@@ -81,7 +81,7 @@ def test_head_masked_lora_from_folders_to_reloaded_adapter(train, tmp_path, caps
 
 
 def test_images_of_more_than_8_bits(train, tmp_path, capsys):
-    """The range is saved with the adapter, and read from a config file as well."""
+    """The range is saved with the adapter, and can come from a config file as well."""
     noise = np.random.default_rng(0)
     for label, name in enumerate(["low", "high"]):
         (tmp_path / "scans" / name).mkdir(parents=True)
@@ -413,7 +413,7 @@ def test_resume_passes_over_half_written_checkpoints(train, tmp_path, capsys):
     assert capsys.readouterr().out.count("{'loss'") == 2  # of 8
     resumed = saved_tensors(tmp_path / "out")
     assert all(torch.equal(value, resumed[name]) for name, value in undisturbed.items())
-    assert train(*words, "--resume_from_checkpoint=true") == 0  # it has been written anew
+    assert train(*words, "--resume_from_checkpoint=true") == 0  # it has been written again
 
 
 def test_user_s_eval_strategy_is_respected(train, tmp_path):

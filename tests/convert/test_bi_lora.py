@@ -30,7 +30,7 @@ from peft_heads.functional.packing import pack_module, unpack_module
 
 
 PUBLISHED = Path(__file__).parents[1] / "fixtures" / "bi-lora"
-# The authors' small files as they are, and others of the same form. Rank 3: the scale is no quotient of floats.
+# The authors' small files, unchanged, and others of the same format. Rank 3: the scale is no quotient of floats.
 CASES = {
     "kitti": PUBLISHED / "lora-bihead" / "kitti-bit1-dim1.bin",
     "clevr_count": PUBLISHED / "lora" / "clevr_count-bit1-dim1.bin",
@@ -44,7 +44,7 @@ IMAGES = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(1))
 
 
 class Plain(NamedTuple):
-    """`updates`: ΔW of q and of v of every block."""
+    """A file's plain contents; `updates` is ΔW of q and of v of every block."""
 
     updates: list[tuple[np.ndarray, np.ndarray]]
     head: np.ndarray
@@ -52,7 +52,7 @@ class Plain(NamedTuple):
 
 
 def codes_of(bits):
-    """The code book, by the rounds of its definition."""
+    """Compute the code book, by the rounds of its definition."""
     normal, codes = NormalDist(), [0.0] * 2**bits
     for _ in range(500):
         mass = [0.0, *(normal.cdf((a + b) / 2) for a, b in pairwise(codes)), 1.0]
@@ -194,7 +194,7 @@ def test_what_the_folder_holds(files, tmp_path):
 
 
 def test_images_are_not_normalised(files, tmp_path):
-    """As the authors', and other than the base model's."""
+    """The image processor follows the authors, not the base model."""
     folder = import_bi_lora(files["kitti"], tmp_path / "adapter")
     pixels = np.random.default_rng(0).integers(256, size=(100, 60, 3), dtype=np.uint8)
     expected = np.asarray(Image.fromarray(pixels).resize((224, 224), Image.Resampling.BICUBIC)) / 255
@@ -221,7 +221,7 @@ def test_names_of_another_transformers(files, tmp_path):
 
 
 def test_an_adapter_that_is_not_packed(vit, tmp_path, monkeypatch):
-    """Trained with this package and saved in full precision; its masks let all heads be."""
+    """It was trained with this package and saved in full precision; its masks keep all heads active."""
     config = HeadMaskedLoraConfig(ne=1, r=4, lora_alpha=2, use_rslora=True, adapter_bits=2)
     model = get_peft_model(vit, config, autocast_adapter_dtype=False).eval()
     updates = {
@@ -431,7 +431,7 @@ def test_other_names_and_targets(kitti, refused, tmp_path):
 
 
 def test_a_base_model_of_its_own(kitti, refused, tmp_path):
-    """A folder is looked at; other names are taken as they are, but a file says nothing of them."""
+    """A folder is checked; other names are taken unchecked, because the file says nothing about them."""
     ViTConfig().save_pretrained(tmp_path / "vit")
     ViTConfig(patch_size=32).save_pretrained(tmp_path / "other")
     for base in (tmp_path / "vit", "my/copy"):

@@ -1,4 +1,4 @@
-"""What is said of a saved adapter, against the adapter itself."""
+"""What `inspect` reports about a saved adapter, compared with the adapter itself."""
 
 import json
 import shutil
@@ -102,7 +102,7 @@ def test_parameters_and_bytes(saved, name):
     head = sum(number for n, number in trained.items() if "lora_" not in n)
     assert report.parameters == {"adapter": sum(trained.values()) - head, "classification head": head}
     if name == "vit packed":
-        # r = 8, q and v of two layers, one bit; the head's three rows of two bits and its bias
+        # r = 8, q and v of two layers, one bit; the classifier's three rows of two bits and its bias
         in_adapter = 2 * 2 * (8 * 24 + 8 * 20) // 8
         assert in_adapter < report.bytes["adapter"] <= in_adapter + 4 * (4 + 1 + 2 * 16)
         assert report.bytes["classification head"] == 4 + 16 + 3 * 24 * 2 // 8 + 3 * 4

@@ -1,4 +1,4 @@
-"""Adapters written for tools that know nothing of this package, read by a process that cannot import it."""
+"""Adapters written for tools that do not know this package, read by a process that cannot import it."""
 
 import json
 import shutil
@@ -47,7 +47,7 @@ CASES = {
 AS_LORA = [name for name in CASES if name.split()[-1] not in ("head", "stock")]
 LABELS = {0: "ant", 1: "bee", 2: "cat"}
 PROCESSOR = tiny.ViTProcessor(size={"height": tiny.IMAGE_SIZE, "width": tiny.IMAGE_SIZE}, image_mean=[0.1, 0.2, 0.3])
-# Loads every export, and says what comes out. A key that stock PEFT does not know, or does not find, is an error.
+# Loads every export, and prints the logits. A key that stock PEFT does not know, or does not find, is an error.
 STRANGER = """
 import sys, warnings
 sys.modules["peft_heads"] = None  # an import of it fails
@@ -77,7 +77,7 @@ def images(name):
 
 
 def save_adapter(root, name):
-    """A base model in `root/base` and an adapter with head 0 off in `root/adapter`, whose model comes back."""
+    """Save a base model in `root/base` and an adapter with head 0 off in `root/adapter`; return its model."""
     family, settings = name.split()[0], CASES[name]
     base = tiny.make(family) if family in ("vit", "swin") else backbones.FAMILIES[family].make()
     base.save_pretrained(root / "base")
@@ -114,7 +114,7 @@ def masks_off(model):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Every case exported from the command line, and read by a stranger: `{case: (folder, expected, logits)}`."""
+    """Export every case on the command line, and read it in a stranger: `{case: (folder, expected, logits)}`."""
     root = tmp_path_factory.mktemp("exported")
     expected = {}
     for name in CASES:
@@ -214,7 +214,7 @@ def adapter(exported, tmp_path):
 
 
 def edit(adapter, change):
-    """Change the weights of an adapter's file."""
+    """Change the weights in an adapter's file."""
     path = adapter / "adapter_model.safetensors"
     tensors = load_file(path)
     change(tensors)
@@ -302,7 +302,7 @@ def test_base_model_of_another_name(exported, adapter, refused, tmp_path):
 
 
 def test_a_checkpoint_without_random_parts(exported, adapter, refused, tmp_path):
-    """Without the adapter's classifier a headless base model would be given one that nobody has trained."""
+    """Without the adapter's classifier, a base model that has none would get an untrained one."""
     base = AutoModelForImageClassification.from_pretrained(exported["vit"][0] / "base").base_model
     base.save_pretrained(tmp_path / "headless")
     export_merged(adapter, tmp_path / "merged", base_model=tmp_path / "headless")
@@ -346,7 +346,7 @@ def test_an_existing_target(exported, adapter, refused, tmp_path):
 
 @pytest.mark.parametrize("form", ["lora", "merged", "packed"])
 def test_a_base_model_in_16_bits(tmp_path, form):
-    """The adapter was trained beside float32 weights: nothing of it is rounded."""
+    """The adapter was trained beside float32 weights, and none of it is rounded."""
     tiny.make("vit").bfloat16().save_pretrained(tmp_path / "base")
     load = AutoModelForImageClassification.from_pretrained
     model = get_peft_model(load(tmp_path / "base", dtype=torch.float32), HeadMaskedLoraConfig(ne=0, adapter_bits=1))

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:these targets have no attention 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 ADAPTERS = sorted(str(path.parent.relative_to(FIXTURES / "adapters")) for path in FIXTURES.rglob("expected.json"))
 OLD_NAMES = Version(transformers.__version__) < Version("5.9")
-# These train a norm in full, whose path 5.9 has changed: PEFT looks it up before we can say what it is called.
+# These train a norm in full, whose path 5.9 has changed: PEFT looks it up before we can rename it.
 MOVED = [n for n in ADAPTERS if n.endswith("-saved_norms") and n.startswith("5.23" if OLD_NAMES else "4.57")]
 OURS = [name for name in ADAPTERS if "/ours" in name and name not in MOVED]
 STOCK = [name for name in ADAPTERS if "/stock" in name and name not in MOVED]
@@ -103,7 +103,7 @@ def migrate_names(folder, name):
 
 @pytest.mark.parametrize("name", OURS)
 def test_ours_resume_under_any_name(name):
-    """Weights loaded into an adapter that exists, as Trainer does on resuming."""
+    """Weights are loaded into an existing adapter, as Trainer does on resuming."""
     model = PeftModel.from_pretrained(base(name), FIXTURES / "adapters" / name, is_trainable=True)
     for param in model.parameters():
         if param.requires_grad:
@@ -134,7 +134,7 @@ def test_migrate(name, copy_of):
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_interrupted_migration(name, copy_of, monkeypatch):
-    """Killed between its two files, it does the rest when it is run again."""
+    """A migration that was killed between its two files does the rest when it is run again."""
     folder = copy_of(name)
     before = contents(folder)
     migrate_adapter(folder)
@@ -151,7 +151,7 @@ def test_interrupted_migration(name, copy_of, monkeypatch):
             patch.setattr(migration, "write_atomically", write_and_die)
             migrate_adapter(folder)
         assert contents(folder) != before and contents(folder) != after
-        if "/stock" in name:  # nobody reads a mixture meanwhile
+        if "/stock" in name:  # meanwhile no reader gets a mixture
             with pytest.raises(Exception, match="adapter_model|No modules were targeted|Can't find weights|Repo id"):
                 PeftModel.from_pretrained(base(name), folder)
     migrate_adapter(folder)
@@ -160,7 +160,7 @@ def test_interrupted_migration(name, copy_of, monkeypatch):
 
 @needs_new_names
 def test_what_migration_is_for():
-    """Stock PEFT fails on these; the control, with which migration may go some day."""
+    """Stock PEFT fails on these files. Delete the migration once this control test fails."""
     with pytest.raises(ValueError, match="No modules were targeted"):
         PeftModel.from_pretrained(base(OLD), FIXTURES / "adapters" / OLD)
 
@@ -240,7 +240,7 @@ def test_a_new_adapter_of_the_same_configuration(copy_of):
 @needs_new_names
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
 def test_trained_biases_of_the_base_model(tmp_path, bias):
-    """Their keys name the modules in another way; made here, in the names of 4.57."""
+    """Their keys name the modules in another way; the test writes them with the names of 4.57."""
     torch.manual_seed(0)
     lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], bias=bias, init_lora_weights=False)
     model = get_peft_model(base(OLD), lora)

@@ -1,4 +1,4 @@
-"""Models from which the deactivated heads were removed, against the masked ones."""
+"""Models from which the deactivated heads were removed, compared with the masked ones."""
 
 import json
 import warnings
@@ -52,7 +52,7 @@ def make(name):
 
 
 def save_adapter(root, model, different=True, **settings):
-    """The model in `root/base`, an adapter with 2 of 6 heads off in `root/adapter`; gives the adapter's model."""
+    """Save the model in `root/base` and an adapter with 2 of 6 heads off in `root/adapter`; return its model."""
     model.save_pretrained(root / "base")
     model = type(model).from_pretrained(root / "base")
     config = HeadMaskedLoraConfig(ne=2, **{"mask_scope": "head", **settings})
@@ -74,7 +74,7 @@ def logits(model):
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if not (OLD and name in HAS_BIAS)])
 def test_an_ordinary_smaller_checkpoint(name, tmp_path):
-    """Other heads in every layer; the same where layers share a position bias."""
+    """The heads differ from layer to layer, but not where layers share a position bias."""
     model = save_adapter(tmp_path, make(name), different=name != "beit shared bias")
     expected = logits(model)
     export_pruned(tmp_path / "adapter", tmp_path / "pruned")
@@ -98,7 +98,7 @@ def test_config_says_it(tmp_path):
 
 
 def test_a_classifier_on_a_mae_checkpoint(tmp_path):
-    """It has no image classifier of its own: what is trained is a ViT, whose adapter names MAE's checkpoint."""
+    """MAE has no image classifier: a ViT is trained, whose adapter names MAE's checkpoint."""
     transformers.ViTMAEModel(transformers.ViTMAEConfig(**backbones.VIT)).save_pretrained(tmp_path / "mae")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -121,7 +121,7 @@ def test_half_precision():
 
 
 def silence(model, heads):
-    """Zero the value of heads, `{index of the layer: heads}`, in the model itself; gives the masks."""
+    """Zero the values of heads, `{index of the layer: heads}`, in the model itself; return the masks."""
     masks = {}
     values = {n: layout for n, layout in resolve_heads(model).items() if layout.parts[0].role == "value"}
     for index, (name, layout) in enumerate(values.items()):
@@ -233,7 +233,7 @@ def test_a_masked_query_removes_no_head():
 
 
 def test_a_head_that_still_works():
-    """Masks of a model into which the adapter was not merged."""
+    """The masks belong to a model into which the adapter was not merged."""
     model = make("vit")
     masks = {name: ~torch.eye(6)[0].bool() for name in silence(model, {})}
     with pytest.raises(ValueError, match="its outputs differ by"):

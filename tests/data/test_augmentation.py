@@ -14,7 +14,7 @@ with_kornia = pytest.mark.skipif(find_spec("kornia") is None, reason="needs the 
 
 
 def positions(height, width):
-    """An image (3, H, W) whose channels are each pixel's row and column, and 255."""
+    """Make an image (3, H, W) whose channels are each pixel's row, its column, and 255."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.stack([rows, columns, torch.full_like(rows, 255)]).to(torch.uint8)
 
@@ -121,7 +121,7 @@ def test_wrong_settings(settings, message):
 def test_colour_jitter_scales_the_colours():
     grey = torch.full((3, 8, 8), 100, dtype=torch.uint8)
     found = Augmentation(color_jitter=0.4, size=8)([grey] * 100) * 255
-    # contrast and saturation leave one shade of grey alone
+    # contrast and saturation do not change an image of one shade of grey
     assert (found - found[:, :1, :1, :1]).abs().max() < 0.01
     shades = found[:, 0, 0, 0]
     assert 59.9 < shades.min() < 75 and 125 < shades.max() < 140.1

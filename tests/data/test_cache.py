@@ -47,7 +47,7 @@ def cache_dir(tmp_path, monkeypatch):
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """Paths of the images that were decoded."""
+    """List the paths of the images that are decoded."""
     paths = []
 
     def decode(image, image_range=None):
@@ -211,7 +211,7 @@ def values(images):
 
 
 def test_another_tree_s_pixels_do_not_come_back(tmp_path, cache_dir):
-    """As of an archive: the same names, sizes and times, and other contents."""
+    """Like files of an archive, they have the same names, sizes and times, but other contents."""
     roots = [tmp_path / name for name in ("one", "two")]
     for number, root in enumerate(roots):
         for name in ("train/a/0.bmp", "train/b/0.bmp"):
@@ -333,7 +333,7 @@ def test_a_pipe_among_the_rows(tmp_path, cache_dir):
 
 
 def test_images_of_more_than_8_bits(tmp_path, cache_dir):
-    """Cached and streamed, and the range is part of the key."""
+    """They can be cached and streamed, and the range is part of the key."""
     values = np.random.default_rng(0).integers(0, 4096, (16, 16)).astype(np.uint16)
     for name in ("train/a/0.png", "train/b/0.png"):
         (tmp_path / "task" / name).parent.mkdir(parents=True)
@@ -356,7 +356,7 @@ def test_images_of_more_than_8_bits(tmp_path, cache_dir):
 
 
 def test_a_line_that_would_become_a_sea(tmp_path, cache_dir):
-    """Its shorter side resized, in gigabytes."""
+    """With its shorter side resized, a line would take gigabytes."""
     for name in ("train/a/0.png", "train/b/0.png"):
         (tmp_path / "task" / name).parent.mkdir(parents=True)
         Image.new("RGB", (20_000, 1)).save(tmp_path / "task" / name)
@@ -394,7 +394,7 @@ def test_a_cache_that_cannot_be_written(split, tmp_path):
 
 
 def test_a_file_system_without_locks(split, cache_dir, monkeypatch, decoded):
-    """Two processes make the same entry; the slower one uses what the faster one made."""
+    """Two processes make the same entry; the slower one uses the entry of the faster one."""
 
     def acquire(*args, **kwargs):
         raise NotImplementedError

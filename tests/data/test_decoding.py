@@ -22,7 +22,7 @@ def nothing_said(monkeypatch):
 
 
 def see_through(mode):
-    """Colours of noise, half of them not opaque."""
+    """Make noisy colours, half of them not opaque."""
     noise = np.random.default_rng(0).integers(0, 256, (8, 8, 4)).astype(np.uint8)
     noise[..., 3] = [255, 0] * 4
     if mode == "LA":
@@ -84,7 +84,7 @@ def test_opaque_images_say_nothing(tmp_path):
         decode_image(picture)
 
 
-# what is not an image, or too large a one
+# files that are no images, or too large
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder", "nothing"])
@@ -101,14 +101,14 @@ def test_only_regular_files_are_read(tmp_path, kind):
 
 
 def bomb(name, side):
-    """A few bytes that say they are `side` x `side` pixels."""
+    """Return a few bytes that claim to be `side` x `side` pixels."""
     if name.endswith(".ppm"):
         return b"P6 %d %d 255\n" % (side, side)
     return b"BM" + struct.pack("<IHHIIiiHHIIiiII", 0, 0, 0, 54, 40, side, side, 1, 24, 0, 0, 0, 0, 0, 0)
 
 
 def bomb_files(folder):
-    """By name; the TIFF and the AVIF are real, and are too large where the limit is lowered."""
+    """Return files by name; the TIFF and the AVIF are real, and too large only under a lower limit."""
     for name in ("a.ppm", "a.bmp"):
         (folder / name).write_bytes(bomb(name, 40_000))
     write_tiff(folder / "a.tif", np.zeros((300, 300), np.uint8))
@@ -130,7 +130,7 @@ def test_decompression_bombs_are_named(tmp_path, monkeypatch):
 
 
 def test_pixels_above_pillow_s_warning_are_read(tmp_path, monkeypatch):
-    """Up to twice the limit; where warnings are errors, in one line."""
+    """They are read up to twice the limit; where warnings are errors, the error is one line."""
     Image.new("RGB", (300, 300)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300 * 300 - 1)
     with pytest.raises(ValueError, match=r"a.png cannot be read: .*decompression bomb"):
@@ -166,7 +166,7 @@ def test_rows_with_a_range(tmp_path):
 
 
 def test_the_feature_is_that_of_datasets(tmp_path):
-    """In files, and in comparisons; so rows can be joined with others and read anywhere."""
+    """It is the same in files and comparisons, so rows can be joined with others and read anywhere."""
     Image.new("L", (4, 4), 9).save(tmp_path / "a.png")
     stock = datasets.Dataset.from_dict({"image": [str(tmp_path / "a.png")]}).cast_column("image", datasets.Image())
     ours = stock.cast_column("image", NamingImage(datasets.Image(mode="L"), (0, 1)))

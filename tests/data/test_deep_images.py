@@ -54,7 +54,7 @@ def expected(values, low=0, high=65535):
 
 
 def ways(path):
-    """A file as callers have it."""
+    """Return a file in the forms in which callers pass it."""
     rows = [{"path": str(path), "bytes": None}, {"path": None, "bytes": path.read_bytes()}]
     return [str(path), path, *rows]
 
@@ -99,7 +99,7 @@ def test_the_same_range_for_all_images(tmp_path):
 
 
 def test_images_of_pillow():
-    """Already decoded, as `datasets` gives them: grey values are all there."""
+    """They are already decoded, as `datasets` returns them, with all grey values."""
     assert (np.asarray(decode_image(Image.fromarray(GREY))) == expected(GREY)).all()
     with pytest.raises(ValueError, match="--image_range"):
         decode_image(Image.fromarray(GREY.astype(np.int32)))
@@ -112,7 +112,7 @@ def test_images_of_pillow():
 
 
 def test_eight_bits_are_taken_as_they_are(tmp_path):
-    """Of mixed folders: a range is that of deep images."""
+    """In mixed folders a range applies only to deep images."""
     picture = Image.fromarray((COLOUR >> 8).astype(np.uint8))
     picture.save(tmp_path / "a.png")
     picture.save(tmp_path / "a.tif")
@@ -121,7 +121,7 @@ def test_eight_bits_are_taken_as_they_are(tmp_path):
 
 
 def test_16_bits_for_three_channels(tmp_path):
-    """A BMP of 5, 6 and 5 bits."""
+    """A BMP may have 5, 6 and 5 bits."""
     packed = GREY[:, :12].astype("<u2")
     head = struct.pack("<IHHI", 0, 0, 0, 66) + struct.pack("<IiiHHIIiiII", 40, 12, -9, 1, 16, 3, 0, 0, 0, 0, 0)
     masks = struct.pack("<III", 0xF800, 0x7E0, 0x1F)
@@ -150,7 +150,7 @@ def test_plain_text(tmp_path):
 
 
 def test_grey_with_alpha_of_16_bits(tmp_path):
-    """Pillow reads one byte of it."""
+    """Pillow reads only one of the two bytes."""
     values = np.dstack([GREY, np.full_like(GREY, 65535)])
     write_png(tmp_path / "a.png", values)
     difference = np.asarray(decode_image(tmp_path / "a.png")).astype(int) - expected(GREY)
@@ -164,7 +164,7 @@ def test_grey_with_alpha_of_16_bits(tmp_path):
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 def test_sgi(tmp_path, mode):
-    """Of 16 bits; the colours are written from 8, so that the upper byte says all."""
+    """The file has 16 bits, but its colours come from 8 bits, so the upper byte determines them."""
     picture = Image.fromarray((COLOUR >> 8).astype(np.uint8)).convert(mode)
     picture.save(tmp_path / "a.sgi", bpc=2)
     with Image.open(tmp_path / "a.sgi") as image:
@@ -176,7 +176,7 @@ def test_sgi(tmp_path, mode):
 
 
 def test_white_is_zero(tmp_path):
-    """As Pillow does with 8 bits, so for 16."""
+    """16 bits are inverted as Pillow inverts 8 bits."""
     write_tiff(tmp_path / "8.tif", (GREY >> 8).astype(np.uint8), photometric=0)
     write_tiff(tmp_path / "16.tif", (GREY >> 8) * 257, photometric=0)
     eight, sixteen = (np.asarray(decode_image(tmp_path / name)) for name in ("8.tif", "16.tif"))

@@ -1,4 +1,4 @@
-"""A data set of one's own as a task."""
+"""A user's own data set as a task."""
 
 import os
 import shutil
@@ -52,7 +52,7 @@ def names_of(root, split="train"):
 
 @pytest.mark.parametrize("hidden", [".ipynb_checkpoints", ".thumbnails", "__MACOSX", "@eaDir"])
 def test_hidden_folders_are_passed_over(root, hidden):
-    """At every depth; what lies in them is a copy, or no image."""
+    """They are skipped at every depth; they hold copies, or no images."""
     before = names_of(root)
     (root / "insects" / "train" / "ant" / "site").mkdir()
     for place in ("train", "train/ant", "train/ant/site", "."):
@@ -66,7 +66,7 @@ def test_hidden_folders_are_passed_over(root, hidden):
 
 
 def test_folders_in_classes_and_linked_ones(root):
-    """Any depth, links within the task's folder; rows in the order of the paths."""
+    """Any depth and links within the task's folder work; rows are in the order of the paths."""
     home = root / "insects"
     (home / "store" / "deep").mkdir(parents=True)
     trees.picture(0, 2, 7).save(home / "store" / "9.jpg")

@@ -34,7 +34,7 @@ def rows(labels, feature=None, names=("cat", "dog", "emu")):
 
 @pytest.fixture
 def folders(tmp_path):
-    """Image folders train (3 classes x 4) and validation (x 2), in a path with characters that globs treat specially."""
+    """Make image folders train (3 classes x 4) and validation (x 2), in a path with special characters of globs."""
     for split, count in (("train", 4), ("validation", 2)):
         for label in ("cat", "dog", "emu"):
             folder = tmp_path / "my [pics]" / split / label
@@ -221,7 +221,7 @@ def test_batches_from_a_dataset(processor):
 
 
 def test_a_range_is_saved_with_the_processor(processor, tmp_path):
-    """Once: the transform takes it from there, and writes it there."""
+    """It is saved once: the transform reads it there, and writes it there."""
     image = PIL.fromarray(np.full((8, 8), 200, np.int32))
     with pytest.raises(ValueError, match="--image_range"):
         ImageTransform(processor)({"image": [image], "label": [0]})
@@ -253,7 +253,7 @@ def test_a_data_set_with_a_range(folders, tmp_path, processor):
 
 
 def test_a_line_that_would_become_a_sea(processor):
-    """Checked before the processor resizes."""
+    """The size is checked before the processor resizes."""
     processor.size = {"shortest_edge": 224}
     line = io.BytesIO()
     PIL.new("RGB", (20_000, 1)).save(line, "PNG")

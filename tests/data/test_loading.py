@@ -1,4 +1,4 @@
-"""The data of any suite by one door: published trees, one's own folders, and images that are generated here."""
+"""The data of all suites through one function: published trees, the user's own folders, and generated images."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ def write_folders(root, name="insects", counts=(("train", 3), ("val", 2), ("test
 
 
 def test_the_tasks_of_a_suite(tmp_path):
-    assert find_tasks("nowhere", "vtab") == SUITES["vtab"].tasks  # no folder is asked
+    assert find_tasks("nowhere", "vtab") == SUITES["vtab"].tasks  # no folder is needed
     assert find_tasks("nowhere", "vtab", ["CIFAR-100"]) == (find_task("cifar", "vtab"),)
     write_folders(write_folders(tmp_path), "weeds")
     assert [task.name for task in find_tasks(tmp_path, "folder")] == ["insects", "weeds"]

@@ -105,7 +105,7 @@ def test_to_dict_holds_everything_as_plain_values():
 
 
 def test_a_range_of_deep_images_is_recorded_where_there_is_one():
-    """Runs without it keep their names."""
+    """Runs without a range keep their names."""
     found = Preprocessing(image_range=[0, 4095])
     assert found.image_range == (0, 4095) and json.loads(json.dumps(found.to_dict()))["image_range"] == [0, 4095]
     assert Preprocessing(**{**found.to_dict(), "mean": None, "std": None}).image_range == (0, 4095)

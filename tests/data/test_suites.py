@@ -6,7 +6,7 @@ from peft_heads.data.suites import SUITES, find_suite
 from peft_heads.data.tasks import TASKS
 
 
-# (trained on, evaluated on): to choose by, and to report
+# (trained on, evaluated on): for the choice, and for the report
 PROTOCOL = {
     "vtab": (("train800", "val200"), ("train800val200", "test")),
     "fewshot": (("train", "val"), ("train", "test")),

@@ -1,4 +1,4 @@
-"""`train_dir` and `validation_dir`: what `datasets` leaves out, or takes for something else, without a word."""
+"""`train_dir` and `validation_dir`: files that `datasets` silently leaves out or misinterprets."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def root(tmp_path):
 
 @pytest.fixture
 def load(root, tmp_path):
-    """Paths and labels of what was loaded, in order."""
+    """Return the paths and labels of the loaded images, in order."""
 
     def load(folder=root):
         data = load_image_dataset(train_dir=str(folder), train_val_split=0, cache_dir=str(tmp_path / "cache"))
@@ -44,7 +44,7 @@ def test_hidden_folders(root, load, hidden):
 
 
 def test_linked_classes_and_files(root, load, tmp_path):
-    """In the order of the paths, as without links."""
+    """Rows are in the order of the paths, as without links."""
     os.rename(root / "bee", root / ".store")
     (root / "bee").symlink_to(root / ".store")
     (root / "ant" / "2.png").symlink_to("1.png")
@@ -54,7 +54,7 @@ def test_linked_classes_and_files(root, load, tmp_path):
 
 
 def test_linked_classes_of_one_split(root, load, tmp_path):
-    """The same classes in both; and a single folder is no class."""
+    """Both splits have the same classes, and a single folder is no class."""
     load_both = {"train_dir": str(root), "validation_dir": str(tmp_path / "val"), "cache_dir": str(tmp_path / "c")}
     (tmp_path / "val" / "store").mkdir(parents=True)
     trees.picture(1, 2, 9).save(tmp_path / "val" / "store" / "0.png")

@@ -155,7 +155,7 @@ DEEP = {
 
 @pytest.mark.parametrize("name", DEEP)
 def test_images_that_need_a_range(vtab, name):
-    """Whatever the file is called."""
+    """Such images are recognised whatever the file is called."""
     path = vtab / "cifar" / "images" / "val200" / "000002.jpg"
     Image.fromarray(DEEP[name]).save(path, format=name[-3:].replace("tif", "tiff"))
     fault = r"val200.txt:3: 'images/val200/000002.jpg' cannot be read: its values .* give --image_range LOW HIGH"
@@ -166,13 +166,13 @@ def test_images_that_need_a_range(vtab, name):
     assert len(report.faults) == 1 and re.match(fault, report.faults[0])
     (report,) = check_tree(vtab, "vtab", [CIFAR], (0, 63))
     assert report.faults == ()
-    Image.fromarray(np.full((8, 8), 60_000, np.uint16)).save(path, format="PNG")  # looked at again
+    Image.fromarray(np.full((8, 8), 60_000, np.uint16)).save(path, format="PNG")  # checked again
     assert len(load_split(vtab, CIFAR, "val200").dataset) == 4
 
 
 @pytest.mark.parametrize("kind", ["PPM", "TIFF", "AVIF", "WEBP"])
 def test_decompression_bombs(vtab, monkeypatch, kind):
-    """By their header, of formats that are not known by their first bytes."""
+    """The header is read even of formats that their first bytes do not identify."""
     path = vtab / "cifar" / "images" / "val200" / "000002.jpg"
     if f".{kind.lower()}" not in Image.registered_extensions():
         pytest.skip(f"this Pillow reads no {kind}")
@@ -373,7 +373,7 @@ def test_check_compares_the_splits(vtab, tmp_path):
 
 
 def test_an_image_listed_twice_is_drawn_into_one_part(tmp_path):
-    """Of a tree without lists of train800 and val200."""
+    """This concerns trees without lists of train800 and val200."""
     import json
 
     task = trees.small("cifar", "vtab", sizes={"train800": 8, "val200": 8, "train800val200": 16, "test": 3})

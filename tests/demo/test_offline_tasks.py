@@ -1,4 +1,4 @@
-"""The offline suite's images: what the labels say can be measured in them, and they are always the same."""
+"""The offline suite's images: the labels can be measured in them, and they are always the same."""
 
 import hashlib
 import time
@@ -49,7 +49,7 @@ def test_the_same_on_every_call(drawn):
 
 
 def blobs(image):
-    """Connected bright regions, holes filled, without specks of noise: (labels, their numbers)."""
+    """Find connected bright regions, holes filled, without specks of noise: (labels, their numbers)."""
     regions, count = ndimage.label(ndimage.binary_fill_holes(ndimage.gaussian_filter(image.astype(float), 0.7) > 80))
     sizes = ndimage.sum_labels(np.ones_like(image), regions, range(1, count + 1))
     return regions, [i + 1 for i, size in enumerate(sizes) if size >= 4]
@@ -96,7 +96,7 @@ def test_orientation(drawn):
 
 
 def test_textures(drawn):
-    """The earlier five stand, the later lie; and the band of frequencies rises."""
+    """The first five textures are vertical, the others horizontal; and the band of frequencies rises."""
     images, labels = drawn["textures"]["test"]
     frequency = np.fft.fftfreq(32) * 32
     spectrum = np.abs(np.fft.fft2(images / 255.0 - 0.5)) ** 2

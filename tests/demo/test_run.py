@@ -12,7 +12,7 @@ from peft_heads.demo.run import Result, check_reloaded, demo_configs, format_tab
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """What `peft-heads demo --epochs 2` prints, its exit code and its folder."""
+    """Run `peft-heads demo --epochs 2`; return its output, its exit code and its folder."""
     import contextlib
     import io
 

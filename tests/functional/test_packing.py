@@ -41,7 +41,7 @@ def active_rows(shape, mask):
 
 
 def read(data, with_rows):
-    """As the module's docstring says it, with `struct` alone: (bits, mask, [(shape, mean, std, codes)])."""
+    """Read by the module's docstring, with only `struct`: (bits, mask, [(shape, mean, std, codes)])."""
     data = bytes(data.tolist())
     version, bits, heads = struct.unpack_from("<BBH", data)
     assert version == 1

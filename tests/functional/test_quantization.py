@@ -42,7 +42,7 @@ def test_one_bit_is_the_quartile():
 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_code_book_is_the_fixed_point(bits):
-    """Every code is the median of the mass between its boundaries; 8 bits need more than 500 rounds to get there."""
+    """Every code is the median of the mass between its boundaries; with 8 bits that takes more than 500 rounds."""
     codes, normal = code_book(bits).tolist(), NormalDist()
     edges = [-math.inf, *((a + b) / 2 for a, b in itertools.pairwise(codes)), math.inf]
     for low, high, code in zip(edges, edges[1:], codes, strict=False):
@@ -94,7 +94,7 @@ def test_gradient_is_that_of_the_plain_expression(bits, rows, scale):
 
 
 def test_gradient_flows_through_mean_and_std():
-    """Shifting all entries shifts what comes out by as much; scaling them scales it."""
+    """Shifting all entries shifts the result by as much; scaling them scales it."""
     weight = weights(torch.float64).requires_grad_()
     (gradient,) = torch.autograd.grad(quantize(weight, 2).sum(), weight)
     assert gradient.sum().item() == pytest.approx(weight.numel())
@@ -104,7 +104,7 @@ def test_gradient_flows_through_mean_and_std():
 
 @every_width
 def test_gradient_of_no_spread(bits):
-    """All entries alike (a matrix of zeros): what comes out is they, and the gradient is finite."""
+    """If all entries are equal (a matrix of zeros), they are returned, and the gradient is finite."""
     weight = torch.full((4, 4), 0.25, requires_grad=True)
     for function in (quantize, quantize_by_autograd):
         output = function(weight, bits)
@@ -129,7 +129,7 @@ def test_a_stack_is_its_matrices(bits, rows):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
-    """Decided in float32, from the values as they are."""
+    """Codes are computed in float32, from the unrounded values."""
     weight = weights(dtype).requires_grad_()
     output = quantize(weight, 4)
     assert output.dtype == dtype
@@ -164,7 +164,7 @@ def test_latents_give_the_same_codes_back(bits, distribution, rows):
         formula = decision.mean + decision.std * ((z - z.mean()) / z.std())
         torch.testing.assert_close(latents(*arguments)[slice(None) if rows is None else rows], formula.float())
     torch.testing.assert_close(again.std, decision.std, rtol=1e-5, atol=0)
-    if bits < 8:  # what latents are for
+    if bits < 8:  # the purpose of latents
         twice = decide(dequantize(*arguments), bits, rows).values
         assert not torch.allclose(twice, decision.values, rtol=1e-3, atol=0)
 
@@ -175,7 +175,7 @@ def test_imports_torch_only():
 
 
 def test_latents_of_one_large_entry():
-    """Where the plain formula gives the codes back it is taken: mean and deviation are kept however skewed they are."""
+    """The plain formula is used where it restores the codes: it keeps even skewed means and deviations."""
     weight = torch.randn(4, 24, generator=torch.Generator().manual_seed(0)) * 0.01
     weight[1, 3] = 5.0
     decision = decide(weight, 1)

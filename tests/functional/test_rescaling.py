@@ -26,7 +26,7 @@ def factors(rows, columns, r, sides, dtype=torch.float64):
 
 
 def written_out(W, left, right, variant):
-    """Entry by entry."""
+    """Compute the result entry by entry."""
     result = torch.empty_like(W)
     for i in range(W.shape[0]):
         for j in range(W.shape[1]):
@@ -118,7 +118,7 @@ def test_rows_with_zero_factors_are_the_frozen_ones():
 
 @pytest.mark.parametrize("variant", VARIANTS[::2], ids=str)
 def test_several_adapters(variant):
-    """Their changes add up, and each gets its gradient; one that is not trained gets none."""
+    """Their changes add up, and each gets its gradient; an untrained one gets none."""
     W, b, f = (torch.randn(*shape, dtype=torch.float64) for shape in ((4, 3), (4,), (4,)))
     x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     of_first, of_second = factors(4, 3, 1, "both"), factors(4, 3, 2, "both")
@@ -149,7 +149,7 @@ def test_second_derivatives(operation):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")  # jvp uses it
 def test_transforms():
-    """Gradients of every example by itself, and forward-mode derivatives."""
+    """Gradients of single examples and forward-mode derivatives work."""
     W, x = torch.randn(4, 3), torch.randn(5, 3)
     left, right = factors(4, 3, 2, "both", torch.float32)
 
@@ -177,7 +177,7 @@ def test_the_meta_device():
 @pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("trained", [True, False])
 def test_nothing_of_the_weights_size_is_kept(number, trained):
-    """Of the frozen weight itself nothing is kept twice, its rescaled form not at all, the input where it is needed."""
+    """The frozen weight is not kept twice, its rescaled form not at all, and the input only where it is needed."""
     W = torch.randn(64, 48)
     x = torch.randn(2, 48, requires_grad=True)
     changes = [Change(*factors(64, 48, 1, "both", torch.float32)) for _ in range(number)]
@@ -199,7 +199,7 @@ def test_nothing_of_the_weights_size_is_kept(number, trained):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
-    """A frozen weight in half, factors in full: products in half, W' formed in full."""
+    """With a half-precision weight and full-precision factors, products are in half, and W' is formed in full."""
     W, x = torch.randn(32, 24).to(dtype), torch.randn(5, 24).to(dtype)
     left, right = factors(32, 24, 1, "both", torch.float32)
     y = rescaled_operation(x, W, None, [Change(left, right)], None, LinearOperation())
@@ -230,7 +230,7 @@ def test_the_gradient_is_working_memory():
 
 @pytest.mark.parametrize("operation", ["linear", "convolution"])
 def test_without_gradients(operation):
-    """Plain operations of the same result."""
+    """Without gradients, plain operations have the same result."""
     layer = nn.Linear(6, 4) if operation == "linear" else nn.Conv2d(2, 4, 3)
     x = torch.randn(5, 6) if operation == "linear" else torch.randn(5, 2, 4, 4)
     layer.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""One process: ordinary parameters, offloaded ones, and DTensors on a mesh of one. Several: tests/test_distributed.py."""
+"""Ordinary and offloaded parameters, and DTensors on a mesh of one process. For several: tests/test_distributed.py."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ ACTIVE = torch.tensor([True, False, True])
 
 @pytest.fixture(params=["ordinary", "DTensor"])
 def make(request):
-    """Makes a parameter of a tensor."""
+    """Make a parameter of a tensor."""
     if request.param == "ordinary":
         yield nn.Parameter
         return
@@ -36,7 +36,7 @@ def make(request):
 
 @pytest.mark.parametrize("shape", [(3, 4), (3,), (3, 2, 2)])
 def test_zero_rows(make, shape):
-    """Of the parameter and of its state in the optimizer, what is not finite as well."""
+    """Rows of the parameter and of its optimizer state become zero, even if they are not finite."""
     param = make(torch.randn(shape))
     optimizer = torch.optim.AdamW([param], lr=0.1)
     param.square().sum().backward()
@@ -62,7 +62,7 @@ def test_zero_rows_without_an_optimizer(make):
 
 
 def test_on_gradient(make):
-    """An ordinary parameter's: of the backward pass alone. A DTensor's: summed over the passes."""
+    """An ordinary parameter's gradient is that of the backward pass; a DTensor's is summed over the passes."""
     param, heard = make(torch.ones(3, 2)), []
     handle = on_gradient(param, lambda grad, is_total: heard.append((whole(grad).clone(), is_total)))
     for factor in (1, 2):

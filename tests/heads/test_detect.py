@@ -8,7 +8,7 @@ from peft_heads.heads.layout import HeadLayout, ProjectionLayout
 
 
 def whole(role, num_heads, head_dim):
-    """The layout of a projection that is nothing but a query, key or value."""
+    """Return the layout of a projection that is only a query, key or value."""
     return ProjectionLayout(num_heads * head_dim, (HeadLayout(role, num_heads, head_dim),))
 
 
@@ -27,7 +27,7 @@ def test_swin_has_heads_per_stage():
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with the names transformers used before 5.9."""
+    """Grouped-query attention with the names that transformers used before 5.9."""
 
     def __init__(self):
         super().__init__()
@@ -58,7 +58,7 @@ def test_explicit_num_heads():
 
 
 def test_no_attention_no_heads():
-    pooling = nn.Module()  # knows heads and queries, but is no attention layer of ours
+    pooling = nn.Module()  # has heads and queries, but is no attention layer that we recognise
     pooling.num_heads, pooling.query, pooling.dense = 2, nn.Linear(4, 4), nn.Linear(4, 4)
     assert resolve_heads(nn.Sequential(pooling)) == {}
     assert resolve_heads(nn.Sequential(nn.Linear(4, 4), nn.Conv2d(3, 4, 1))) == {}
@@ -80,7 +80,7 @@ def test_matches_pattern():
 
 
 class WidthOnly(nn.Module):
-    """States the width of its heads, not their number (DETR)."""
+    """A layer that states the width of its heads, not their number (DETR)."""
 
     def __init__(self, **rows):
         super().__init__()
@@ -97,7 +97,7 @@ def test_attention_layers_that_state_only_the_width_of_their_heads():
 
 
 def test_what_is_an_attention_layer_by_its_names():
-    """Signs of their own: the class, a fused projection, or two projections and a number of heads."""
+    """The signs are the class, a fused projection, or two projections and a number of heads."""
     kinds = {name: type(name, (nn.Module,), {}) for name in ("Mixer", "WindowAttention", "LinearAttn")}
     fused, two = nn.ModuleDict({"qkv": nn.Linear(2, 6)}), nn.ModuleDict({"q": nn.Linear(2, 2), "k": nn.Linear(2, 2)})
     one = nn.ModuleDict({"q": nn.Linear(2, 2), "q_proj": nn.Linear(2, 2)})

@@ -13,7 +13,7 @@ from peft_heads.heads.layout import HeadLayout, ProjectionLayout
     data=st.data(),
 )
 def test_rows_of_heads(num_heads, head_dim, width, roles, data):
-    """Against loops over rows: a projection of its own, and the parts of a fused one."""
+    """Compared with loops over rows: a separate projection, and the parts of a fused one."""
     size = num_heads * head_dim
     if roles == "plain":
         layout = ProjectionLayout(size, (HeadLayout("query", num_heads, head_dim),))

@@ -71,7 +71,7 @@ def test_all_projections_at_once_equal_each_alone_to_the_bit(projections, loss_s
 
 
 def test_projections_whose_rows_are_alike_share_a_call(monkeypatch):
-    """Whatever their number of heads and their part of the layer: every call costs a GPU some twenty launches."""
+    """Number of heads and part do not matter. Every call saved spares a GPU some twenty launches."""
     calls = []
     monkeypatch.setattr(
         scores_module, "head_statistics", lambda *args: calls.append(args[2].num_heads) or head_statistics(*args)
@@ -90,7 +90,7 @@ def test_projections_whose_rows_are_alike_share_a_call(monkeypatch):
     ("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 5e-2)]
 )
 def test_signed_score_is_the_derivative_with_respect_to_a_gate(dtype, tolerance):
-    """The sum of p·g over a head's rows of B (and bias) equals dL/d(gate) at 1, with the head's delta times the gate."""
+    """The sum of p·g over a head's rows of B (and bias) equals dL/d(gate) at 1 for a gate on the head's delta."""
     torch.manual_seed(3)
     layout = HeadLayout("query", 4, 3)
     x, A, B, bias, W = (torch.randn(*s).to(dtype) for s in ((7, 5), (2, 5), (12, 2), (12,), (12, 5)))

@@ -48,7 +48,7 @@ def test_swin_b_ratio():
     data=st.data(),
 )
 def test_against_the_reference(heads, ne, granularity, joint, data):
-    """Few distinct scores, so that ties are common."""
+    """Scores have few distinct values, so that ties are common."""
     layouts, scores, plain = {}, {}, {}
     for layer, num_heads in enumerate(heads):
         for part in ("query", "value"):

@@ -35,7 +35,7 @@ def test_wrapped_modules_are_looked_through():
 
 
 def test_a_layer_of_the_model_that_is_called_base_layer():
-    """timm's DLA has one, beside others."""
+    """timm's DLA has such a layer, beside others."""
     model = tiny.make("vit")
     model.vit.base_layer = tiny.make("vit").classifier
     names = [name for name, _ in model.named_modules() if name]
@@ -45,7 +45,7 @@ def test_a_layer_of_the_model_that_is_called_base_layer():
 @pytest.mark.filterwarnings("ignore:the adapter saved to")
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_the_effort_does_not_grow_with_the_adapters(kind, monkeypatch, tmp_path):
-    """Modules that we visit to add, load, choose and delete one: as many with five adapters as with one."""
+    """To add, load, choose and delete an adapter we visit as many modules with five adapters as with one."""
     visited = []
     walk = traversal._walk
 

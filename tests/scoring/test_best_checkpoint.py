@@ -19,11 +19,11 @@ from peft_heads.scoring import best_checkpoint
 pytestmark = pytest.mark.filterwarnings("ignore:.*none has been selected")  # the adapters that are not trained
 
 BEST = 2 * STEPS_PER_EPOCH
-VALUES = 0.1, 0.5, 0.4  # of the metric after each of three epochs; heads are selected after the first
+VALUES = 0.1, 0.5, 0.4  # values of the metric after each of three epochs; heads are selected after the first
 
 
 def make_model(names, active, config=HeadMaskedLoraConfig, **settings):
-    """A model with adapters of these names, all of different weights."""
+    """Make a model with adapters of these names, which all have different weights."""
     torch.manual_seed(0)
     first, *others = names
     model = get_peft_model(tiny.make("vit"), config(ne=1, **settings), adapter_name=first)
@@ -98,7 +98,7 @@ def test_the_trained_adapter_is_the_best_checkpoint_s(tmp_path, names, settings)
     assert {len(heads) for heads in off(model, trained)} == {1}
     for name, tensors in untouched.items():
         assert same(get_peft_model_state_dict(model, adapter_name=name), tensors)
-    # and it acts by them
+    # and it uses them
     fresh = make_model([trained], [trained], **settings)
     fresh.load_adapter(tmp_path / f"checkpoint-{BEST}" / trained, trained)
     with torch.no_grad():
@@ -119,7 +119,7 @@ def test_several_active_adapters(tmp_path, active):
 
 
 def test_another_number_of_classes_and_labels(tmp_path):
-    """Trainer gives the adapter the classifier of "default", with its size, a moment before."""
+    """Trainer has just given the adapter the classifier of "default", with its size."""
     old = get_peft_model(tiny.make("vit", num_labels=5), HeadMaskedLoraConfig(ne=1))
     old.save_pretrained(tmp_path / "five")
     model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=1))

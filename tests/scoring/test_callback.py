@@ -25,7 +25,7 @@ from peft_heads.heads import CRITERIA
 
 
 class Watch(TrainerCallback):
-    """Which steps the scorer has counted, and when the masks came."""
+    """A callback that notes the scored steps and the step at which masks are set."""
 
     def __init__(self, scorer):
         self.scorer, self.counted, self.masked = scorer, [], []
@@ -91,7 +91,7 @@ def scores_of_a_run(folder, **arguments):
 
 @pytest.mark.parametrize("criterion", ["absolute", "positive", "grad_norm"])
 def test_clipping_and_accumulation_do_not_matter(tmp_path, criterion):
-    """Invariant 7 through Trainer: no learning, so that clipping cannot change the weights either."""
+    """Invariant 7 through Trainer. Nothing is learned, so that clipping cannot change the weights either."""
     plain = {"learning_rate": 0.0, "max_grad_norm": 0}
     expected = scores_of_a_run(tmp_path / "a", **plain)
     clipped = scores_of_a_run(tmp_path / "b", **{**plain, "max_grad_norm": 1e-3})
@@ -144,7 +144,7 @@ def test_attached_it_logs_through_the_trainer(tmp_path):
 
 
 def test_the_image_processor_is_saved_with_the_adapter(tmp_path):
-    """By the model itself, as push_to_hub does, not only by Trainer."""
+    """The model itself saves it, as in push_to_hub, not only Trainer."""
     scorer = TaylorHeadScorer(warmup_epochs=2)
     trainer = make_trainer(tmp_path, [scorer])
     trainer.callback_handler.processing_class = load_demo_processor()
@@ -169,7 +169,7 @@ def test_ne_0_is_scored_and_never_masked(tmp_path):
 
 
 def test_scoring_does_not_change_training(tmp_path):
-    """With ne=0 the weights are those of a run without the callback, bit for bit."""
+    """With ne=0 the weights equal those of a run without the callback, bit for bit."""
     weights = []
     for callbacks in ([TaylorHeadScorer(warmup_epochs=2)], []):
         trainer = make_trainer(tmp_path, callbacks, ne=0)
@@ -188,7 +188,7 @@ def trainable(model):
 @pytest.mark.parametrize("restore", [False, True], ids=["", "restore_callback_states"])
 @pytest.mark.parametrize("resume_at", [3, 4, 6, 8, 10, 16])
 def test_resumed_run_equals_the_undisturbed_one(tmp_path, resume_at, restore):
-    """Before (3, 4), during (6), at (8), after (10) the window of steps 5 to 8, and a finished run (16)."""
+    """Runs resume before (3, 4), in (6), at the end of (8) and after (10) the window of steps 5 to 8, and at the end."""
     settings = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "linear"}
     whole = make_trainer(tmp_path / "whole", [TaylorHeadScorer(warmup_epochs=2)], **settings)
     whole.train()
@@ -353,7 +353,7 @@ def test_selection_at_the_last_step(tmp_path):
 
 
 def begin(folder, scorer, model, **arguments):
-    """What happens before the first step."""
+    """Run what comes before the first step."""
     trainer = make_trainer(folder, [scorer], model=model, **arguments)
     state = TrainerState(max_steps=16)
     dataloader = trainer.get_train_dataloader()
@@ -430,7 +430,7 @@ def test_a_trained_adapter_may_be_scored_by_the_first_step(tmp_path):
 
 
 def test_scores_that_are_all_equal_are_told_once_and_recorded(tmp_path):
-    """No learning: lora_B stays zero."""
+    """Nothing is learned: lora_B stays zero."""
     trainer = make_trainer(tmp_path, [TaylorHeadScorer(select_at=3)], learning_rate=0.0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -494,7 +494,7 @@ def test_an_adapter_that_cannot_be_scored(tmp_path):
 
 
 def test_checkpoints_of_another_adapter_s_warm_up(tmp_path):
-    """They lie in a folder of the adapter's name; are saved without a warning; and resume this adapter alone."""
+    """They lie in a folder of the adapter's name, are saved without a warning, and resume only this adapter."""
     model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=1), adapter_name="foo")
     settings = {"save_strategy": "epoch", "num_train_epochs": 3}
     make_trainer(tmp_path, [TaylorHeadScorer(warmup_epochs=2)], model=model, **settings).train()
@@ -517,7 +517,7 @@ def test_checkpoints_of_another_adapter_s_warm_up(tmp_path):
 
 
 def with_own_adapter(name, **settings):
-    """A model of transformers with an adapter of its own, without a PeftModel around it."""
+    """Make a model with an adapter by transformers' own add_adapter, without a PeftModel around it."""
     model = tiny.make("vit")
     try:
         model.add_adapter(HeadMaskedLoraConfig(ne=1, **settings), adapter_name=name)
@@ -557,7 +557,7 @@ def test_a_mixin_adapter_that_cannot_be_scored(tmp_path):
 
 
 def test_an_injected_adapter(tmp_path):
-    """Without anything around the model that knows the adapter's name."""
+    """Nothing around the model knows the adapter's name."""
     model = inject_adapter_in_model(HeadMaskedLoraConfig(ne=1), tiny.make("vit"), "foo")
     scorer = TaylorHeadScorer(select_at=2)
     begin(tmp_path, scorer, model)
@@ -643,7 +643,7 @@ def test_masked_adapter_keeps_its_masks_and_says_so(tmp_path):
 
 
 class OutOfMemory(TrainerCallback):
-    """Raises what CUDA would, once, at the end of the given step."""
+    """A callback that raises CUDA's error, once, at the end of the given step."""
 
     def __init__(self, step):
         self.step = step
@@ -657,7 +657,7 @@ class OutOfMemory(TrainerCallback):
 @pytest.mark.parametrize("step", [2, 6])
 @pytest.mark.slow
 def test_auto_find_batch_size_starts_the_scoring_again(tmp_path, step):
-    """Before the window of steps 5 to 8, and in it; a smaller batch makes an epoch longer."""
+    """The error comes before the window of steps 5 to 8, or in it; a smaller batch makes an epoch longer."""
     scorer = TaylorHeadScorer(warmup_epochs=2)
     watch = Watch(scorer)
     trainer = make_trainer(tmp_path, [scorer, watch, OutOfMemory(step)], auto_find_batch_size=True)
@@ -666,13 +666,13 @@ def test_auto_find_batch_size_starts_the_scoring_again(tmp_path, step):
     assert steps > STEPS_PER_EPOCH
     assert (scorer.progress["first_step"], scorer.progress["selected_at"]) == (steps + 1, 2 * steps)
     window = json.loads((tmp_path / "head_scores.json").read_text())["window"]
-    assert window["steps_counted"] == steps  # none of the attempt that broke off
+    assert window["steps_counted"] == steps  # none of the attempt that failed
     assert all(len(heads) == 1 for heads in off(trainer.model))
 
 
 @pytest.mark.slow
 def test_auto_find_batch_size_after_the_selection_keeps_the_heads(tmp_path, caplog):
-    """The rows are zero by then: there is nothing to score them by."""
+    """Their rows are zero by then, so they could not be scored."""
     scorer = TaylorHeadScorer(warmup_epochs=2)
     watch = Watch(scorer)
     trainer = make_trainer(tmp_path, [scorer, watch, OutOfMemory(10)], auto_find_batch_size=True)
@@ -686,7 +686,7 @@ def test_auto_find_batch_size_after_the_selection_keeps_the_heads(tmp_path, capl
 
 
 class SkipNonFinite(torch.optim.SGD):
-    """Leaves the weights alone after a non-finite gradient, as a loss scaler does."""
+    """An optimizer that skips non-finite gradients, as a loss scaler does."""
 
     def step(self, closure=None):
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
@@ -719,7 +719,7 @@ def poisoned_trainer(tmp_path, *steps):
 
 
 class Poison(TrainerCallback):
-    """Makes the loss of the given steps, hence their gradients, not a number."""
+    """A callback that makes the loss of the given steps, and so the gradients, not a number."""
 
     def __init__(self, *steps):
         self.steps = steps
@@ -762,7 +762,7 @@ def test_training_that_ends_before_the_selection(tmp_path):
 
 
 def train_with_best(tmp_path, *values):
-    """Evaluates, saves and scores after each of four epochs, as told; the heads are selected after the second."""
+    """Evaluate with the given scores and save after each of four epochs; heads are selected after the second."""
     trainer = make_trainer(
         tmp_path,
         [TaylorHeadScorer(warmup_epochs=2), EarlyStoppingCallback(5)],
@@ -787,7 +787,7 @@ def test_best_checkpoint_older_than_the_selection(tmp_path):
 
 @pytest.mark.parametrize(("patience", "stops_at"), [(1, 12), (2, 16)])
 def test_early_stopping_after_the_selection(tmp_path, patience, stops_at):
-    """The best checkpoint is the first with masks; what is trained after it does not change them."""
+    """The best checkpoint is the first with masks; later training does not change them."""
     scorer = TaylorHeadScorer(warmup_epochs=2)
     trainer = make_trainer(
         tmp_path,

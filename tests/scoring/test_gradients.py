@@ -1,4 +1,4 @@
-"""The gradients of one optimizer step, heard from layers that follow the protocol and know nothing of PEFT."""
+"""The gradients of one optimizer step, from layers that follow the protocol and do not depend on PEFT."""
 
 import gc
 
@@ -12,7 +12,7 @@ from peft_heads.scoring.gradients import StepGradients
 
 
 class Projection(nn.Module):
-    """All that a layer needs to be scored and masked."""
+    """A layer with exactly what it needs to be scored and masked."""
 
     def __init__(self):
         super().__init__()
@@ -38,7 +38,7 @@ class Projection(nn.Module):
 
 
 class Doubled(ScoredParameter):
-    """Of a layer that acts by twice its parameter."""
+    """A variant whose acting weight is twice its parameter."""
 
     def tensor(self):
         return 2 * self.param
@@ -69,7 +69,7 @@ def gradients(layer):
 
 
 def backward(layer, seed=0):
-    """A backward pass; returns the gradient of the acting weight and of the bias, side by side (4, 4)."""
+    """Run a backward pass; return the gradients of the acting weight and of the bias, side by side (4, 4)."""
     x = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed))
     slope = torch.randn(5, 4, generator=torch.Generator().manual_seed(seed + 1))
     (layer(x) * slope).sum().backward()
@@ -96,7 +96,7 @@ def test_micro_batches_add_up(layer, gradients):
 
 
 def test_values_are_those_of_the_backward_pass(layer, gradients):
-    """DeepSpeed steps by itself, before anybody asks."""
+    """DeepSpeed's engine takes the step itself, before the values are read."""
     before = acting(layer)
     assert torch.equal(gradients.values()["q"], before)  # as they are, as long as nothing was heard
     backward(layer)
@@ -146,7 +146,7 @@ def test_one_that_is_dropped_stops_listening(layer):
 @pytest.mark.parametrize("where", ["own", "other"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
 def test_what_is_not_finite(layer, gradients, where, value):
-    """A large but finite number is finite, also where its square is not."""
+    """A large finite number counts as finite even if its square is not."""
     other = nn.Parameter(torch.zeros(2))
     unreached = nn.Parameter(torch.zeros(2))
     other.grad = torch.tensor([0.0, value if where == "other" else 1.0])

@@ -1,4 +1,4 @@
-"""A criterion that somebody registers does all that ours do."""
+"""A registered criterion can do everything that ours can."""
 
 import json
 
@@ -15,7 +15,7 @@ from peft_heads.scoring.search import head_model_init
 
 @pytest.fixture(autouse=True)
 def criterion(forget_criteria):
-    """Removing the head changes the loss by -signed: low where that is much for the size of the weights."""
+    """Register a score: the change of the loss on removal (-signed), relative to the size of the weights."""
     register_criterion("per_weight", lambda heads: heads.signed.abs() / (heads.weight_norm + 1e-6))
 
 

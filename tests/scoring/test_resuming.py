@@ -1,4 +1,4 @@
-"""What a run takes from a checkpoint, without a Trainer: entries of `TrainerState.stateful_callbacks` in, decisions out."""
+"""What a run resumes from a checkpoint, without a Trainer: decisions from entries of `TrainerState.stateful_callbacks`."""
 
 import pytest
 from transformers import TrainerState

@@ -32,7 +32,7 @@ def off(mask):
 
 @pytest.mark.parametrize("lora", [{}, {"lora_bias": True}], ids=str)
 def test_against_the_reference(backbone, lora):
-    """Scores of a few real training steps, recomputed number by number from the gradients and weights seen."""
+    """Scores of a few real training steps are recomputed, number by number, from recorded gradients and weights."""
     model = make(backbone, **lora)
     scorer = HeadScorer(model)
     params, grads = {}, {}
@@ -63,7 +63,7 @@ K_BIT = [{"adapter_bits": 1}, {"adapter_bits": 4, "lora_bias": True, "r": 4}]
 
 @pytest.mark.parametrize("lora", [{}, {"lora_bias": True}, *K_BIT], ids=str)
 def test_signed_score_is_the_derivative_with_respect_to_a_gate(backbone, lora):
-    """In a whole model: each head's delta times a gate of 1, and the loss's derivative by the gate."""
+    """In a whole model each head's delta is multiplied by a gate of 1; the score is the derivative by the gate."""
     model = make(backbone, **lora).double().eval()
     batch = {key: value.double() if value.is_floating_point() else value for key, value in tiny.batch().items()}
     scorer = HeadScorer(model)
@@ -88,7 +88,7 @@ def test_signed_score_is_the_derivative_with_respect_to_a_gate(backbone, lora):
 
 @pytest.mark.parametrize("bits", [1, 8])
 def test_k_bit_scores_are_those_of_the_quantised_weights(bits):
-    """Against a stock LoRA whose parameters the quantised weights are."""
+    """They are compared with those of stock LoRA whose parameters are the quantised weights."""
     model = make(adapter_bits=bits, r=4)
     scorer = HeadScorer(model)
     plain = make(ne=1, r=4)
@@ -175,7 +175,7 @@ def test_one_warm_up_serves_every_variant():
         seeds[scorer.config.mask_seed] = str(scorer.select(criterion="random"))
     assert len(set(seeds.values())) > 1
     name, mask = scorer.select(ne=2).popitem()
-    masks = scorer.apply(masks={name: mask})  # the others stay as they are, and are named as well
+    masks = scorer.apply(masks={name: mask})  # the others do not change, and are named as well
     assert {n: len(off(m)) for n, m in masks.items()} == {n: 2 * (n == name) for n in scorer.layouts}
     assert str(get_head_masks(model)) == str(masks)
 
@@ -234,7 +234,7 @@ def test_non_finite_gradients_are_skipped_and_counted():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_one_number_that_is_not_finite_skips_the_step(value, dtype):
-    """In something that is trained beside the heads; a process may hold none of a sharded parameter's rows."""
+    """The number may be in anything trained beside the heads; a process may hold no rows of a sharded parameter."""
     model = make()
     model.beside = torch.nn.Parameter(torch.zeros(40, dtype=dtype))
     model.empty = torch.nn.Parameter(torch.zeros(0, 4))
@@ -248,7 +248,7 @@ def test_one_number_that_is_not_finite_skips_the_step(value, dtype):
 
 
 class Calls(TorchDispatchMode):
-    """Counts the calls of PyTorch's operations."""
+    """A mode that counts the calls of PyTorch's operations."""
 
     def __init__(self):
         super().__init__()
@@ -267,7 +267,7 @@ SHAPES = {"vit": 1, "swin": 1, "fused vit": 1, "fused swin": 2, "hiera": 1}
 @pytest.mark.parametrize("lora", [{}, {"lora_bias": True}, *K_BIT], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_update_computes_projections_together_and_waits_for_none(family, lora, dtype):
-    """To the bit the statistics of each projection alone, in as many calls as there are shapes."""
+    """The statistics equal those of each projection alone, bit for bit, in one call for each shape."""
     model = get_peft_model(
         backbones.FAMILIES[family].make(), HeadMaskedLoraConfig(ne=0, **lora), autocast_adapter_dtype=False
     ).to(dtype)
@@ -333,7 +333,7 @@ def test_only_one_scorer():
         HeadScorer(model)
     first.close()
     second = HeadScorer(model)
-    del second  # a dropped scorer does not stand in the way
+    del second  # a scorer that is no longer referenced does not interfere
     gc.collect()
     HeadScorer(model)
 
@@ -413,7 +413,7 @@ def test_fused_and_foreach_optimizer_state_is_cleared_through_accelerate():
 
 
 def test_flattened_parameters_are_refused():
-    """As FSDP1 leaves them, which needs an accelerator: here by hand."""
+    """FSDP1 flattens parameters, but needs an accelerator; the test flattens them by hand."""
     model = make()
     layer = head_layers(model)[tiny.now("vit.layers.1.attention.v_proj")]
     layer.lora_B["default"].weight = torch.nn.Parameter(torch.zeros(96))
@@ -423,7 +423,7 @@ def test_flattened_parameters_are_refused():
 
 
 def test_step_after_the_optimizer():
-    """DeepSpeed's engine has stepped by the time Trainer tells its callbacks: the values are those of the backward pass."""
+    """DeepSpeed's engine steps before Trainer calls the callbacks; the values must be those of the backward pass."""
     scores = []
     for late in (False, True):
         model = make()
@@ -436,12 +436,12 @@ def test_step_after_the_optimizer():
     assert all(torch.equal(scores[0][name], scores[1][name]) for name in scores[0])
 
 
-# Scores that say nothing
+# Scores without information
 
 
 @pytest.fixture
 def caught():
-    """Our warnings, which are errors otherwise."""
+    """Collect our warnings, which are errors otherwise."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warnings.simplefilter("ignore", FutureWarning)  # those between the hosts
@@ -501,7 +501,7 @@ def test_criteria_that_tell_heads_apart_at_the_first_step(criterion):
 
 @pytest.mark.parametrize(("granularity", "joint"), [("global", True), ("layer", True), ("layer", False)])
 def test_the_group_is_named(caught, granularity, joint):
-    """Where only some of a group's projections are zero, the others tell its heads apart."""
+    """If only some projections of a group are zero, the others distinguish its heads."""
     model = make(granularity=granularity, joint=joint)
     name = tiny.now("vit.layers.1.attention.q_proj")
     head_layers(model)[name].lora_B["default"].weight.data.zero_()
@@ -539,7 +539,7 @@ def test_scores_that_are_not_finite_set_no_mask(value, where):
 
 
 def skip_layer(model, index):
-    """The loss does not depend on a layer's output, as a video classifier's on the predictor of its backbone."""
+    """Make the loss independent of a layer's output, like that of the predictor in V-JEPA 2's classifier."""
     backbone = model.get_base_model().vit
     layer = (backbone.layers if hasattr(backbone, "layers") else backbone.encoder.layer)[index]
     forward = layer.forward
@@ -566,7 +566,7 @@ def test_projections_without_gradient_are_named_at_selection(caught, criterion):
 
 
 def test_without_a_gradient_each_projection_is_named_once(caught):
-    """Layer by layer the same projections cannot be selected from either."""
+    """A selection layer by layer cannot use these projections either."""
     model = make(granularity="layer")
     skip_layer(model, 1)
     scorer = HeadScorer(model)

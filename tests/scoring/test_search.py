@@ -33,7 +33,7 @@ def _quick():
 
 
 class Watch(TrainerCallback):
-    """What each trial begins and ends with; interrupts trial `fail` in the middle of the scoring window."""
+    """A callback that notes each trial's start and end, and interrupts trial `fail` in the scoring window."""
 
     def __init__(self, scorer, fail=None):
         self.scorer, self.fail, self.trials = scorer, fail, []
@@ -74,7 +74,7 @@ def make_trainer(folder, model_init, callbacks, **arguments):
 
 
 def search(folder, model_init=None, hp_space=space, n_trials=4, fail=None, epochs=1, **kwargs):
-    """(best run, study, what `Watch` saw, trainer)"""
+    """Search; return (best run, study, what `Watch` noted, trainer)."""
     scorer = TaylorHeadScorer(warmup_epochs=epochs, window="all")
     watch = Watch(scorer, fail)
     trainer = make_trainer(folder, model_init or head_model_init(make_model, CONFIG, space), [scorer, watch])
@@ -85,7 +85,7 @@ def search(folder, model_init=None, hp_space=space, n_trials=4, fail=None, epoch
 
 
 def check_trial(params, seen):
-    """The trial's settings were in force, and it began with nothing of an earlier one."""
+    """Check that the trial used its settings, and started with nothing from an earlier one."""
     model = seen["model"]
     config = model.peft_config["default"]
     assert (config.ne, config.ratio, config.criterion) == (params["ne"], None, params["criterion"])
@@ -154,7 +154,7 @@ class PruneEverySecond(optuna.pruners.BasePruner):
 @pytest.mark.parametrize("epochs", [1, 2], ids=["masked", "not yet masked"])
 @pytest.mark.filterwarnings("ignore:training ended at step 4, before the selection at step 8:UserWarning")
 def test_a_pruned_trial_leaves_nothing_behind(tmp_path, epochs):
-    """Pruned in the middle of the scoring window, or after it; the last trial has no other to tidy up after it."""
+    """It is pruned in the scoring window, or after it; no other trial tidies up after the last one."""
     _, study, seen, _ = search(tmp_path, epochs=epochs, pruner=PruneEverySecond())
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE, TrialState.PRUNED] * 2
     for trial, trained in zip(study.trials, seen, strict=True):
@@ -203,7 +203,7 @@ def test_model_and_search_space_agree_in_either_order(space_first):
 
 
 def test_other_processes_get_the_same_trial():
-    """Rank 0 asks hp_space alone and broadcasts what has been suggested by then."""
+    """Only rank 0 calls hp_space, and it broadcasts what has been suggested by then."""
     trial = optuna.create_study().ask()
     arguments = space(trial)
     fixed = FixedTrial(trial.params, trial.number)
@@ -213,7 +213,7 @@ def test_other_processes_get_the_same_trial():
 
 
 def test_a_search_space_of_ones_own(tmp_path):
-    """More of Trainer's arguments, and other fields of the configuration."""
+    """It may have more of Trainer's arguments, and other fields of the configuration."""
 
     def own(trial):
         trial.suggest_categorical("r", [2])
@@ -232,7 +232,7 @@ def test_a_search_space_of_ones_own(tmp_path):
 
 
 def test_without_a_trial_it_is_the_configuration_s():
-    """As Trainer's constructor asks for it."""
+    """Trainer's constructor calls model_init without a trial."""
     config = HeadMaskedLoraConfig(ratio=0.5, r=2, lora_alpha=3, modules_to_save=["classifier"])
     made = head_model_init(make_model, config)().peft_config["default"]
     assert made is not config and made.modules_to_save is not config.modules_to_save
@@ -242,7 +242,7 @@ def test_without_a_trial_it_is_the_configuration_s():
 
 
 def test_dict_trials():
-    """Of Ray Tune and W&B, and of the best run; `ne` takes the place of a `ratio`."""
+    """Ray Tune, W&B and the best run have dicts; `ne` takes the place of a `ratio`."""
     model_init = head_model_init(make_model, HeadMaskedLoraConfig(ratio=0.5, r=2))
     trial = {"ne": 2, "criterion": "negative", "scale": 10, "learning_rate": 1e-3, "weight_decay": 0.1}
     config = model_init(trial).peft_config["default"]
@@ -260,7 +260,7 @@ def test_a_value_that_does_not_fit_the_model(tmp_path):
 
 @pytest.mark.parametrize("given", ["model_init", "hp_space"])
 def test_two_search_spaces(tmp_path, given):
-    """The likely mistake: one of the two keeps the default."""
+    """A likely mistake is that one of the two keeps the default."""
     model_init = head_model_init(make_model, CONFIG, *([space] if given == "model_init" else []))
     with pytest.raises(ValueError, match="head_model_init and hyperparameter_search need the same search space: "):
         search(tmp_path, model_init, hp_space=space if given == "hp_space" else head_search_space)
@@ -307,7 +307,7 @@ def test_the_module_does_not_need_optuna(monkeypatch):
 
 
 def test_rlrr():
-    """Another method whose heads can be masked; the space must be of its own fields."""
+    """RLRR's heads can be masked as well; the search space must have its own fields."""
 
     def space(trial):
         return {"ne": trial.suggest_int("ne", 1, 2), "r": trial.suggest_int("r", 2, 2)}

@@ -18,7 +18,7 @@ from peft_heads.scoring.window import plan_window
     ],
 )
 def test_windows(select_at, warmup_epochs, window, first, last):
-    """Of 100 steps, 20 in an epoch."""
+    """There are 100 steps, 20 in an epoch."""
     planned = plan_window(
         select_at=select_at, warmup_epochs=warmup_epochs, window=window, max_steps=100, steps_per_epoch=20
     )

@@ -1,4 +1,4 @@
-"""What users do with the Hub, run against the server that HF_ENDPOINT names: `hub_round_trip.py push|load RESULT.json`."""
+"""Run what users do with the Hub against the server that HF_ENDPOINT names: `hub_round_trip.py push|load RESULT.json`."""
 
 import json
 import sys
@@ -130,7 +130,7 @@ def base(**kwargs):
 
 
 def train(model, folder, processor, **kwargs):
-    """Three epochs of 4 steps, with a checkpoint after each; the selection comes after the second."""
+    """Train three epochs of 4 steps, with a checkpoint after each; heads are selected after the second."""
     args = TrainingArguments(
         folder,
         per_device_train_batch_size=8,
@@ -156,7 +156,7 @@ def train(model, folder, processor, **kwargs):
 
 
 class WaitForPush(TrainerCallback):
-    """Trainer uploads while it goes on training, and would skip the push of a checkpoint that comes too soon."""
+    """A callback that waits for uploads: Trainer goes on training, and would skip a push that comes too soon."""
 
     def __init__(self, trainer):
         self.trainer = trainer

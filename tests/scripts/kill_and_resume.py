@@ -1,4 +1,4 @@
-"""Kills training runs with SIGKILL at random moments, resumes them, and compares them with the undisturbed run.
+"""Kill training runs with SIGKILL at random moments, resume them, and compare them with the undisturbed run.
 
     python tests/scripts/kill_and_resume.py --runs 50 --seed 0
 
@@ -58,16 +58,16 @@ PHASES = ("start-up", "before the window", "in the window", "after the window", 
 
 @dataclass(frozen=True)
 class Kill:
-    """When a process dies; with nothing given it lives."""
+    """When a process dies; without any value it survives."""
 
     step: int | None = None  # in the middle of that optimizer step, or …
-    seconds: float | None = None  # … so long after its beginning (of the process's, for step 0)
-    write: int | None = None  # in the how-manieth write to its output folder
-    done: float = 1.0  # so much of that write is done
+    seconds: float | None = None  # … this long after its beginning (for step 0: the process's)
+    write: int | None = None  # number of the write to its output folder
+    done: float = 1.0  # share of that write that is done
 
 
 class Place(ctypes.Structure):
-    """What a process does, in memory that it shares with its parent, who reads it after the kill as well."""
+    """What a process is doing, in memory shared with its parent, who can still read it after the kill."""
 
     _fields_ = (("step", ctypes.c_int), ("last_saved", ctypes.c_int), ("doing", ctypes.c_char * 100))
 
@@ -135,7 +135,7 @@ class Report(TrainerCallback):
 
 
 def count_writes(folder: Path, kill: Kill, place: Place) -> None:
-    """Lets this process die in its `kill.write`-th write to `folder`."""
+    """Let this process die in its `kill.write`-th write to `folder`."""
     count = itertools.count(1)
 
     def patch(owner, name: str, path_of: Callable, do_a_part: Callable) -> None:
@@ -175,7 +175,7 @@ def write_a_part(write: Callable, share: float, path: Path) -> None:
 
 
 def replace_nothing(write: Callable, share: float, path: Path) -> None:
-    """The temporary file stays behind; there is no half of a renaming."""
+    """Die before renaming; the temporary file stays behind, since a renaming cannot be half done."""
 
 
 def remove_a_part(write: Callable, share: float, path: Path) -> None:
@@ -192,7 +192,7 @@ def die() -> None:
 
 
 def fork(kill: Kill, place: Place, log: Path, **arguments) -> bool:
-    """Train in a process of its own; whether it came to its end."""
+    """Train in a process of its own; return whether it finished."""
     place.step, place.doing = 0, b"start-up"
     pid = os.fork()
     if pid == 0:
@@ -219,7 +219,7 @@ def fork(kill: Kill, place: Place, log: Path, **arguments) -> bool:
 
 
 def run(folder: Path, kills: Callable[[int], Kill], place: Place, counts: Counter, **arguments) -> dict:
-    """Train, be killed and resume until the end; the outcome. `kills` gives the next kill, from the resumed step on."""
+    """Train, be killed and resume until the end; return the outcome. `kills` returns the next kill from a step on."""
     place.last_saved = 0
     result = folder.with_suffix(".safetensors")
     while True:
@@ -252,7 +252,7 @@ def one_after_another(kills: Iterable[Kill]) -> Callable[[int], Kill]:
 
 
 def at_random(rng: random.Random, seconds: float, save_steps: int) -> Callable[[int], Kill]:
-    """One to eight kills, each soon after the step from which the run is resumed; a step takes about `seconds`."""
+    """Return one to eight kills, each soon after the step of resumption; a step takes about `seconds`."""
     left = iter(range(rng.randint(1, 8)))
 
     def kills(resumed: int) -> Kill:
@@ -285,7 +285,7 @@ def main() -> int:
 def interrupt(options: argparse.Namespace, work: Path) -> int:
     torch.set_num_threads(1)
     work.mkdir(parents=True)
-    gc.freeze()  # what has been imported is not to be collected, and copied, in every process
+    gc.freeze()  # keeps imported objects from being collected, and so copied, in every process
     rng, counts = random.Random(options.seed), Counter()
     place = Place.from_buffer(mmap.mmap(-1, ctypes.sizeof(Place)))
     every_step = {"save_steps": 1, "save_total_limit": 2}

@@ -1,13 +1,13 @@
-"""PEFT's own tests with `HeadMaskedLoraConfig` in the place of `LoraConfig`, and stock LoRA as control.
+"""PEFT's own tests with `HeadMaskedLoraConfig` in place of `LoraConfig`, and stock LoRA as control.
 
     python tests/scripts/peft_suite.py [--source DIR] [--stand-in ne=0 ne=1] [--work DIR]
 
-Takes the tests from the source distribution of the installed peft, runs them with stock LoRA and with each stand-in
-(see peft_suite_plugin.py, also for what it adapts), and compares the outcomes test by test. Exits with 1 where a test
-that passes for stock LoRA does not pass for ours and is not in `EXPECTED`. Needs pytest-timeout, pytest-xdist,
-parameterized, scipy and diffusers; about 12 minutes on 2 cores.
+The script takes the tests from the source distribution of the installed peft, runs them with stock LoRA and with each
+stand-in (peft_suite_plugin.py says what it adapts), and compares the outcomes test by test. It exits with 1 if a test
+passes for stock LoRA, fails for ours and is not in `EXPECTED`. It needs pytest-timeout, pytest-xdist,
+parameterized, scipy and diffusers, and about 12 minutes on 2 cores.
 
-Nothing is downloaded from the Hub: the tiny models that the tests ask for are made here, with random weights. Tests of
+Nothing is downloaded from the Hub: the script makes the tiny models that the tests ask for, with random weights. Tests of
 other models, of adapters or data sets on the Hub and of GPUs fail or are skipped in every run.
 """
 
@@ -147,17 +147,17 @@ def fetch_source(work: Path) -> Path:
 
 
 def prepare_tests(source: Path, work: Path) -> None:
-    """A copy without PEFT's own sources beside it, so that the installed peft is tested."""
+    """Copy the tests without PEFT's own sources, so that the installed peft is tested."""
     tests = work / "suite" / "tests"
     tests.mkdir(parents=True)
     for path in (source / "tests").glob("*.py"):
         (tests / path.name).write_bytes(path.read_bytes())
-    (tests / "__init__.py").touch()  # the distribution lacks it, and the tests import from each other
+    (tests / "__init__.py").touch()  # the distribution lacks this file, and the tests import from each other
     (tests.parent / "pyproject.toml").write_bytes((source / "pyproject.toml").read_bytes())
 
 
 def make_models(cache: Path) -> None:
-    """Put tiny models with random weights, and a tokenizer of bytes, where the Hub's client keeps what it has."""
+    """Put tiny models with random weights, and a tokenizer of bytes, into the cache of the Hub's client."""
     import torch
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -193,7 +193,7 @@ def run_tests(stand_in: str, work: Path) -> dict[str, dict]:
 
 
 def compare(stand_in: str, control: dict, ours: dict) -> list[str]:
-    """Print how the outcomes differ; the node ids of the differences that `EXPECTED` does not explain."""
+    """Print how the outcomes differ; return the node ids of differences that `EXPECTED` does not explain."""
     missing = {"outcome": "missing", "error": "", "masked": False}
     pairs = {key: (control.get(key, missing), ours.get(key, missing)) for key in sorted({*control, *ours})}
     print(

@@ -1,17 +1,17 @@
-"""pytest plugin of peft_suite.py: `HeadMaskedLoraConfig` in the place of `LoraConfig` in PEFT's own tests.
+"""pytest plugin of peft_suite.py: `HeadMaskedLoraConfig` in place of `LoraConfig` in PEFT's own tests.
 
 `--stand-in ne=0` and `--stand-in ne=1` replace the class before any test module is imported. PEFT's tests expect
-LoRA's defaults and know nothing of heads, hence these adaptions, which are all there are:
+LoRA's defaults and do not know heads. These are all the adaptations:
 
-- a config that does not say gets this `ne`, and `num_heads={".*": 2}`: two heads for every `nn.Linear` with an even
-  number of outputs, so that our layer stands wherever it can; without masks for ne=0, with masks for ne=1 (all heads
-  active, as nothing selects any);
-- where ne=1 is refused, because an option excludes masks or no target can have heads, it is 0; so it is, layer by
-  layer, on subclasses of `nn.Linear`;
-- our own defaults are off: `target_modules=None` asks PEFT's table, `modules_to_save=None` saves nothing more;
-- our own warnings are silent, since some tests count warnings.
+- a config that does not set them gets this `ne`, and `num_heads={".*": 2}`: two heads for every `nn.Linear` with an
+  even number of outputs, so that our layer is used wherever possible, without masks for ne=0, and with masks for ne=1
+  (all heads stay active, because nothing selects any);
+- ne is 0 where ne=1 is refused, because an option excludes masks or no target can have heads, and, layer by layer,
+  on subclasses of `nn.Linear`;
+- our own defaults are off: `target_modules=None` uses PEFT's table, `modules_to_save=None` saves no other modules;
+- our own warnings are silenced, because some tests count warnings.
 
-Left out in all runs are the cases that are parametrised with the configuration of another method.
+All runs leave out the cases that are parametrised with the configuration of another method.
 """
 
 import json

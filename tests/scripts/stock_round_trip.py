@@ -1,7 +1,7 @@
-"""Stock PEFT on its own, or after `import peft_heads`: `stock_round_trip.py RESULT.json [with-peft-heads]`.
+"""Use stock PEFT alone, or after `import peft_heads`: `stock_round_trip.py RESULT.json [with-peft-heads]`.
 
-Saves, pushes and reloads adapters of PEFT's types in the working directory and on the server that HF_ENDPOINT names,
-which must end in the same bytes both times. With the import, adapters of ours are saved and pushed between them.
+The script saves, pushes and reloads adapters of PEFT's types in the working directory and on the server that HF_ENDPOINT
+names. The bytes must be the same both times. With the import, our own adapters are saved and pushed in between.
 """
 
 import json
@@ -114,7 +114,7 @@ def push_ours(base, make_base):
 
 
 def swap():
-    """One that fits, one that does not, and a type that cannot be swapped."""
+    """Swap an adapter that fits, one that does not, and one of a type that cannot be swapped."""
     model = PeftModel.from_pretrained(unnamed_base(), "lora-unnamed")
     hotswap.hotswap_adapter(model, "lora-local", "default")
     errors = []
@@ -144,6 +144,6 @@ if __name__ == "__main__":
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = main()
-    # where a warning of Python's own comes from, such as a thread that ends late, is left to chance
+    # the origin of Python's own warnings, such as a thread that ends late, is random
     messages = sorted({str(w.message) for w in caught if not issubclass(w.category, ResourceWarning)})
     Path(sys.argv[1]).write_text(json.dumps({"results": result, "warnings": messages}))

@@ -1,8 +1,8 @@
-"""One training run, in as many processes as torchrun starts: `train_distributed.py FOLDER LAYOUT [OPTION=JSON …]`.
+"""Train once, in as many processes as torchrun starts: `train_distributed.py FOLDER LAYOUT [OPTION=JSON …]`.
 
 Layouts that run through Trainer: `ddp` (also for one process), `zero1`, `zero2`, `zero3` (DeepSpeed). In a plain loop:
 `loop` (gradients averaged by hand; also for one process), `fsdp2` (every block a unit), `fsdp2-units` (every trained
-linear layer a unit as well, as PEFT's wrapping policy has it). Options: `method` (`head-masked-lora`, `rlrr`), `ne`,
+linear layer a unit as well, as in PEFT's wrapping policy). Options: `method` (`head-masked-lora`, `rlrr`), `ne`,
 `config`, and those of the layout.
 
 Every rank writes `rank<N>.json`; the scores are in `head_scores.json`, or for a plain loop in the ranks' files.
@@ -143,7 +143,7 @@ def deepspeed_config(stage):
 
 
 def checks(scorer, optimizer):
-    """The largest absolute value in the raw deactivated rows and in the optimizer's state of them; sums of weights."""
+    """Return the largest absolute value in deactivated raw rows and their optimizer state, and sums of weights."""
     from peft_heads.functional.sharding import whole, whole_value
 
     rows, states, weights = 0.0, 0.0, {}

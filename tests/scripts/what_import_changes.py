@@ -1,4 +1,4 @@
-"""Print, as JSON, what `import peft_heads` changes of the libraries' attributes and of the process's settings."""
+"""Print, as JSON, the libraries' attributes and process settings that `import peft_heads` changes."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ LIBRARIES = {"accelerate", "datasets", "huggingface_hub", "peft", "PIL", "torch"
 
 
 def content(value):
-    """A size beside the identity: tables grow in place."""
+    """Return identity and size: tables grow in place."""
     return id(value), len(value) if isinstance(value, (dict, list, set)) else 0
 
 
@@ -30,7 +30,7 @@ def attributes(modules):
     for name in modules:
         for key, value in list(vars(sys.modules[name]).items()):
             if isinstance(value, type(sys)):
-                continue  # a module that is imported the first time is no change of its package
+                continue  # the first import of a module does not change its package
             if isinstance(value, dict | list | set):
                 found[key] = content(value)  # one table has the same name in all modules that import it
             elif getattr(value, "__module__", name) == name:

@@ -1,6 +1,6 @@
-"""What every method must do: one table of cases (method_cases.py), and every behaviour asked of each of them.
+"""What every method must do: every behaviour is tested for every row of one table of cases (method_cases.py).
 
-What only one method can do is asked of its rows in `test_features.py` of its folder.
+What only one method can do is tested in `test_features.py` of its folder.
 """
 
 import copy
@@ -46,7 +46,7 @@ TESTS = Path(__file__).parents[1]
 
 
 def test_rows_name_behaviours():
-    """What a row refuses or never does is the name of a test."""
+    """The behaviours that a row refuses or lacks are names of tests."""
     files = [Path(__file__), *(TESTS / "tuners").glob("*/test_features.py")]
     source = "\n".join(file.read_text(encoding="utf-8") for file in files)
     behaviours = set(re.findall(r"@behaviour\(.*\)\n(?:@.*\n)*def test_(\w+)", source))
@@ -59,7 +59,7 @@ def test_rows_name_behaviours():
 
 @behaviour(CASES)
 def test_default_targets(case):
-    """What is trained is the adapter and the classifier."""
+    """By default the adapter and the classifier are trained."""
     model = get_peft_model(tiny.make(case.backbone), case.config())
     trained = [name for name, param in model.named_parameters() if param.requires_grad]
     of_adapter = [name for name in trained if f".{case.method.prefix}" in name]
@@ -73,7 +73,7 @@ def test_default_targets(case):
 
 @behaviour(METHODS)
 def test_new_adapter(case):
-    """Before heads are selected, masks make no difference: outputs, gradients and file are those of `ne=0`."""
+    """Before heads are selected, outputs, gradients and file are those of `ne=0`."""
     results = []
     for ne in (0, 1):
         torch.manual_seed(7)
@@ -99,7 +99,7 @@ def test_forward(case):
     assert_same(case, logits(model), case.method.logits(case, model))
     assert (logits(model) - logits(tiny.make(case.backbone).eval())).abs().max() > 1e-3
     assert_heads_are_off(case, model)
-    if case.is_masked:  # the masks do something
+    if case.is_masked:  # the masks have an effect
         unmasked = copy.deepcopy(model)
         set_head_masks(unmasked, {name: torch.ones_like(mask) for name, mask in get_head_masks(model).items()})
         assert not torch.allclose(logits(model), logits(unmasked), atol=1e-4)
@@ -107,7 +107,7 @@ def test_forward(case):
 
 @behaviour(CASES)
 def test_gradients(case):
-    """In training mode, with the same random numbers for dropout."""
+    """Gradients are compared in training mode, with the same random numbers for dropout."""
     model = create(case)
     expected = case.method.gradients(case, model)
     torch.manual_seed(5)
@@ -125,7 +125,7 @@ def test_gradients(case):
 
 @behaviour(METHODS | rows_of_method(RLRR))
 def test_autocast(case):
-    """Gradients in full precision, and near those without it."""
+    """Gradients have full precision, and are close to those without autocast."""
     model, other = create(case), create(case)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model(**tiny.batch()).loss
@@ -157,7 +157,7 @@ def test_gradient_checkpointing(case):
 
 @behaviour(CASES)
 def test_training(case, tmp_path):
-    """Selected by score, then trained on: the heads' update is exactly zero in memory, merged, and in the file."""
+    """After selection and more training the heads' update is exactly zero in memory, merged, and in the file."""
     model = create(case)
     optimizer, share = None, case.options.get("ratio")
     if case.is_masked:
@@ -174,7 +174,7 @@ def test_training(case, tmp_path):
     model.eval()
     assert heads_off(case, model) == off
     for name, param in model.named_parameters():
-        assert torch.equal(param, before[name]) or param.requires_grad, name  # what is frozen has stayed
+        assert torch.equal(param, before[name]) or param.requires_grad, name  # frozen parameters have not changed
     assert any(not torch.equal(param, before[name]) for name, param in model.named_parameters())
     assert_heads_are_off(case, model)
     for name, heads in off.items():
@@ -194,7 +194,7 @@ def test_training(case, tmp_path):
 
 @behaviour(METHODS)
 def test_file(case, tmp_path):
-    """Keys carry the method's prefix; masks are in the file as they are set, and rows of deactivated heads are zero."""
+    """Keys carry the method's prefix; the file has the masks, and rows of deactivated heads are zero."""
     model = create(case)
     model.save_pretrained(tmp_path)
     file = load_file(tmp_path / "adapter_model.safetensors")
@@ -213,7 +213,7 @@ def test_file(case, tmp_path):
         for param in params:
             tensor = file[names[id(param)].replace(".default", "")]
             assert tensor[rows].count_nonzero() == 0 and tensor.count_nonzero() > 0
-            assert param[rows].count_nonzero() > 0  # what is in memory is not touched by saving
+            assert param[rows].count_nonzero() > 0  # saving does not change what is in memory
 
 
 @behaviour(CASES)
@@ -247,7 +247,7 @@ def test_load_under_another_name(case, tmp_path):
 
 @behaviour(METHODS)
 def test_labels_and_card(case, tmp_path):
-    """Written beside the weights: the card names method and heads; labels come back with the adapter."""
+    """The card beside the weights names method and heads; labels are restored with the adapter."""
     model = create(case)
     names = {0: "cat", 1: "dog", 2: "eel"}
     model.get_base_model().config.id2label = names
@@ -282,7 +282,7 @@ def refused(folder, backbone, message):
 
 @behaviour(METHODS)
 def test_wrong_file(case, tmp_path):
-    """Refused before the model is changed: another model's, a mask of another shape, rows that the mask has off."""
+    """Files of other models, and contradicting masks, are refused before the model is changed."""
     create(case).save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     refused(tmp_path, "swin", re.escape(str(tmp_path)))
@@ -332,7 +332,7 @@ def test_merge_and_unmerge(case):
 
 @behaviour(CASES)
 def test_merge_two_adapters(case):
-    """One after the other; what is merged first is unmerged last."""
+    """Adapters are merged one after the other; the first is unmerged last."""
     model = create(case, "default", "other")
     base = {name: tensor.clone() for name, tensor in model.state_dict().items() if "base_layer" in name}
     assert base
@@ -445,7 +445,7 @@ def test_copy_and_pickle(case):
 
 @behaviour(CASES)
 def test_state_dict(case):
-    """What Trainer and accelerate save: everything, masks included."""
+    """Trainer and accelerate save everything in it, masks included."""
     model, other = create(case), create(case, seed=1)
     buffers = dict(other.named_buffers())
     assert len(buffers) >= len(projections(case))
@@ -458,7 +458,7 @@ def test_state_dict(case):
 
 @behaviour(CASES)
 def test_inject(case):
-    """`inject_adapter_in_model`: without a PeftModel around it."""
+    """`inject_adapter_in_model` works without a PeftModel around the model."""
     source = create(case)
     config = copy.deepcopy(source.peft_config["default"])
     keys = {name.removeprefix("base_model.model."): t for name, t in get_peft_model_state_dict(source).items()}

@@ -17,7 +17,7 @@ BLOCK = tiny.now("base_model.model.vit.layers.0")
 
 
 def dispatch(model, folder):
-    """The first block alone is offloaded."""
+    """Dispatch the model with only the first block offloaded."""
 
     def around(module, name):
         for child_name, child in module.named_children():

@@ -1,4 +1,4 @@
-"""Machines that share a sweep: folders of results of their own, and one storage."""
+"""Machines that share a sweep: each has its own folder of results, and all have one storage."""
 
 import json
 import os
@@ -43,12 +43,12 @@ def names_of(specs, title):
 
 @pytest.fixture
 def never_waits(monkeypatch):
-    monkeypatch.setattr(shared, "POLL_SECONDS", None)  # to wait is an error then
+    monkeypatch.setattr(shared, "POLL_SECONDS", None)  # waiting is an error then
 
 
 @pytest.fixture
 def made_up(monkeypatch):
-    """Runs give a made-up accuracy at once; `made_up` lists `(output_dir, run_id)` as they are run."""
+    """Runs return a made-up accuracy at once; `made_up` lists `(output_dir, run_id)` in the order of the runs."""
     done = []
 
     def run(spec, places, *, begin_with=None, test_every=0, also=()):
@@ -76,7 +76,7 @@ def results(bench, machine):
 @pytest.mark.parametrize("storage", ["sqlite:///{}/sweep.db", "{}/sweep.log"])
 @pytest.mark.slow
 def test_two_machines(bench, made_up, storage):
-    """Every group is run once, by one of them, and both have all results."""
+    """One of them runs each group, once, and both have all results."""
     url = storage.format(bench.root)
     outcomes, queues = {}, {name: SharedQueue(url, "study", bench.root / name) for name in ("a", "b")}
 
@@ -171,7 +171,7 @@ def test_a_failed_run_keeps_nobody_waiting(bench, made_up, monkeypatch):
 
 
 def test_a_group_put_up_twice_is_run_once(bench, made_up):
-    """As two machines do that begin at once."""
+    """Two machines that begin at the same time may enqueue a group twice."""
     queue = queue_of(bench, "a")
     for _ in range(2):
         queue.study.enqueue_trial({}, user_attrs={"group": "g"})
@@ -207,7 +207,7 @@ def test_plans_in_one_study_leave_each_other_alone(bench, made_up):
 
 @pytest.mark.slow
 def test_a_plan_with_more_runs_of_a_group(bench, made_up, never_waits):
-    """What another plan has run of a group is not taken for all of it."""
+    """The runs of another plan in a group are not taken for the whole group."""
     run_sweep(sweep_of(bench, tuned=("scale", "ne")), bench.places("a"), queue=queue_of(bench, "a"))
     outcome = run_sweep(sweep_of(bench), bench.places("b"), queue=queue_of(bench, "b"))
     alone = run_sweep(sweep_of(bench), bench.places("alone"))
@@ -215,7 +215,7 @@ def test_a_plan_with_more_runs_of_a_group(bench, made_up, never_waits):
 
 
 def test_killed_between_the_name_and_the_state(bench, made_up, monkeypatch):
-    """A trial that runs always has a worker, who takes it again."""
+    """A running trial always has a worker, who claims it again."""
     queue = queue_of(bench, "a")
     queue.enqueue(["g"])
     monkeypatch.setattr(queue, "_claim", lambda trial: 1 / 0)
@@ -227,7 +227,7 @@ def test_killed_between_the_name_and_the_state(bench, made_up, monkeypatch):
 
 
 def test_take_over_leaves_the_living_alone(bench, made_up):
-    """What is begun after it stays with whoever began it."""
+    """Groups that are begun after the take-over stay with the worker who began them."""
     groups = ["g1", "g2", "g3"]
     gone, living = queue_of(bench, "gone"), queue_of(bench, "living")
     gone.enqueue(groups)
@@ -278,7 +278,7 @@ def test_a_failure_elsewhere_of_what_is_here(bench, made_up):
 
 
 def test_many_results_are_short_texts(bench, made_up):
-    """MySQL takes 64 KB of one."""
+    """MySQL limits a text to 64 KB."""
     queue = queue_of(bench, "a")
     queue.enqueue(["g"])
     layers = [f"layer.{index}" for index in range(48)]
@@ -291,7 +291,7 @@ def test_many_results_are_short_texts(bench, made_up):
 
 
 def test_gives_a_sign_while_it_waits(bench, made_up, monkeypatch):
-    """So that the processes of a machine, which wait for its main one, hear from it."""
+    """The processes of a machine hear from its main one while they wait for it."""
     sleeps = iter(range(8))
     monkeypatch.setattr(shared, "time", SimpleNamespace(sleep=lambda seconds: next(sleeps)))
     spec = make_run().spec

@@ -1,4 +1,4 @@
-"""One run: the papers' training, the split that is looked at, and the same result however often it is interrupted."""
+"""One run: the papers' training, the evaluated split, and the same result however often it is interrupted."""
 
 import math
 import shutil
@@ -39,7 +39,7 @@ def spec_of(bench, method=HEADS, *, final=True, seed=0, **changes):
 
 
 def plain(result):
-    """Without what no two runs share."""
+    """Leave out what differs between any two runs."""
     return {name: value for name, value in result.to_json().items() if name != "seconds"}
 
 
@@ -58,7 +58,7 @@ class KillAt(TrainerCallback):
 
 @pytest.fixture
 def kill_at(monkeypatch):
-    """`kill_at(step)`: the next trainings break off at that step; None for not at all."""
+    """Return `kill_at(step)`, which stops the following trainings at that step; None stops none."""
 
     def kill(step):
         original = Training.trainer.__wrapped__ if hasattr(Training.trainer, "__wrapped__") else Training.trainer
@@ -76,7 +76,7 @@ def kill_at(monkeypatch):
 
 
 def test_when_heads_of_rlrr_are_selected():
-    """When the recipe says, if any are deactivated; otherwise there is nothing to select."""
+    """The recipe says when, if heads are deactivated; otherwise there is nothing to select."""
     recipe = {"head_warmup_epochs": 7}
     assert with_warmup(MethodSettings("rlrr", {"ne": 1}), recipe).get("head_warmup_epochs") == 7
     assert with_warmup(MethodSettings("rlrr", {"ratio": 0.25}), recipe).get("head_warmup_epochs") == 7
@@ -113,7 +113,7 @@ def test_methods(bench, name):
 
 
 def test_recipe_reaches_trainer(bench):
-    """Learning rates by an independent reading of the recipe; incomplete batches are left out of training alone."""
+    """Learning rates follow the recipe, read independently; only training drops incomplete batches."""
     spec = spec_of(bench, weight_decay=0.25)
     trainer = Training(spec, bench.places("out")).trainer(bench.root / "x")
     rates = []
@@ -144,7 +144,7 @@ def test_few_images_are_one_batch(bench):
 
 
 def test_protocol(bench, monkeypatch):
-    """The evaluation split is looked at once; test images never, when settings are chosen."""
+    """The evaluation split is used once; test images are never used while settings are chosen."""
     looked_at = []
     evaluate = Trainer.evaluate
     monkeypatch.setattr(
@@ -288,7 +288,7 @@ def test_a_branch_is_a_run_of_its_own(bench, name):
     alone, _ = run(variant, bench.places("alone"))
     assert plain(branch.result) == plain(alone.result)
     assert len(branch.result.epoch_losses) == 4
-    # which the trunk would not be, if it were not gone on from where it should
+    # this would fail if the trunk were not continued at the right step
     assert train_trunk(spec_of(bench, HEADS | {"bottleneck_dropout": 0.1}), bench.places("branch")) == trunk
 
 
@@ -328,7 +328,7 @@ def test_what_runs_can_share(bench):
     rlrr = spec_of(bench, {"name": "rlrr", "ne": 1})
     assert trunk_epochs(rlrr) == 2
     assert trunk_key(rlrr) == trunk_key(spec_of(bench, {"name": "rlrr", "ratio": 0.5, "criterion": "front"}))
-    for settings in ({}, {"ne": 0}):  # which has no head scored, and no masks in its file
+    for settings in ({}, {"ne": 0}):  # here no head is scored, and the file has no masks
         other = spec_of(bench, {"name": "rlrr"} | settings)
         assert trunk_epochs(other) == 0 and trunk_key(other) != trunk_key(rlrr)
     assert trunk_epochs(spec_of(bench, {"name": "lora"})) == 0
@@ -376,7 +376,7 @@ def test_a_twin_that_fails_leaves_the_run_alone(bench, monkeypatch, caplog):
 
 
 def test_a_twin_that_is_there_is_not_written_again(bench):
-    """As after a kill between the two files."""
+    """This is the state after a kill between the two files."""
     test = spec_of(bench)
     twin = replace(test, eval_split="val200")
     done, _ = run(test, bench.places("out"), also=(twin,))
@@ -400,7 +400,7 @@ def test_offline_tasks_must_be_whole(bench):
 
 
 def test_a_twin_is_a_result_of_the_code_that_trained_it(bench, monkeypatch):
-    """Whatever is committed or edited meanwhile."""
+    """This holds whatever is committed or edited meanwhile."""
     test = spec_of(bench)
     states = iter([("abc", True), ("abc", True), ("def", False), ("def", False)])
     monkeypatch.setattr("peft_heads.benchmark.records.environment.source_state", lambda: next(states))
@@ -415,7 +415,7 @@ def test_random_masks_are_drawn_by_every_run(bench):
     specs += [replace(specs[0], task="eurosat"), spec_of(bench, drawn | {"mask_seed": 1})]
     seeds = [training.random_mask_seed(spec) for spec in specs]
     assert len(set(seeds)) == 5
-    # what a mask is drawn with does not hang on how it is scored, or on the images that are looked at
+    # the seed of a mask depends neither on the scoring nor on the evaluated images
     assert seeds[0] == training.random_mask_seed(spec_of(bench, drawn | {"ne": 3, "mask_seed": 0}, final=False))
     model, _ = Training(specs[1], bench.places("out"))._model()
     assert model.peft_config["default"].mask_seed == seeds[1]

@@ -1,4 +1,4 @@
-"""What is run, what is chosen by validation images, and what a sweep leaves behind when it is killed or runs fail."""
+"""The runs of a sweep, the choice by validation images, and what is left when a sweep is killed or runs fail."""
 
 import random
 from dataclasses import replace
@@ -32,7 +32,7 @@ def plain(run):
 
 
 def table(folder):
-    """The report without what no two sweeps share: times."""
+    """Return the report without times, which differ between any two sweeps."""
     report = make_report(read_results(folder, unofficial=True), "vtab")["report.md"]
     return report[: report.index("what it cost")]
 
@@ -70,7 +70,7 @@ def result(spec, accuracy):
 
 
 def test_choice_by_validation(bench):
-    """The best scale of each variant and task, by its mean over the search's seeds; never by anything else."""
+    """The best scale of each variant and task is chosen only by its mean over the search's seeds."""
     sweep = sweep_of(bench, tasks=bench.tasks, seeds=(7, 8), search_seeds=(0, 1))
     accuracies = {  # of cifar; 10 has the best single run, 0.1 the better mean
         (0.1, 0): 0.6,
@@ -94,7 +94,7 @@ def test_choice_by_validation(bench):
         expected = 10 if spec.task == "eurosat" and spec.method["ne"] == 3 else 0.1
         assert spec.method["scale"] == expected
 
-    # where a candidate is not finished, the best of the others is no choice: the row is not run on this task
+    # while a candidate is unfinished, nothing is chosen: the row is not run on this task
     def lacking(spec):
         lost = spec.method.to_json() == HEADS | {"ne": 0, "scale": 0.1} and spec.task == "cifar" and spec.seed == 1
         return None if lost else results(spec)
@@ -162,7 +162,7 @@ def test_shared_warmup_is_trained_once(bench, monkeypatch):
     assert all(spec.method["ne"] == 1 for spec in trunks)
     execute(sweep.search(), bench.places("out"), outcome)
     assert len(trunks) == 2
-    # alone there is nothing to share
+    # a single run has nothing to share
     execute(sweep_of(bench, GRID | {"ne": 3, "criterion": "front", "scale": 5}).runs(
         [HEADS | {"ne": 3, "scale": 5}], (0,), final=False), bench.places("out"), outcome)  # fmt: skip
     assert len(trunks) == 2
@@ -184,7 +184,7 @@ def test_runs_of_one_training_are_trained_once(bench, monkeypatch):
     assert (len(trunks), len(trained), bars[0].count, bars[0].updates) == (0, 1, 2, 2)
     execute(specs, bench.places("out"), outcome := Outcome())
     assert (len(trunks), len(trained)) == (0, 2) and len(outcome.runs) == 4
-    # a result that is lost is made again, by itself
+    # only the lost result is made again
     outcome.runs[specs[1].run_id].path.unlink()
     execute(specs, bench.places("out"), again := Outcome())
     assert len(trained) == 3 and {k: plain(run) for k, run in again.runs.items()} == {
@@ -202,7 +202,7 @@ def test_the_rest_of_a_training_is_trained_together(bench, monkeypatch):
     execute(specs[:1], bench.places("out"), Outcome())
     execute(specs, bench.places("out"), outcome := Outcome())
     assert trained == [specs[0], specs[1]] and len(outcome.runs) == 3
-    # looked at in between, each has a best epoch of its own
+    # evaluated in between, each has a best epoch of its own
     execute(specs[:2], bench.places("between"), between := Outcome(), test_every=2)
     assert len(trained) == 4 and between.runs[test.run_id].result.best_on_test is not None
 
@@ -235,12 +235,12 @@ class Bar:
 
 
 class Killed(BaseException):
-    """Not an error of a run, which a sweep survives."""
+    """A kill. It is not an error of a run, which a sweep would survive."""
 
 
 @pytest.mark.slow
 def test_killed_at_random(bench, monkeypatch):
-    """A sweep that is killed anywhere and begun again ends with the same report."""
+    """A sweep that is killed at any point and started again ends with the same report."""
     method = HEADS | {"ne": [0, 1], "criterion": "absolute"}
     whole = run_sweep(sweep_of(bench, method), bench.places("whole"))
     from transformers import TrainerCallback
@@ -337,14 +337,14 @@ def test_a_damaged_result_stops_nothing(bench):
 
 
 def busy(spec, places):
-    """The lock that another process holds while it trains this run."""
+    """Hold the lock that another process would hold while it trains this run."""
     places.work.mkdir(parents=True, exist_ok=True)
     return filelock.FileLock(places.work / f".{spec.run_id}.lock")
 
 
 @pytest.mark.slow
 def test_a_refused_run_changes_no_choice(bench):
-    """Two sweeps in one folder: what one is training, the other can neither train nor leave out."""
+    """A run that one sweep is training can be neither trained nor left out by another in the same folder."""
     sweep, places = sweep_of(bench, HEADS | {"ne": [0, 1]}), bench.places("out")
     refused = next(spec for spec in sweep.search() if spec.method["ne"] == 0)
     with busy(refused, places):
@@ -390,7 +390,7 @@ def test_what_another_sweep_has_finished_meanwhile_counts(bench, monkeypatch):
 
 @pytest.fixture
 def made_up(monkeypatch):
-    """Runs have a result at once."""
+    """Runs return a made-up result at once."""
 
     def run(spec, places, **kwargs):
         found = find_result(places.output_dir, spec, unofficial=True)
@@ -410,7 +410,7 @@ def made_up(monkeypatch):
 
 
 def test_sweeps_of_other_values_in_one_folder(bench, made_up):
-    """Each chooses among its own candidates; a report on the folder among all."""
+    """Each sweep chooses among its own candidates; a report on the folder chooses among all."""
     places = bench.places("out")
     first = run_sweep(sweep_of(bench, HEADS | {"ne": 1, "scale": [0.1, 10]}), places)
     second = run_sweep(sweep_of(bench, HEADS | {"ne": 1, "scale": [0.1, 1]}), places)
@@ -445,7 +445,7 @@ def test_trunks_of_killed_sweeps_are_cleared(bench, made_up, monkeypatch):
     monkeypatch.setattr(
         execution, "train_trunk", lambda *args: seen.append(trunk_names(places.work)) or original(*args)
     )
-    # a sweep of another plan needs it not, the same plan does
+    # a sweep of another plan does not need it; one of the same plan does
     other = sweep_of(bench, HEADS | {"ne": 1, "scale": 5})
     run_sweep(sweep, places)
     assert kept[0] in seen[0] and trunk_names(places.work) == []
@@ -455,7 +455,7 @@ def test_trunks_of_killed_sweeps_are_cleared(bench, made_up, monkeypatch):
 
 
 def test_trunks_that_are_in_use_stay(bench):
-    """Those that runs of another process begin with, and those that one is training."""
+    """Trunks stay if runs of another process start from them, or if a process is training them."""
     sweep, places = sweep_of(bench, HEADS | {"ne": [0, 1]}), bench.places("out")
     for spec in sweep.search():
         trunk_module.trunk_folder(spec, places).mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The settings of the offline suite, and what is read out of its results."""
+"""The settings of the offline suite, and the evidence computed from its results."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ SEEDS = range(3)
 
 
 def records_of(settings, accuracy, tasks=TASKS, seeds=SEEDS):
-    """`accuracy(setting, task, seed)` gives (val, test)."""
+    """Make records; `accuracy(setting, task, seed)` returns (val, test)."""
     return [Record(s, t, k, *accuracy(s, t, k)) for s in settings for t in tasks for k in seeds]
 
 
@@ -38,7 +38,7 @@ def test_specs():
         assert training_key(test) == training_key(validation)
     rates = {spec.method.name: spec.recipe["learning_rate"] for spec in specs}
     assert rates == {"linear": 1e-2, "full": 1e-3, "lora": 1e-2, "head-masked-lora": 1e-2}
-    # results say the same wherever the package lies
+    # results do not depend on where the package is installed
     assert {spec.backbone for spec in specs} == {"peft_heads/vit_strokes"}
     masked = [spec for spec in specs if spec.method.name == "head-masked-lora"]
     assert {trunk_epochs(spec) for spec in masked} == {2}
@@ -63,7 +63,7 @@ def test_records_of_runs():
         Record("LoRA", "count", 2, 50.0, 25.0),
         Record("absolute ne=1, per layer", "count", 2, 50.0, 25.0, None, (2.0, 0.5, 2.125)),
     ]
-    # of layers that choose for themselves no heads are told, even if all have chosen alike
+    # no heads are reported for layers that choose separately, even if all chose the same
     alike = pair(settings.SIDE["absolute ne=1, per layer"], masks=masks)
     assert evidence.make_records(alike)[0].heads is None
     with pytest.raises(ValueError, match="LoRA count 2, val: two runs that differ in recipe or backbone"):
@@ -87,7 +87,7 @@ def test_records_on_disk(tmp_path):
 
 
 def noisy(tasks, seeds, by_task=0.0):
-    """LoRA, and full fine-tuning a point better, task by task by another `by_task` more."""
+    """Make LoRA, and full fine-tuning that is a point better, plus `by_task` more for each task."""
     draw = np.random.default_rng(0)
     noise = {(t, k): draw.normal() for t in tasks for k in seeds}
     gain = {t: 1 + i * by_task for i, t in enumerate(tasks)}
@@ -197,7 +197,7 @@ def test_tables():
     assert len(evidence_plots.plot_differences(tables["choice"]).axes) == 2
     with pytest.raises(ValueError, match="there are no rows of Why; sections: Does masking"):
         evidence_plots.plot_differences(tables["comparisons"], ["Why"])
-    # a mean over some of the tasks is none
+    # a mean over only some of the tasks is not reported
     part = evidence_tables.setting_table([r for r in records if r.task != "count"])
     assert {row.cells["mean"].mean for row in part.rows} == {None}
     assert evidence_tables.evidence_tables([]) == {}

@@ -1,4 +1,4 @@
-"""What is in effect though nobody gave it, and where a run departs from the recipe of its suite."""
+"""Settings that are in effect by default, and departures of a run from the recipe of its suite."""
 
 import json
 from dataclasses import replace
@@ -46,7 +46,7 @@ def test_settings_in_effect(method, some):
 
 
 def test_they_are_those_of_the_adapter():
-    """The same numbers as the configuration that is trained."""
+    """The numbers are those of the trained configuration."""
     from peft_heads.benchmark.engine.training import Training
 
     method = {"name": "head-masked-lora", "r": 32, "adapter_bits": 1, "scale": 0.5, "ne": 1}

@@ -118,7 +118,7 @@ def test_finished_runs_are_found(tmp_path):
 
 
 def test_contents_are_compared_where_both_know_them(tmp_path):
-    """Results of earlier versions have names, labels and sizes alone."""
+    """Results of earlier versions have only names, labels and sizes."""
 
     def environment(sha256, content=None):
         part = {"images": 3, "sha256": sha256} | ({} if content is None else {"content_sha256": content})

@@ -20,7 +20,7 @@ def panels(figure):
 
 
 def lines(axes):
-    """`{x: y}` of every line with a marker, by colour order."""
+    """Return `{x: y}` of every line with a marker, in the order of colours."""
     return [list(zip(*line.get_data(), strict=True)) for line in axes.get_lines() if line.get_marker() == "o"]
 
 

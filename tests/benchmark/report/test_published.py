@@ -30,7 +30,7 @@ def test_rows_are_whole_and_their_averages_follow_from_them(row):
     assert found == {key: pytest.approx(value, abs=0.006) for key, value in expected.items()}
 
 
-# All that is printed and does not follow, computed by hand from the papers' figures.
+# All printed values that do not follow from the papers' figures, computed by hand.
 DISAGREEMENTS = [
     (("RLRR", "3", "RLRR"), "mean of tasks", 90.4, 90.5),
     (("RLRR", "7", "MLP-4"), "structured", 31.2, 35.03),

@@ -52,7 +52,7 @@ def test_different_data_is_not_averaged():
 
 
 def test_different_contents_are_not_averaged():
-    """Beside results of earlier versions, which do not know theirs."""
+    """The same holds beside results of earlier versions, which do not record their contents."""
 
     def run(seed, content=None):
         part = {"sha256": "1"} | ({} if content is None else {"content_sha256": content})

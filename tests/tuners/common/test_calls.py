@@ -1,4 +1,4 @@
-"""A layer whose weight is read instead of its being called is found, in the first forward pass at the latest."""
+"""A layer whose weight is read although it is never called is found, in the first forward pass at the latest."""
 
 import copy
 import pickle
@@ -32,7 +32,7 @@ class Projections(nn.Module):
 
 
 class Attention(Projections):
-    """q, k and v by ordinary calls."""
+    """Attention that calls q, k and v in the ordinary way."""
 
     def forward(self, x):
         q, k, v = (p(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in self.projections())
@@ -43,7 +43,7 @@ class Attention(Projections):
 
 
 class ReadingAttention(Attention):
-    """Its own code does not show that q and v are never called."""
+    """Attention whose own code does not show that q and v are never called."""
 
     def forward(self, x):
         q, k, v = (linear(p, x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in self.projections())
@@ -51,7 +51,7 @@ class ReadingAttention(Attention):
 
 
 class PlainReadingAttention(Projections):
-    """Its own code shows it."""
+    """Attention whose own code shows that q and v are never called."""
 
     def forward(self, x):
         return self.out(F.linear(x, self.q_proj.weight) * self.k_proj(x) * F.linear(x, self.v_proj.weight.T))
@@ -147,7 +147,7 @@ def test_a_layer_that_is_merely_not_used_is_no_error():
 
 
 def test_skipped_modules_are_judged_when_they_run():
-    """Layer drop, and the predictor of V-JEPA 2."""
+    """Examples are layer drop, and the predictor of V-JEPA 2."""
     model = get_peft_model(Net(), HeadMaskedLoraConfig(ne=1))
     blocks = model.get_base_model().blocks
     last = blocks[1]
@@ -183,7 +183,7 @@ def test_layers_of_a_second_adapter():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_after_unloading(compiled):
-    """What an unloaded adapter has left behind is no fault of the next, nor of the base model."""
+    """Traces of an unloaded adapter cause no error for the next adapter or the base model."""
     net = get_peft_model(Net(ReadingAttention), HeadMaskedLoraConfig(ne=1)).unload()
     run = torch.compile(net, backend="eager", fullgraph=True) if compiled else net
     run(X)
@@ -248,7 +248,7 @@ def test_multihead_attention_and_its_encoder_layer():
 @pytest.mark.filterwarnings("ignore:.*there is no place for a bias in the checkpoint format of VideoMAE")
 @pytest.mark.parametrize("make_config", [HeadMaskedLoraConfig, RLRRConfig])
 def test_videomae(make_config):
-    """transformers 4 reads the weights of query and value, transformers 5 calls the layers: refused, or it acts."""
+    """transformers 4 reads the weights of query and value, and is refused; transformers 5 calls the layers."""
     model = VideoMAEForVideoClassification(
         VideoMAEConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=32,
                        patch_size=8, num_frames=4)
@@ -273,7 +273,7 @@ def test_videomae(make_config):
 @pytest.mark.parametrize("make_config", [HeadMaskedLoraConfig, RLRRConfig])
 @pytest.mark.parametrize("version", [1, 2])
 def test_torchvision_swin(version, make_config):
-    """Its attention hands the weight of qkv to a function."""
+    """Its attention passes the weight of qkv to a function."""
     swin = pytest.importorskip("torchvision.models.swin_transformer", exc_type=ImportError)
     block = {1: swin.SwinTransformerBlock, 2: swin.SwinTransformerBlockV2}[version]
     merging = {1: swin.PatchMerging, 2: swin.PatchMergingV2}[version]

@@ -25,7 +25,7 @@ PLANTS = {0: "oak", 1: "pea", 2: "rye", 3: "fig", 4: "yew"}
 
 
 def saved(folder, labels, head, seed):
-    """An adapter on a classifier with these labels, whose logits are returned with its folder."""
+    """Save an adapter on a classifier with these labels; return its folder and logits."""
     vit = tiny.make("vit", num_labels=len(labels))
     vit.config.id2label, vit.config.label2id = dict(labels), {label: i for i, label in labels.items()}
     model = get_peft_model(vit, HeadMaskedLoraConfig(ne=1)).eval()
@@ -89,7 +89,7 @@ def test_the_first_adapter_may_differ_from_the_base_model(adapters):
 
 
 def test_stock_peft_raises(adapters, tmp_path):
-    """The control: delete all of this when it no longer does."""
+    """This is the control: delete our handling once stock PEFT no longer raises."""
     stock = get_peft_model(
         tiny.make("vit", num_labels=5), LoraConfig(target_modules=tiny.now(["q_proj"]), modules_to_save=["classifier"])
     )
@@ -172,7 +172,7 @@ def test_an_adapter_without_a_head_leaves_the_labels_alone(tmp_path):
 
 
 def test_labels_set_after_creation_survive_loading_weights(tmp_path):
-    """As Trainer does on resuming, and for load_best_model_at_end."""
+    """Trainer loads weights on resuming, and for load_best_model_at_end."""
     model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=0))
     config = model.get_base_model().config
     config.id2label, config.label2id = dict(ANIMALS), {label: i for i, label in ANIMALS.items()}
@@ -256,7 +256,7 @@ def labelled(names):
 
 
 def test_a_configuration_that_serves_for_several_models(tmp_path):
-    """What one model has left in it is not the next one's: neither labels nor image processor."""
+    """Neither labels nor image processor of one model are passed to the next."""
     config = HeadMaskedLoraConfig(ne=1)
     for names in (["cat", "dog", "eel"], ["a", "b", "c"], ["oak", "pea", "rye", "fig", "yew"]):
         model = get_peft_model(labelled(names), config)
@@ -282,7 +282,7 @@ def test_a_configuration_for_two_adapters_of_one_model(tmp_path):
 
 @pytest.mark.parametrize("how", ["get_peft_model", "add_adapter"])
 def test_a_saved_configuration_for_a_new_adapter(tmp_path, how):
-    """The labels in the folder are those of the weights in it, which are not loaded; and it may be gone."""
+    """The folder's labels belong to its weights, which are not loaded; and the folder may be deleted."""
     get_peft_model(labelled(["cat", "dog", "eel"]), HeadMaskedLoraConfig(ne=0)).save_pretrained(tmp_path / "saved")
     config = HeadMaskedLoraConfig.from_pretrained(tmp_path / "saved")
     base = labelled(["oak", "pea", "rye", "fig", "yew"])
@@ -363,7 +363,7 @@ def test_mismatched_heads_are_ignored_if_asked(five_classes, load):
     compared = [key for key in mine if "classifier" not in key and not key.endswith("_packed")]
     assert all(torch.equal(mine[key], saved[key]) for key in compared if key in saved)
 
-    model = load(base(ANIMALS), five_classes)  # not asked to, the file's classifier takes over
+    model = load(base(ANIMALS), five_classes)  # without the option, the file's classifier takes over
     assert labels_of(model) == PLANTS and logits(model).shape == (4, 5)
 
 

@@ -54,7 +54,7 @@ def base_weights(model):
 
 
 def deltas(model, adapter):
-    """`{module: (update of the weight, of the bias)}`"""
+    """Return `{module: (update of the weight, of the bias)}`."""
     found = {}
     for name, layer in model.named_modules():
         if adapter in getattr(layer, "lora_A", ()):
@@ -162,7 +162,7 @@ def test_sums_are_exact(name, combination_type, tmp_path):
 
 
 def test_the_linear_sum_has_the_products_of_the_factors():
-    """As stock LoRA has it where rsLoRA is not used: adapters of the same scaling give the same sum."""
+    """As in stock LoRA without rsLoRA, adapters of the same scaling have the same sum."""
     options = {"r": 4, "modules_to_save": [], "ne": 0}
     sums = []
     for config in (
@@ -178,7 +178,7 @@ def test_the_linear_sum_has_the_products_of_the_factors():
 
 @pytest.mark.filterwarnings("ignore:the adapter saved to")
 def test_a_linear_sum_with_ranks_by_pattern_can_be_loaded(tmp_path):
-    """Its layers have the rank that its configuration says."""
+    """Its layers have the rank that its configuration states."""
     model = create(*[HeadMaskedLoraConfig(ne=1, modules_to_save=[], **LORA["patterns"])] * 2)
     model.add_weighted_adapter(["one", "two0"], [0.5, 2.0], "sum", combination_type="linear")
     model.set_adapter("sum")
@@ -234,7 +234,7 @@ def test_refused(name):
 
 
 def test_what_fails_later_is_undone():
-    """PEFT allows one adapter alone to train biases of the base model, and says so when another is created."""
+    """PEFT lets only one adapter train biases of the base model, and refuses another while it is created."""
     model = create(HeadMaskedLoraConfig(ne=0, bias="all"))
     before, keys = logits(model), model.state_dict().keys()
     trained = {n for n, p in model.named_parameters() if p.requires_grad}

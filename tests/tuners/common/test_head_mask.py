@@ -34,7 +34,7 @@ def method(request):
 
 
 def make(method, seed=0, off=2, **options):
-    """A model whose adapter does something, with one head off in every projection."""
+    """Make a model whose adapter has an effect, with one head off in every projection."""
     model = get_peft_model(tiny.make("vit"), METHODS[method](**options))
     generator = torch.Generator().manual_seed(seed)
     for param in model.parameters():
@@ -59,7 +59,7 @@ def masks(model, adapter_name="default"):
 
 
 def as_before(state_dict):
-    """A state dict as earlier versions of this package had it."""
+    """Return a state dict in the form of earlier versions of this package."""
     return {
         key.removesuffix(".off") + ".mask" if key.endswith("_head_mask.default.off") else key: (
             ~value if key.endswith("_head_mask.default.off") else value
@@ -178,7 +178,7 @@ def test_an_exponential_average_keeps_a_head_off(method, way, decay, tmp_path):
 
 
 def test_an_average_that_leaves_bool_buffers_alone_is_given_the_masks(method):
-    """As ema_pytorch does, which averages what is of floating point."""
+    """ema_pytorch, for instance, averages only floating-point values."""
     model = make(method, off=None)
     average = copy.deepcopy(model)
     set_head_masks(model, tiny.masks_off(model, 2))
@@ -204,11 +204,11 @@ def test_averages_of_equal_weight(method):
     assert masks(of_buffers) == masks(model)
 
 
-# Ways into a model that ask no tuner
+# Ways into a model that bypass the tuner
 
 
 def test_weights_that_are_swapped_in(tmp_path):
-    """`hotswap_adapter_from_state_dict` by itself, as a caller with a file's tensors uses it."""
+    """A caller with a file's tensors may call `hotswap_adapter_from_state_dict` directly."""
     model, other = make("lora", modules_to_save=[]), make("lora", seed=1, off=4, modules_to_save=[])
     other.save_pretrained(tmp_path)
     tensors = _insert_adapter_name_into_state_dict(

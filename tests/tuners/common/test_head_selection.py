@@ -30,7 +30,7 @@ def test_they_are_fields_of_the_method_and_saved(config_class, tmp_path):
     assert issubclass(config_class, HeadSelectionConfig) and issubclass(config_class, AdapterFolderConfig)
     config_class(ratio=0.5, criterion="random", mask_seed=3, num_heads={"qkv": 4}).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert list(saved) == sorted(saved)  # so that the order of the fields is nobody's business
+    assert list(saved) == sorted(saved)  # so that callers cannot depend on the order of the fields
     settings = {name: saved[name] for name in HEAD_SELECTION}
     assert settings == {
         "ne": None,
@@ -46,7 +46,7 @@ def test_they_are_fields_of_the_method_and_saved(config_class, tmp_path):
 
 
 def test_no_field_of_a_method_or_of_peft_moves():
-    """What was given by position before there were fields of ours is still given so."""
+    """Arguments that could be passed by position before our fields existed still can."""
     positional = names_of(HeadMaskedLoraConfig, kw_only=False, init=True)
     assert positional == names_of(LoraConfig, init=True)
     positional = names_of(RLRRConfig, kw_only=False, init=True)

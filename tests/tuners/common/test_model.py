@@ -1,4 +1,4 @@
-"""Merging adapters other than the active one: projections, trained heads and labels belong together."""
+"""Merging adapters other than the active one: projections, trained classifiers and labels belong together."""
 
 import pytest
 import tiny
@@ -31,7 +31,7 @@ def labels(model):
 
 @pytest.fixture(params=CONFIGS)
 def pair(request, tmp_path):
-    """A model with adapters one (3 classes, active) and two (5), and the logits of each."""
+    """Return a model with adapters one (3 classes, active) and two (5), and the logits of each."""
     make, expected = CONFIGS[request.param], {}
     for seed, (name, id2label) in enumerate(NAMES.items()):
         vit = tiny.make("vit", num_labels=len(id2label))

@@ -1,4 +1,4 @@
-"""Options say what the fields of configurations say."""
+"""Options have the types, choices and help of the configurations' fields."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -34,7 +34,7 @@ class Fields(PeftConfig):
         ("share", float, None, 0.5),
         ("word", str, None, "w"),
         ("kind", Literal["a", "b"], ("a", "b"), "a"),
-        ("bits", int, None, 1),  # the configuration says which there are
+        ("bits", int, None, 1),  # the configuration has the choices
         ("named", Literal["one", "two"], ("one", "two"), "one"),
     ],
 )

@@ -1,4 +1,4 @@
-"""When the codes of k-bit weights are decided, and what may not be done to such weights."""
+"""When the codes of k-bit weights are computed, and what such weights do not allow."""
 
 import copy
 import subprocess
@@ -16,7 +16,8 @@ from peft_heads.tuners.common import quantizer
 
 
 K_BIT = {"adapter_bits": 2, "classifier_bits": 2}
-ORIGINAL_PREPARE = hotswap.prepare_model_for_compiled_hotswap.__wrapped__  # as whoever imported it before us has it
+# the function that modules which imported it before us still have
+ORIGINAL_PREPARE = hotswap.prepare_model_for_compiled_hotswap.__wrapped__
 
 
 def make(seed=0, rank=4, **options):
@@ -33,7 +34,7 @@ def trained(model):
 
 
 def through_data(model, other):
-    """As averages write and restore weights: no version counter moves."""
+    """Write weights as averages do, without changing a version counter."""
     for param, value in zip(trained(model), trained(other), strict=True):
         param.data.copy_(value)
 
@@ -54,7 +55,7 @@ def inference_mode(model):
 
 
 def frozen(model):
-    """Gradients are on, but no weight asks for one."""
+    """Gradients are enabled, but no weight needs one."""
     for param in model.parameters():
         param.requires_grad_(False)
     return model(tiny.images()).logits
@@ -73,7 +74,7 @@ def test_weights_written_through_data_are_seen_without_gradients(run):
 
 
 def test_after_a_pass_that_did_not_reach_all_layers():
-    """What it has decided of the others holds no longer."""
+    """The codes that it has computed for the other layers are no longer valid."""
     model, other = make(), make(seed=1)
     layer = list(head_layers(model).values())[-1]
 
@@ -90,7 +91,7 @@ def test_after_a_pass_that_did_not_reach_all_layers():
 
 
 def test_a_pass_without_gradients_leaves_the_training_as_it_was():
-    """An average that is looked at, in the same mode, between a step and the next pass."""
+    """An average is evaluated, in the same mode, between a step and the next pass."""
     model, average = make().train(), make(seed=1)
     undisturbed = copy.deepcopy(model)
     for one in (undisturbed, model):
@@ -191,7 +192,7 @@ def test_another_rank_is_not_swapped_in(rank, tmp_path):
 
 
 def test_fewer_targets_are_swapped_in(tmp_path):
-    """Zeros in the place of a whole matrix have the mean and deviation 0, and act by zeros."""
+    """Zeros in place of a whole matrix have mean and deviation 0, and act as zeros."""
     options = {"modules_to_save": [], "classifier_bits": 32}
     other = get_peft_model(
         tiny.make("vit"), HeadMaskedLoraConfig(ne=1, r=4, target_modules=tiny.now(["v_proj"]), **(K_BIT | options))

@@ -1,4 +1,4 @@
-"""The registry of methods: what is registered is known wherever methods are, and nothing is registered twice."""
+"""The registry of methods: a registered method is known everywhere, and nothing is registered twice."""
 
 import ast
 from dataclasses import replace
@@ -97,7 +97,7 @@ def test_names_that_are_taken(changes, message):
 
 
 def test_a_method_of_peft_may_have_its_own_name():
-    """Its options, for the commands; PEFT has the tuner."""
+    """The record adds options for the commands; PEFT has the tuner."""
     with registered(Method(name="loha", help="LoHa", config=LoHaConfig, options=("r", "alpha"))) as method:
         assert method.prefix == "hada_" and method.peft_type == "LOHA" and not is_own_type("LOHA")
         assert {name: option.default for name, option in method.option_table.items()} == {"r": 8, "alpha": 8}
@@ -111,7 +111,7 @@ def test_options_that_are_no_fields():
 
 
 def test_nothing_else_names_a_method():
-    """A method costs its folder and its registration: no other code asks which of ours it has before it."""
+    """A method costs its folder and its registration: no other code tests for one of our methods."""
     root, found = Path(peft_heads.__file__).parent, []
     names = ("RLRR", "rlrr", "HEAD_MASKED_LORA", "head-masked-lora", "THROW_AWAY")
     files = [path for path in root.rglob("*.py") if path.parent.name not in ("rlrr", "head_masked_lora")]
@@ -126,7 +126,7 @@ def test_nothing_else_names_a_method():
 
 
 def test_a_method_that_says_nothing_of_norms(tmp_path, monkeypatch):
-    """`inspect` says that it has none, instead of showing nothing."""
+    """`inspect` states that there are no norms, instead of showing nothing."""
     tiny.make("vit").save_pretrained(tmp_path / "base")
     base = AutoModelForImageClassification.from_pretrained(tmp_path / "base")
     get_peft_model(base, RLRRConfig()).save_pretrained(tmp_path / "adapter")

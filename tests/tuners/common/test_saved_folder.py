@@ -41,7 +41,7 @@ def edit(folder, tensors=None, **settings):
 
 
 def state(model):
-    """Everything that loading could change."""
+    """Return everything that loading could change."""
     tensors = {name: (param.data.clone(), param.requires_grad) for name, param in model.named_parameters()}
     return [type(m) for m in model.modules()], tensors, dict(model.config.id2label)
 
@@ -123,7 +123,7 @@ def test_nothing_is_changed(tmp_path, kind):
     before = state(model)
     with pytest.raises(ValueError, match=message):
         model.load_adapter(tmp_path / "wrong", "other")
-    if tensors is not None:  # into an adapter that is there, of the right settings
+    if tensors is not None:  # into an existing adapter with the right settings
         with pytest.raises(ValueError, match=message):
             model.load_adapter(tmp_path / "wrong", "default")
     assert list(model.peft_config) == ["default"]
@@ -141,7 +141,7 @@ def test_a_huge_rank_takes_neither_memory_nor_time(tmp_path):
 
 @pytest.mark.parametrize("make_config", [HeadMaskedLoraConfig, RLRRConfig])
 def test_an_adapter_saved_where_no_classifier_was_found(tmp_path, make_config):
-    """It loads onto a model whose classifier is found, and leaves that alone."""
+    """It loads onto a model whose classifier is found, and does not change that classifier."""
     model = save(tmp_path, make_config(ne=1, modules_to_save=[]))
     edit(tmp_path, modules_to_save=None)
     x = tiny.images()
@@ -282,7 +282,7 @@ def test_long_patterns(config):
 
 
 def test_k_bit_adapters_of_every_width_are_the_first_thing_loaded(tmp_path, monkeypatch):
-    """The trial without numbers leaves nothing behind that the adapter itself would take up."""
+    """The trial on a skeleton leaves nothing behind that the adapter itself would use."""
     wanted = {}
     for bits in (1, 2, 4, 8):
         model = save(tmp_path / str(bits), HeadMaskedLoraConfig(ne=0, adapter_bits=bits, classifier_bits=bits))
@@ -324,7 +324,7 @@ def test_said_to_be_stock_lora(tmp_path, config):
 
 
 class Embedded(nn.Module):
-    """A model with a token embedding by the name that PEFT knows."""
+    """A model with a token embedding under the name that PEFT knows."""
 
     def __init__(self):
         super().__init__()
@@ -335,7 +335,7 @@ class Embedded(nn.Module):
 
 
 def test_embeddings_that_peft_saves_with_the_adapter(tmp_path):
-    """`save_embedding_layers=True` writes them whether they are targeted or not; loading puts them into the model."""
+    """`save_embedding_layers=True` always writes them, targeted or not; loading puts them into the model."""
     model = get_peft_model(Embedded(), HeadMaskedLoraConfig(ne=0, target_modules=["lin0"], modules_to_save=[]))
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     saved = torch.ones(10, 8)
@@ -345,7 +345,7 @@ def test_embeddings_that_peft_saves_with_the_adapter(tmp_path):
 
 
 def test_the_random_start_of_velora(tmp_path):
-    """It normalises numbers, which the skeleton has not on which a folder is tried."""
+    """It normalises numbers, but the skeleton on which a folder is checked has none."""
     config = HeadMaskedLoraConfig(velora_config=VeloraConfig(num_groups=4, init_type="random"))
     model = save(tmp_path, config)
     loaded = PeftModel.from_pretrained(tiny.make("vit"), tmp_path)
@@ -355,7 +355,7 @@ def test_the_random_start_of_velora(tmp_path):
 
 
 def test_an_initialisation_that_peft_s_annotation_does_not_list(tmp_path):
-    """PEFT takes lora_ga for `init_lora_weights`, whatever the field's type says."""
+    """PEFT accepts lora_ga for `init_lora_weights`, although the field's type does not list it."""
     save(tmp_path, HeadMaskedLoraConfig(ne=0))
     edit(tmp_path, init_lora_weights="lora_ga")
     PeftModel.from_pretrained(tiny.make("vit"), tmp_path)

@@ -19,7 +19,7 @@ from peft_heads.tuners.common.saved_keys import (
 BASE = "base_model.model."
 NEW = [f"vit.layers.{i}.attention.{name}" for i in range(2) for name in ("q_proj", "v_proj")]
 OLD = [f"vit.encoder.layer.{i}.attention.attention.{name}" for i in range(2) for name in ("query", "value")]
-# the names of the model at hand, and those by which the other transformers knows the same modules
+# the names in this model, and those of the same modules in the other version of transformers
 HERE, THERE = (OLD, NEW) if tiny.OLD_NAMES else (NEW, OLD)
 QUERY = HERE[0].rpartition(".")[2]
 
@@ -100,7 +100,7 @@ def test_a_configuration_of_the_same_names_is_left_alone():
 
 
 def test_modules_trained_in_full_follow(tmp_path):
-    """In a configuration; of a file PEFT looks them up before they can be renamed, so that it is refused."""
+    """A configuration is renamed; a file is refused, because PEFT looks them up before they can be renamed."""
     end = THERE[0].rpartition(".")[2]
     config = HeadMaskedLoraConfig(modules_to_save=["classifier", end])
     follow_renames(config, THERE[1:2], ["classifier", THERE[0]], tiny.make("vit"))

@@ -1,4 +1,4 @@
-"""What a method without heads gets for its few lines: a gain for every output of some linear layers."""
+"""What a short method without heads inherits: a gain for every output of some linear layers."""
 
 from dataclasses import dataclass
 

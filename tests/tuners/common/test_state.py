@@ -1,4 +1,4 @@
-"""What is known of an adapter while it is in memory: with the tuner, by adapter, and not in its configuration."""
+"""The run-time state of an adapter lies on the tuner, by adapter name, and not in its configuration."""
 
 import copy
 import pickle
@@ -28,7 +28,7 @@ def make(request):
 
 
 def attributes(config):
-    """What hangs on a configuration beside its fields."""
+    """Return the attributes of a configuration that are no fields."""
     return set(vars(config)) - set(type(config).__dataclass_fields__)
 
 

@@ -1,4 +1,4 @@
-"""An adapter whose criterion nobody has registered here loads, with its masks; only a selection by it is an error."""
+"""An adapter with an unregistered criterion loads, with its masks; only a selection by it is an error."""
 
 import contextlib
 import json
@@ -59,7 +59,7 @@ def test_everything_loads_it(folder):
 
 
 def test_repositories_as_well(folder, monkeypatch):
-    """PEFT constructs the configuration of a repository before our class is asked."""
+    """PEFT constructs the configuration of a repository before it calls our class."""
     monkeypatch.setattr("peft_heads._compat.peft.own_config_class", lambda *args: None)
     with pytest.warns(UserWarning, match=WARNING):
         config = PeftConfig.from_pretrained(folder)
@@ -69,7 +69,7 @@ def test_repositories_as_well(folder, monkeypatch):
 def test_it_is_saved_and_copied_as_it_was(folder, tmp_path):
     with pytest.warns(UserWarning, match=WARNING):
         model = PeftModel.from_pretrained(tiny.make("vit"), folder)
-    model.add_weighted_adapter(["default"], [1.0], "sum")  # PEFT copies the configuration by creating it anew
+    model.add_weighted_adapter(["default"], [1.0], "sum")  # PEFT copies the configuration by constructing it again
     assert model.peft_config["sum"].criterion == "theirs"
     model.save_pretrained(tmp_path / "again", selected_adapters=["default"])
     assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["criterion"] == "theirs"
@@ -126,7 +126,7 @@ def test_a_new_configuration_is_refused_and_so_is_one_of_another_type(folder, mo
 
 @pytest.mark.parametrize("ne", [2, -1])
 def test_a_new_configuration_is_new_once_another_was_read(folder, ne):
-    """Also where the reading has failed."""
+    """This holds even if the reading has failed."""
     edit(folder, ne=ne)
     with warnings.catch_warnings(), contextlib.nullcontext() if ne > 0 else pytest.raises(ValueError, match="got -1"):
         warnings.simplefilter("ignore")

@@ -125,6 +125,6 @@ def test_from_lora(backbone, tmp_path):
 
 
 def test_a_file_that_does_not_say_its_type(tmp_path):
-    """PEFT takes such a file where the class is known."""
+    """PEFT accepts such a file if the class is known."""
     (tmp_path / "adapter_config.json").write_text('{"ne": 2}')
     assert HeadMaskedLoraConfig.from_pretrained(tmp_path).ne == 2

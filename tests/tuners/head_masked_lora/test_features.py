@@ -1,4 +1,4 @@
-"""What LoRA has beside the contract (tests/tuners/test_contract.py), asked of every row of head-masked LoRA."""
+"""LoRA's features beyond the contract (tests/tuners/test_contract.py), tested for every row of head-masked LoRA."""
 
 import copy
 import dataclasses
@@ -46,7 +46,7 @@ LORA = rows_of_method(HeadMaskedLora)
 
 @behaviour(LORA)
 def test_plain_lora_file(case):
-    """Stock PEFT reads what we save, and computes the same."""
+    """Stock PEFT reads the saved file, and computes the same."""
     model = create(case)
     file = {key: value for key, value in get_peft_model_state_dict(model).items() if value.dtype != torch.bool}
     other = create(case, seed=3)  # other values
@@ -77,7 +77,7 @@ def test_half_precision(case):
 
 @behaviour(LORA)
 def test_scale(case):
-    """`set_scale`, `scale_layer`, `unscale_layer`."""
+    """`set_scale`, `scale_layer` and `unscale_layer` act as in stock LoRA."""
     model = create(case)
     stock = case.method.reference(case, model)
     expected = logits(stock)
@@ -126,7 +126,7 @@ def test_hotswap(case, tmp_path):
 
 @behaviour(LORA)
 def test_save_as_lora(case, tmp_path):
-    """Written anew by PEFT, from the delta weight."""
+    """PEFT computes a new LoRA from the delta weight."""
     model = create(case)
     save_as_lora(tmp_path, model, rank=24 if case.backbone == "vit" else 12)
     stock = PeftModel.from_pretrained(tiny.make(case.backbone), tmp_path)
@@ -137,7 +137,7 @@ def test_save_as_lora(case, tmp_path):
 @behaviour(LORA)
 @pytest.mark.parametrize("combination_type", ["linear", "svd", "cat"])
 def test_add_weighted_adapter(case, combination_type):
-    """A head of the sum is active where it is in any of the summands."""
+    """A head is active in the sum if it is active in any summand."""
     case = case.varied(modules_to_save=[])  # which PEFT does not sum
     model = create(case, "default", "other")
     stock = case.method.reference(case, model)
@@ -177,7 +177,7 @@ def test_add_weighted_adapter_of_one(case):
 
 @behaviour(LORA)
 def test_stock_adapter_joins(case, tmp_path):
-    """`from_lora`: a stock adapter of the same options beside ours, switched to and mixed in."""
+    """By `from_lora` a stock adapter of the same options can be switched to, and used in mixed batches."""
     ours = create(case, seed=1)
     stock = case.method.stock(case, create(case))
     stock.save_pretrained(tmp_path)
@@ -192,7 +192,7 @@ def test_stock_adapter_joins(case, tmp_path):
         deactivate(case, ours, "stock")
 
 
-# Every option of LoRA is a row, refused, or has no part in this
+# Every option of LoRA is a row, is refused, or does not matter here
 
 
 ROWS = {option for case in LORA.values() for option in case.options} & {f.name for f in dataclasses.fields(LoraConfig)}
@@ -265,7 +265,7 @@ def test_plain_lora_takes_what_masks_refuse(option):
 
 
 def test_conversion_from_an_initialisation_is_refused(tmp_path):
-    """PEFT then writes `lora_A` and `lora_B` alone, of twice the rank."""
+    """PEFT then writes only `lora_A` and `lora_B`, of twice the rank."""
     model = create(LORA["orthogonal"].varied(modules_to_save=[]))
     model.save_pretrained(tmp_path / "initial")
     with pytest.raises(ValueError, match="path_initial_model_for_weight_conversion .* no masks"):
@@ -273,7 +273,7 @@ def test_conversion_from_an_initialisation_is_refused(tmp_path):
 
 
 def test_hotswap_of_an_adapter_with_fewer_targets(tmp_path):
-    """PEFT fills what the file does not hold with zeros: no update, and no head off, which `mask_scope="head"` shows."""
+    """PEFT fills missing tensors with zeros: no update and no head off, as `mask_scope="head"` shows."""
     for name in ("plain", "head scope"):
         case = LORA[name].varied(modules_to_save=[])
         model = create(case)
@@ -326,7 +326,7 @@ def test_hotswap_of_another_number_of_heads(tmp_path):
 
 
 def test_add_weighted_adapter_under_a_name_that_exists():
-    """PEFT leaves it alone, so its heads stay as they are."""
+    """PEFT does not change the adapter, so its heads stay as they are."""
     model = create(LORA["plain"])
     model.add_adapter("sum", HeadMaskedLoraConfig(ne=1))
     set_head_masks(model, tiny.masks_off(model, 3), "sum")

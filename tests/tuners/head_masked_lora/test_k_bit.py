@@ -1,4 +1,4 @@
-"""k-bit adapters: what they start from, how often they are quantised, and that nothing else sees the difference."""
+"""k-bit adapters: their initialisation, how often they are quantised, and that nothing else is affected."""
 
 import copy
 import gc
@@ -34,7 +34,7 @@ def logits(model):
 
 @pytest.fixture
 def decisions(monkeypatch):
-    """The shapes of the stacks that have been quantised."""
+    """List the shapes of the stacks that are quantised."""
     shapes = []
     decide = quantizer.decide
     monkeypatch.setattr(quantizer, "decide", lambda w, *args: shapes.append(tuple(w.shape)) or decide(w, *args))
@@ -42,7 +42,7 @@ def decisions(monkeypatch):
 
 
 def test_initialisation():
-    """`lora_A` as LoRA has it, from the same seed; `lora_B` a normal with deviation 0.001 cut off at ±0.002."""
+    """`lora_A` equals LoRA's from the same seed; `lora_B` is normal with deviation 0.001, cut off at ±0.002."""
     targets = {"target_modules": tiny.now(["q_proj", "v_proj"]), "modules_to_save": ["classifier"]}
     torch.manual_seed(1)
     stock = get_peft_model(tiny.make("vit"), LoraConfig(r=4, **targets))
@@ -60,7 +60,7 @@ def test_initialisation():
 
 @pytest.mark.parametrize("bits", BITS)
 def test_gradients_are_those_of_the_plain_expression(bits):
-    """Latents of a whole model against a stock LoRA whose weights are the expression that autograd differentiates."""
+    """A whole model is compared with stock LoRA whose weights are the expression that autograd differentiates."""
     ours = make(bits, ne=1).double().eval()
     tiny.randomize_lora(ours, std=0.1)
     set_head_masks(ours, tiny.masks_off(ours, 2))
@@ -132,7 +132,7 @@ def test_changes_are_seen(change):
 
 
 class WritesThroughData(torch.optim.Optimizer):
-    """As many optimizers do: no version counter moves."""
+    """An optimizer that, like many, changes no version counter."""
 
     def __init__(self, params):
         super().__init__(params, {})
@@ -189,7 +189,7 @@ def test_scorer_hears_a_compiled_model():
 
 
 def test_kept_decisions_serve_any_mode():
-    """Made without gradients, in inference mode or under autocast, they are used by a training pass."""
+    """Made without gradients, in inference mode or under autocast, they serve a training pass."""
     model = make()
     expected = copy.deepcopy(model)
     expected(**tiny.batch()).loss.backward()
@@ -227,7 +227,7 @@ def test_raw_rows_of_deactivated_heads_do_not_matter():
 
 @pytest.mark.parametrize("bits", [1, 8])
 def test_autocast(bits):
-    """Quantised in float32; only then cast."""
+    """Weights are quantised in float32, and only then cast."""
     model = make(bits)
     tiny.randomize_lora(model)
     stock = get_peft_model(
@@ -273,7 +273,7 @@ def test_export_to_stock_lora(tmp_path):
     torch.testing.assert_close(logits(stock), logits(model), rtol=0, atol=1e-6)
 
 
-# The classification head
+# The classifier
 
 
 def test_classifier_bits(tmp_path):
@@ -296,7 +296,7 @@ def test_classifier_bits(tmp_path):
 
 
 def test_classifier_bits_alone_with_other_sizes(tmp_path):
-    """Full-precision adapter with `ne=0`; loaded beside one with more classes."""
+    """A full-precision adapter with `ne=0` is loaded beside one with more classes."""
     model = get_peft_model(tiny.make("vit", num_labels=5), HeadMaskedLoraConfig(ne=0, classifier_bits=2))
     tiny.train(model)
     model.save_pretrained(tmp_path)
@@ -357,7 +357,7 @@ def test_after_a_plain_layer():
 
 
 def test_a_part_of_a_weight_is_refused():
-    """As ZeRO 3 and FSDP1 leave it."""
+    """ZeRO 3 and FSDP1 leave only a part of a weight."""
     model = make()
     layers(model)[0].lora_B["default"].weight.data = torch.empty(0)
     with pytest.raises(ValueError, match=r"whole matrix \(24, 4\), but this process holds a part of the shape \(0,\)"):

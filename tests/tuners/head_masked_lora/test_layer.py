@@ -43,7 +43,7 @@ def test_compiled_forward_matches(model):
 @pytest.mark.parametrize("kind", ["pre-hook", "hook", "backward pre-hook", "backward hook", "wrapper", "forward"])
 @pytest.mark.parametrize("scope", ["adapter", "head"])
 def test_lora_B_is_called_where_something_waits_for_the_call(kind, scope):
-    """FSDP gathers a unit's weight, and layerwise casting casts it, when the module is called."""
+    """FSDP gathers a unit's weight when the module is called, and layerwise casting casts it then."""
     model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=1, lora_bias=True, mask_scope=scope))
     tiny.randomize_lora(model)
     set_head_masks(model, tiny.masks_off(model, 1))
@@ -89,7 +89,7 @@ class Wrapper(torch.nn.Module):
 
 
 def test_base_parameters_under_vmap(model):
-    """As of an ensemble: the layer's output has a dimension that the update has not."""
+    """In an ensemble the layer's output has a dimension that the update lacks."""
     layer = layer_of(model)
     x, bias = torch.randn(3, layer.in_features), layer.base_layer.bias.detach()
     biases = torch.stack([bias, 2 * bias])

@@ -70,7 +70,7 @@ def test_all_linear():
 
 
 def test_injected_after_a_state_dict():
-    """PEFT then follows the keys, whatever the configuration targets; the projection still gets its mask."""
+    """PEFT then follows the keys, not the configuration's targets; the projection still gets its mask."""
     source = get_peft_model(
         tiny.make("vit"), HeadMaskedLoraConfig(ne=1, target_modules=tiny.now(["k_proj"]), modules_to_save=[])
     )
@@ -131,7 +131,7 @@ def test_groups_that_are_too_small_warn_once():
 
 
 class QuantisedLinear(nn.Linear):
-    """Like bitsandbytes' layers: a subclass of nn.Linear."""
+    """A subclass of nn.Linear, like bitsandbytes' layers."""
 
 
 def test_quantised_projections_are_refused_never_left_unmasked():
@@ -141,7 +141,7 @@ def test_quantised_projections_are_refused_never_left_unmasked():
         get_peft_model(model, HeadMaskedLoraConfig(ne=1))
     model = tiny.make("vit")
     model.get_submodule(tiny.now("vit.layers.0.attention.q_proj")).__class__ = QuantisedLinear
-    get_peft_model(model, HeadMaskedLoraConfig(ne=0))  # plain LoRA is PEFT's business
+    get_peft_model(model, HeadMaskedLoraConfig(ne=0))  # plain LoRA is left to PEFT
 
 
 def test_stock_lora_layer_in_the_way():

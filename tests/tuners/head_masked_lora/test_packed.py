@@ -146,12 +146,12 @@ def test_heads_selected_again_after_packing(tmp_path):
     set_head_masks(model, tiny.masks_off(model, 1, 3))
     model.save_pretrained(tmp_path)
     assert not model.peft_config["default"].packed
-    # what was not touched still acts by its stored mean and deviation, and no longer does when loaded
+    # untouched weights still use their stored mean and deviation, but not after loading
     torch.testing.assert_close(logits(load(tmp_path)), logits(model), rtol=1e-6, atol=1e-7)
 
 
 def test_another_state_dict_is_not_passed_over():
-    """Averaged weights, say: the codes are not theirs."""
+    """The codes do not belong to averaged weights, for instance."""
     model = make()
     pack_adapter(model)
     state = {key: value * 1.5 if "lora_A" in key else value for key, value in model.state_dict().items()}
@@ -234,7 +234,7 @@ def test_compiled():
     model = make(adapter_bits=8)
     expected = logits(model)
     pack_adapter(model)
-    for layer in head_layers(model).values():  # codes that the weights alone would not give
+    for layer in head_layers(model).values():  # codes that the weights alone would not have
         packed = layer.lora_B["default"].packed_weight
         layer.lora_B["default"].packed_weight = packed._replace(mean=packed.mean + 1)
         layer.lora_quantizer["default"].forget()
@@ -247,7 +247,7 @@ def test_compiled():
 
 
 def test_checkpoints_hold_the_weights_behind(tmp_path):
-    """Trained on from a packed file and killed, a run goes on from its checkpoint as it would have."""
+    """A run that started from a packed file and was killed continues from its checkpoint undisturbed."""
     model = make()
     pack_adapter(model)
     model.save_pretrained(tmp_path / "packed")
@@ -272,7 +272,7 @@ def test_checkpoints_hold_the_weights_behind(tmp_path):
 
 @pytest.mark.parametrize(("ne", "limit"), [(3, 129_024 + 4_500), (6, int(0.11 * 2**20))])
 def test_bytes_of_vit_base(ne, limit, tmp_path):
-    """Of ViT-B/16, q and v, r = 32, 1 bit: 24 x (32 * 768 + 32 * 64 * (12 - ne)) / 8, and little more."""
+    """ViT-B/16, q and v, r = 32, 1 bit take 24 x (32 * 768 + 32 * 64 * (12 - ne)) / 8 bytes, and little more."""
     with torch.device("meta"):
         base = ViTForImageClassification(ViTConfig(num_labels=10))
     config = HeadMaskedLoraConfig(ne=ne, adapter_bits=1, r=32)
@@ -345,7 +345,7 @@ def test_files_of_other_settings(settings, message, tmp_path):
 
 
 def test_without_its_codes(tmp_path):
-    """transformers 5 loads adapters by code of its own, which fills what it does not find with random numbers."""
+    """transformers 5 loads adapters by its own code, which fills missing tensors with random numbers."""
     folder = saved(tmp_path, modules_to_save=[], classifier_bits=32)
     model = tiny.make("vit")
     model.load_adapter(str(folder))
@@ -412,7 +412,7 @@ def test_export(tmp_path, capsys):
 
 
 def test_all_k_bit_adapters_of_a_model(tmp_path):
-    """Those in full precision are left alone, and so is a model without adapters."""
+    """Full-precision adapters do not change, nor does a model without adapters."""
     model = make()
     model.add_adapter("full", HeadMaskedLoraConfig(ne=1))
     model.add_adapter("other", HeadMaskedLoraConfig(ne=1, adapter_bits=4))

@@ -1,4 +1,4 @@
-"""Which variant an adapter has, and what each of them does by itself."""
+"""Which variant an adapter has, and what each variant does."""
 
 import copy
 import io
@@ -52,7 +52,7 @@ def test_which_variant(options, expected):
 
 @pytest.mark.parametrize("options", [{}, {"lora_bias": True}, {"lora_alpha": 3}, {"use_rslora": True}], ids=str)
 def test_the_vanilla_variant_is_peft_s_own_path(options):
-    """Bit for bit: forward, merge and unmerge."""
+    """Forward, merge and unmerge are the same bit for bit."""
     torch.manual_seed(0)
     stock = get_peft_model(tiny.make("vit"), LoraConfig(target_modules=tiny.now(["q_proj"]), **options)).eval()
     tiny.randomize_lora(stock)
@@ -80,7 +80,7 @@ def test_the_vanilla_variant_is_peft_s_own_path(options):
 @pytest.mark.parametrize("variant", [VanillaVariant, KBitVariant])
 @pytest.mark.parametrize("options", [{}, {"adapter_bits": 4}, {"lora_bias": True}], ids=str)
 def test_rows_that_are_left_out(variant, options):
-    """Whatever they hold; the others are as without."""
+    """Their values do not matter; the other rows are as without a mask."""
     layer, x = layer_of(make(ne=0, **options)), torch.randn(2, 5, 24)
     result = layer.base_layer(x)
     whole = variant().forward(layer, "default", x, result)
@@ -118,7 +118,7 @@ def test_the_dropout_is_between_the_factors():
 
 @pytest.mark.parametrize("options", [{}, {"adapter_bits": 2, "bottleneck_dropout": 0.1}, {"use_dora": True}], ids=str)
 def test_a_model_that_was_pickled_by_an_earlier_version(options):
-    """It had no inner variant for vanilla and k-bit LoRA."""
+    """Earlier versions had no inner variant for vanilla and k-bit LoRA."""
     model = make(ne=1, **options)
     set_head_masks(model, tiny.masks_off(model, 1))
     old = copy.deepcopy(model)

@@ -1,4 +1,4 @@
-"""What the commands make of an RLRR adapter."""
+"""The commands, with an RLRR adapter."""
 
 import json
 
@@ -31,7 +31,7 @@ def logits(model):
 
 @pytest.fixture
 def adapter(tmp_path):
-    """An adapter with deactivated heads, its folder and its model."""
+    """Save an adapter with deactivated heads; return its folder and its model."""
     tiny.make("vit").save_pretrained(tmp_path / "base")
     tiny.ViTProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "base")
     model = get_peft_model(AutoModelForImageClassification.from_pretrained(tmp_path / "base"), RLRRConfig(ne=1))
@@ -77,7 +77,7 @@ def test_migrate(adapter, capsys):
 
 
 def test_export_merged(adapter, tmp_path):
-    """An ordinary checkpoint, for a reader who knows nothing of adapters."""
+    """The export is an ordinary checkpoint, for readers that do not know adapters."""
     folder, model = adapter
     assert main(["export", str(folder), "--to", "merged", str(tmp_path / "merged")]) == 0
     merged = AutoModelForImageClassification.from_pretrained(tmp_path / "merged")

@@ -79,7 +79,7 @@ def test_wrong_arguments(arguments, message):
 
 
 class Int8Linear(nn.Linear):
-    """As bitsandbytes has it: a subclass, whose weight is no floating-point number."""
+    """A subclass of nn.Linear whose weight is not floating-point, as in bitsandbytes."""
 
 
 def a_model():
@@ -150,7 +150,7 @@ def test_no_heads():
 
 
 def test_the_patch_embedding_as_a_convolution():
-    """Named while patch_embedding is off, it is rescaled; a later adapter must agree."""
+    """If it is named while patch_embedding is off, it is rescaled; a later adapter must agree."""
     model = get_peft_model(tiny.make("vit"), RLRRConfig(target_modules=["projection"], patch_embedding=False))
     layer = model.get_base_model().get_submodule("vit.embeddings.patch_embeddings.projection")
     assert type(layer).__name__ == "RLRRConv2d"
@@ -160,7 +160,7 @@ def test_the_patch_embedding_as_a_convolution():
 
 
 def test_layers_to_transform():
-    """What belongs to no block is left alone then."""
+    """Modules outside the blocks are not adapted then."""
     model = get_peft_model(tiny.make("vit"), RLRRConfig(layers_to_transform=[1]))
     modules = [name for name, module in model.get_base_model().named_modules() if hasattr(module, "rlrr_left")]
     assert len(modules) == 6 + 2 and all(name.startswith(tiny.now("vit.layers.1.")) for name in modules)
@@ -172,7 +172,7 @@ def test_layers_to_transform():
 
 @pytest.mark.parametrize("config_class", [RLRRConfig, HeadMaskedLoraConfig])
 def test_a_configuration_that_serves_a_second_model(config_class):
-    """What was chosen for the first model is chosen anew; what was given is not."""
+    """What was chosen for the first model is chosen again for the second; what the user gave is kept."""
     config = config_class()
     for make in (lambda: tiny.make("vit"), FusedViT, lambda: tiny.make("vit")):
         model, fresh = get_peft_model(make(), config), get_peft_model(make(), config_class())

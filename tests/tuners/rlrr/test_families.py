@@ -1,4 +1,4 @@
-"""RLRR on the families of vision models: what is adapted by default, and what becomes of it when it is merged."""
+"""RLRR on the families of vision models: the default targets, and the merged model."""
 
 import copy
 import itertools
@@ -229,7 +229,7 @@ def test_a_checkpoint_that_can_be_asked_for_biases():
 
 @pytest.mark.parametrize("zeros", [[], ["v_proj"]], ids=["not targeted", "targeted, not shifted"])
 def test_a_setting_that_asks_for_more_biases_than_there_are(zeros, tmp_path):
-    """Of q alone: with qkv_bias k and v have biases as well, which are zero."""
+    """Only q needs a bias; with qkv_bias k and v get biases as well, which are zero."""
     base, model = create("vit without qkv bias", target_modules=tiny.now(["q_proj", *zeros]))
     for name, param in model.named_parameters():
         if "rlrr_shift" in name and "q_proj" not in name and "query" not in name:
@@ -248,7 +248,7 @@ def test_a_setting_that_asks_for_more_biases_than_there_are(zeros, tmp_path):
 
 
 def test_a_pooling_is_not_the_backbones():
-    """SigLIP's classifier has an attention pooling that it does not call: what is adapted has a gradient."""
+    """SigLIP's classifier never calls its attention pooling; every adapted module must have a gradient."""
     family = backbones.FAMILIES["siglip classifier"]
     model = get_peft_model(family.make(), RLRRConfig(init="normal"))
     output = backbones.output(model, **backbones.inputs(model.get_base_model()))
@@ -257,7 +257,7 @@ def test_a_pooling_is_not_the_backbones():
 
 
 def test_a_layer_under_two_names():
-    """What the setting adds to a block's alias is the block's trained bias."""
+    """The setting gives a block's alias a bias, which is the block's trained bias."""
     torch.manual_seed(0)
     base = MAKERS["vit without qkv bias"]().eval()
     blocks = base.get_submodule(tiny.now("vit.layers.0.mlp.fc1").partition(".0.")[0])
@@ -271,7 +271,7 @@ def test_a_layer_under_two_names():
 
 
 def test_modules_trained_in_full():
-    """Batch norms, as the warning about them advises, and a projection that the setting gives a bias."""
+    """These are batch norms, as the warning advises, and a projection to which the setting gives a bias."""
     _, model = create("resnet", modules_to_save=["classifier", "normalization"])
     expected = output(model)
     torch.testing.assert_close(output(model.merge_and_unload()), expected, rtol=1e-4, atol=1e-5)
@@ -291,7 +291,7 @@ class Settings(hf.PreTrainedConfig if hasattr(hf, "PreTrainedConfig") else hf.Pr
 
 
 class Network(hf.PreTrainedModel):
-    """One linear layer, which two settings would give a bias; the first adds something else as well."""
+    """One linear layer, to which two settings would give a bias; the first adds something else as well."""
 
     config_class = Settings
 
@@ -339,7 +339,7 @@ def test_merged_before_unloading_with_a_layer_that_is_not_shifted():
 
 
 def test_a_model_that_cannot_be_built():
-    """Whether a checkpoint has a place is then not known: it trains, and is not merged."""
+    """It is then unknown whether a checkpoint has a place for biases: the adapter trains, but does not merge."""
     expected = "first: whether there is a place .* of Network is not known, since .*item.* called on meta tensors"
     with pytest.warns(UserWarning, match=f"{expected}.*merge_and_unload.. will refuse"):
         model = network("asks")
@@ -354,7 +354,7 @@ def test_nothing_to_merge():
 
 
 def test_a_merged_model_without_a_place_is_unloaded():
-    """It is right in memory, but would be saved without its shift."""
+    """The merged model is right in memory, but would be saved without its shift."""
     _, model = create("swinv2")
     expected = output(model)
     model.merge_adapter()
@@ -365,7 +365,7 @@ def test_a_merged_model_without_a_place_is_unloaded():
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d(8, track_running_stats=False), nn.GroupNorm(2, 8)], ids=str)
 def test_norms_without_running_statistics(norm):
-    """Have no running mean that could take a shift."""
+    """Such norms have no running mean that could take a shift."""
     torch.manual_seed(0)
     base = MAKERS["resnet"]().eval()
     base.resnet.embedder.embedder.normalization = norm
@@ -378,7 +378,7 @@ def test_norms_without_running_statistics(norm):
 @pytest.mark.parametrize("name", ["beit", "resnet", "vit without qkv bias"])
 @pytest.mark.parametrize("unload", ["merge_and_unload", "unload"])
 def test_merged_before_unloading(name, unload):
-    """What `merge_adapter` has written comes into the checkpoint format as well."""
+    """The biases that `merge_adapter` has written reach the checkpoint format as well."""
     _, model = create(name)
     expected = output(model)
     keys = create(name)[1].merge_and_unload().state_dict().keys()
@@ -408,7 +408,7 @@ def test_a_classifier_without_a_head_s_name_is_trained():
 
 @pytest.mark.parametrize("name", ["resnet", "regnet", "hgnet"])
 def test_a_batch_norm_takes_the_shift(name):
-    """Of the convolution before it; other batch norms stay as they are."""
+    """It takes the shift of the convolution before it; other batch norms do not change."""
     base, model = create(name)
     shifts = {n: m.shift("default").detach() for n, m in model.get_base_model().named_modules() if hasattr(m, "shift")}
     merged = model.merge_and_unload()
@@ -422,7 +422,7 @@ def test_a_batch_norm_takes_the_shift(name):
 
 @pytest.mark.parametrize("name", NO_PLACE)
 def test_shifts_without_a_place_are_warned_of(name):
-    """When the adapter is made, not after it has been trained."""
+    """The warning comes when the adapter is made, not after it has been trained."""
     expected = f"{NO_PLACE[name]}.*merge_and_unload.. will refuse.*shift_without_bias=False"
     with pytest.warns(UserWarning, match=expected):
         get_peft_model(MAKERS[name](), RLRRConfig())
@@ -448,7 +448,7 @@ def test_adapters_that_do_not_train_are_not_warned_of():
 
 
 def test_a_new_adapter_needs_no_place_for_its_shift(tmp_path):
-    """f is zero: nothing is lost."""
+    """f is still zero, so nothing is lost."""
     torch.manual_seed(0)
     base = MAKERS["swinv2"]().eval()
     model = get_peft_model(copy.deepcopy(base), RLRRConfig()).eval()
@@ -475,7 +475,7 @@ def test_a_plain_module_keeps_its_biases():
 
 
 def test_heads_of_a_fused_projection():
-    """Of q and v, not of k; the keys are rescaled all the same."""
+    """Heads of q and v are masked, those of k are not; keys are rescaled nevertheless."""
     _, model = create("fused vit", ne=1)
     masks = get_head_masks(model)
     assert {name.rpartition(".")[2] for name in masks} == {"q", "v"}
@@ -498,7 +498,7 @@ def test_batch_norms_are_warned_of():
 
 
 def test_unrecognised_attention_is_no_convolutional_network():
-    """Layers of quantisation libraries are no nn.Linear; nothing else is adapted in their place."""
+    """Layers of quantisation libraries are no nn.Linear; nothing else is adapted instead."""
     vit = tiny.make("vit")
     for module in list(vit.modules()):
         for name, child in list(module.named_children()):

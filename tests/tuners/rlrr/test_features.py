@@ -1,4 +1,4 @@
-"""What RLRR has beside the contract (tests/tuners/test_contract.py), asked of every row of RLRR."""
+"""RLRR's features beyond the contract (tests/tuners/test_contract.py), tested for every row of RLRR."""
 
 import copy
 import warnings
@@ -14,7 +14,7 @@ ROWS = rows_of_method(RLRR)
 
 @behaviour(ROWS)
 def test_merged_adapters_add_up(case):
-    """In whatever order they are merged, they give what both give unmerged."""
+    """In any order of merging, the outputs are those of both adapters unmerged."""
     model = create(case.varied(modules_to_save=[]), "default", "other")
     before = copy.deepcopy(model.state_dict())
     merged = []
@@ -33,7 +33,7 @@ def test_merged_adapters_add_up(case):
 
 @behaviour(ROWS)
 def test_half_precision(case):
-    """Factors in full precision on a model in half, as PEFT makes them, and all in half."""
+    """Factors may have full precision on a half-precision model, as PEFT makes them, or all be in half."""
     half = tiny.make(case.backbone).to(torch.bfloat16)
     model = get_peft_model(half, case.config())
     assert {p.dtype for n, p in model.named_parameters() if "rlrr_" in n} == {torch.float32}
@@ -48,7 +48,7 @@ def test_half_precision(case):
 
 @behaviour(ROWS)
 def test_add_weighted_adapter(case):
-    """Every factor by itself, as the paper has it; a head is active in the sum where it is in any summand."""
+    """Every factor is summed separately, as in the paper; a head is active if it is in any summand."""
     case = case.varied(modules_to_save=[])
     model = create(case, "default", "other")
     model.add_weighted_adapter(["default", "other"], [0.7, 0.4], "sum")

@@ -29,7 +29,7 @@ from peft_heads import (
 from peft_heads.demo.model import load_demo_processor
 
 
-VTAB_CLASSES = 49.5  # of a task of VTAB-1K, on average
+VTAB_CLASSES = 49.5  # average over the tasks of VTAB-1K
 
 
 def logits(model):
@@ -77,7 +77,7 @@ def vit(**sizes):
     ids=["ViT-B/16", "ViT-L/16", "ViT-H/14", "Swin-B"],
 )
 def test_trained_parameters(model, width, ours, paper):
-    """In millions, with the head of an average task; the paper's figures beside (Swin's fits one s_in on a fused qkv)."""
+    """In millions, with the classifier of an average task, beside the paper's (Swin's fits one s_in on a fused qkv)."""
     model_class, config = model
     with torch.device("meta"):
         base = model_class(config)
@@ -89,14 +89,14 @@ def test_trained_parameters(model, width, ours, paper):
 
 
 def test_what_is_trained_per_block():
-    """By hand: out + in + out of every matrix, two per channel of the norms and the patch embedding."""
+    """Counted by hand: out + in + out per matrix, two per channel of the norms and the patch embedding."""
     model = get_peft_model(tiny.make("vit"), RLRRConfig(modules_to_save=[]))
     block = 4 * (24 + 24 + 24) + (32 + 24 + 32) + (24 + 32 + 24) + 2 * 2 * 24
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * block + 2 * 24 + 2 * 24
 
 
 def test_the_variant_without_weight_is_lora():
-    """`W' = W + S_out S_in`: stock LoRA of that rank with alpha = r and a bias."""
+    """`W' = W + S_out S_in` is stock LoRA of that rank with alpha = r and a bias."""
     targets = tiny.now(["q_proj", "v_proj", "fc1"])
     ours = get_peft_model(
         tiny.make("vit"), RLRRConfig(r=3, rescale_weight=False, target_modules=targets, modules_to_save=[])
@@ -114,7 +114,7 @@ def test_the_variant_without_weight_is_lora():
 
 
 def test_a_trained_base_weight_has_a_gradient():
-    """Where somebody unfreezes a weight, it is trained as well."""
+    """A weight that the user unfreezes is trained as well."""
     model = get_peft_model(tiny.make("vit"), RLRRConfig())
     layer = next(m for m in model.modules() if hasattr(m, "rlrr_left") and "default" in m.rlrr_left)
     layer.base_layer.weight.requires_grad_(True)
@@ -123,7 +123,7 @@ def test_a_trained_base_weight_has_a_gradient():
 
 
 def test_weight_decay_pulls_towards_the_pre_trained_model():
-    """Whatever an optimizer exempts by name: with zeros for all that is trained the model is the checkpoint."""
+    """With zeros for all trained parameters the model is the checkpoint, whatever an optimizer exempts by name."""
     model = get_peft_model(tiny.make("vit"), RLRRConfig())
     for name, param in model.named_parameters():
         if "rlrr_" in name:
@@ -132,7 +132,7 @@ def test_weight_decay_pulls_towards_the_pre_trained_model():
 
 
 def test_hooks_of_the_frozen_layer_are_called():
-    """They see what the adapted layer gives, and what they change counts."""
+    """They see the adapted layer's output, and their changes take effect."""
     model = get_peft_model(tiny.make("vit"), RLRRConfig())
     randomize(model)
     expected, seen = logits(model), []
@@ -160,7 +160,7 @@ def test_hooks_of_the_frozen_layer_are_called():
 
 @pytest.mark.parametrize("patch_embedding", [True, False])
 def test_an_image_by_itself(patch_embedding):
-    """Without a batch, as torch.nn.Conv2d takes it."""
+    """An image without a batch dimension works, as in torch.nn.Conv2d."""
     model = get_peft_model(
         tiny.make("vit"), RLRRConfig(patch_embedding=patch_embedding, target_modules=["projection"])
     )
@@ -177,7 +177,7 @@ def test_an_image_by_itself(patch_embedding):
 @pytest.mark.parametrize("target", ["fc1", "projection"])
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace", "ignore::torch.jit.TracerWarning")
 def test_tracing(target, gradients):
-    """As exporters of models do: no function of autograd's, whether or not somebody has thought of `no_grad`."""
+    """Traces of exporters hold no autograd function, with or without `no_grad`."""
     model = get_peft_model(tiny.make("vit"), RLRRConfig(target_modules=tiny.now([target]), patch_embedding=False))
     randomize(model)
     layer = next(module for module in model.modules() if hasattr(module, "rlrr_left"))
@@ -207,7 +207,7 @@ def test_unmerging_what_is_not_merged():
 
 
 def test_weights_that_are_not_there():
-    """Handed to the frozen layer alone, by ZeRO 3 or by offloading."""
+    """ZeRO 3 and offloading pass the weights only to the frozen layer."""
     model = get_peft_model(tiny.make("vit"), RLRRConfig())
     layer = model.get_base_model().get_submodule(tiny.now("vit.layers.0.mlp.fc1"))
     layer.base_layer.weight.ds_id = 0
@@ -291,7 +291,7 @@ def test_edited_files(changes, message, tmp_path):
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     left = next(value for key, value in saved.items() if key.endswith("rlrr_left"))
-    assert not left[8:12].any() and left[:8].all()  # zeros are written, whatever stands there
+    assert not left[8:12].any() and left[:8].all()  # zeros are written over any values
     edit(tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(tiny.make("vit"), tmp_path)
@@ -338,7 +338,7 @@ def test_adapters_that_cannot_be_combined():
 
 
 def test_a_sum_of_one_is_the_adapter(tmp_path):
-    """Also of norms, whose changes are summed; and it can be saved."""
+    """This includes norms, whose changes are summed; and the sum can be saved."""
     model = get_peft_model(tiny.make("vit"), RLRRConfig(modules_to_save=[], ne=1))
     randomize(model)
     set_head_masks(model, tiny.masks_off(model, 2))
@@ -413,7 +413,7 @@ def rows_off(model):
 
 
 def test_taylor_scores_and_resume(tmp_path):
-    """Selected by TaylorHeadScorer; after the selection nothing moves; a resumed run ends where the whole one does."""
+    """Deactivated rows no longer move after the selection, and a resumed run ends where the whole one does."""
 
     def trainer(folder):
         torch.manual_seed(0)
@@ -456,7 +456,7 @@ def test_taylor_scores_and_resume(tmp_path):
 
 
 def test_the_score_is_what_the_protocol_says():
-    """p·g over a head's rows of S_out and entries of f, taken from autograd."""
+    """The score is p·g over a head's rows of S_out and entries of f, with gradients from autograd."""
     model = get_peft_model(tiny.make("vit"), RLRRConfig(ne=1))
     randomize(model)
     scorer = HeadScorer(model)
@@ -474,7 +474,7 @@ def test_the_score_is_what_the_protocol_says():
 
 
 def test_scores_are_the_gates_derivatives():
-    """A gate of 1 on a head's S_out and f: the derivative of the loss is the score."""
+    """With a gate of 1 on a head's S_out and f, the derivative of the loss is the score."""
     model = get_peft_model(tiny.make("vit").double(), RLRRConfig(ne=1, init="normal")).eval()
     randomize(model)
     batch = {k: v.double() if v.is_floating_point() else v for k, v in tiny.batch().items()}
