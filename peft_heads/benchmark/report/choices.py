@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import Any
 
+from ...tuners.common.head_selection import HEAD_SELECTION
 from ..records.record import describe_method
 from ..records.schema import canonical_json
 from .rows import Row
@@ -13,7 +14,7 @@ from .rows import Row
 
 # Settings of a method that a "best per task" row may choose for every task.
 SCALE = ("scale", "lora_alpha")
-VARIANTS = ("ne", "ratio", "criterion", "granularity", "joint", "mask_seed", *SCALE)
+VARIANTS = (*HEAD_SELECTION, *SCALE)
 
 
 def best_on_test(rows: Iterable[Row], variants: tuple[str, ...] = VARIANTS) -> list[Row]:
