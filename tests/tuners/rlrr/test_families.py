@@ -194,7 +194,7 @@ def test_merge(name, tmp_path):
     base, model = create(name)
     expected = output(model)
     before = copy.deepcopy(model.state_dict())
-    if name != "upernet swin":  # whose trained head has a batch norm between
+    if name != "upernet swin":  # its trained classifier has a batch norm in between
         assert (expected - output(base)).abs().max() > 0.01
     model.merge_adapter()
     torch.testing.assert_close(output(model), expected, rtol=1e-4, atol=1e-5)
