@@ -27,9 +27,9 @@ def backbone(request):
 @pytest.fixture
 def forget_criteria():
     """Remove the criteria that a test registers, after the test."""
-    from peft_heads.heads import criteria
+    from peft_heads.heads.criterion_registry import _TABLE
 
-    before = dict(criteria._TABLE)
+    before = dict(_TABLE)
     yield
-    criteria._TABLE.clear()
-    criteria._TABLE.update(before)
+    _TABLE.clear()
+    _TABLE.update(before)

@@ -1,6 +1,6 @@
 """Attention heads: where they are, how responsive they are, which are deactivated. Depends on torch alone."""
 
-from .criteria import CRITERIA, HeadStatistics, register_criterion
+from .criterion_registry import CRITERIA, HeadStatistics, register_criterion
 from .detect import resolve_heads
 from .layout import HeadLayout, ProjectionLayout
 from .protocol import HeadMaskable, ScoredParameter, get_head_masks, set_head_masks

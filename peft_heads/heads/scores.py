@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from .criteria import HeadStatistics, find_criterion
+from .criterion_registry import HeadStatistics, find_criterion
 from .layout import HeadLayout
 
 

@@ -13,7 +13,7 @@ from transformers.trainer_callback import ExportableState
 from ..adapter_folder.contents import FolderContents, folder_contents, set_image_processor
 from ..adapter_folder.saving import write_contents
 from ..adapter_folder.score_files import read_head_scores, write_head_scores
-from ..heads.criteria import find_criterion
+from ..heads.criterion_registry import find_criterion
 from ..heads.protocol import deactivated_heads, describe_masks, get_head_masks
 from .active_adapters import active_adapters, adapter_to_score
 from .best_checkpoint import check_best_checkpoint, load_best_checkpoint, warn_if_before_selection

@@ -8,7 +8,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
-from ..heads.criteria import find_criterion
+from ..heads.criterion_registry import find_criterion
 from ..heads.protocol import module_patterns
 from .scorer import HeadScorer
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..functional.sharding import zero_rows
-from ..heads.criteria import BUILT_IN, CRITERIA, find_criterion
+from ..heads.criterion_registry import BUILT_IN, CRITERIA, find_criterion
 from ..heads.protocol import describe_masks, read_masks, write_masks
 from ..heads.scores import head_scores
 from ..heads.selection import HeadGroup, degenerate_groups, groups_kept_whole, plan_groups, select_heads

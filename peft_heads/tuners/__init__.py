@@ -1,4 +1,5 @@
-from .._compat.loading import announce_loading, announce_loading_by_transformers
+from .._compat.loading import announce_loading
+from .._compat.transformers_loading import announce_loading_by_transformers
 from .common.registry import Method, register_method
 from .common.saved_folder import check_before_writing
 from .head_masked_lora import HeadMaskedLinear, HeadMaskedLoraConfig, HeadMaskedLoraModel, pack_adapter

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from peft_heads.heads import scores as scores_module
-from peft_heads.heads.criteria import CRITERIA, register_criterion
+from peft_heads.heads.criterion_registry import CRITERIA, register_criterion
 from peft_heads.heads.layout import HeadLayout
 from peft_heads.heads.scores import STATISTICS, all_head_statistics, head_scores, head_statistics
 

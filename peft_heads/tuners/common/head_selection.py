@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from ..._compat.peft import is_reading_config
-from ...heads.criteria import CRITERIA
+from ...heads.criterion_registry import CRITERIA
 from ...heads.selection import GRANULARITIES, check_head_count
 from .setting_types import check_choice
 

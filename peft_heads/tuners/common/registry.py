@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 
-from ..._compat.loading import extend_weight_mapping
 from ..._compat.peft import PEFT_TYPES, delegate_config_loading, extend_model_card, register_tuner
+from ..._compat.transformers_loading import extend_weight_mapping
 from ...adapter_folder.card import update_card
 from .options import SCORER_SETTINGS, Option, complete
 

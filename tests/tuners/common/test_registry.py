@@ -12,8 +12,8 @@ from transformers import AutoModelForImageClassification
 
 import peft_heads
 from peft_heads import Method, RLRRConfig, register_method
-from peft_heads._compat.loading import no_faults
 from peft_heads._compat.peft import is_own
+from peft_heads._compat.transformers_loading import no_faults
 from peft_heads.convert.inspect import inspect_adapter
 from peft_heads.tuners.common import registry
 from peft_heads.tuners.common.registry import (

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peft_heads.heads.criteria import BUILT_IN, CRITERIA, register_criterion
+from peft_heads.heads.criterion_registry import BUILT_IN, CRITERIA, register_criterion
 from peft_heads.heads.scores import head_scores
 
 
