@@ -12,7 +12,9 @@ from peft_heads import data
 def test_every_name_is_that_of_its_home():
     for name in data.__all__:
         found = getattr(data, name)
-        assert getattr(importlib.import_module(getattr(found, "__module__", "peft_heads.data.suites")), name) is found
+        home = getattr(found, "__module__", "peft_heads.data.suites")
+        assert getattr(importlib.import_module(home), name) is found
+        assert f"{home}.".startswith(f"peft_heads.data.{data._HOMES[name]}.")  # no other module has to be imported
     with pytest.raises(AttributeError, match="module 'peft_heads.data' has no attribute 'load_images'"):
         data.__getattr__("load_images")
 

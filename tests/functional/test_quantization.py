@@ -1,5 +1,7 @@
 import itertools
 import math
+import re
+from pathlib import Path
 from statistics import NormalDist
 
 import pytest
@@ -172,6 +174,13 @@ def test_latents_give_the_same_codes_back(bits, distribution, rows):
 def test_imports_torch_only():
     names = {name for name, value in vars(quantization).items() if type(value) is type(math)}
     assert names == {"math", "torch"}
+    source = Path(quantization.__file__).read_text("utf-8")
+    assert set(re.findall(r"^ *(?:from|import) (\S+)", source, re.MULTILINE)) == {
+        "__future__",
+        "math",
+        "typing",
+        "torch",
+    }
 
 
 def test_latents_of_one_large_entry():

@@ -1,5 +1,8 @@
 """Ordinary and offloaded parameters, and DTensors on a mesh of one process. For several: tests/test_distributed.py."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -108,3 +111,6 @@ def test_an_entry_without_a_value():
 def test_imports_torch_only():
     modules = {value.__name__ for value in vars(sharding).values() if type(value) is type(torch)}
     assert modules == {"torch", "torch.nn"}
+    source = Path(sharding.__file__).read_text("utf-8")
+    roots = {name.partition(".")[0] for name in re.findall(r"^(?:from|import) (\w\S*)", source, re.MULTILINE)}
+    assert roots == {"__future__", "collections", "contextlib", "typing", "torch"}
