@@ -208,7 +208,7 @@ def pack_trained(model: nn.Module) -> None:
     """Replace the weights of adapters with few bits by their codes; checkpoints keep the weights behind them."""
     for name, config in getattr(model, "peft_config", {}).items():
         method = method_of(config)
-        if method is not None and method.pack is not None and config.has_few_bits:
+        if method is not None and method.pack is not None and getattr(config, "has_few_bits", True):
             method.pack(model, name)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 import os
 import sys
 import warnings
@@ -21,7 +22,8 @@ def load_plugins() -> None:
     """Load the plugins of all installed packages, each once in a process.
 
     A package is a plugin if it has an entry point in the group `peft_heads.plugins`, which names a module or a function
-    without arguments: either registers what the package adds. A plugin that fails is left out, with a warning.
+    without arguments: either registers what the package adds. A plugin that fails is left out, with a
+    warning; what it has registered before it fails stays.
     """
     for entry in entry_points(group=GROUP):
         if entry in _TRIED:
@@ -105,7 +107,9 @@ def take_plugin_words(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _is_command_line() -> bool:
-    """Whether this process is `peft-heads …` or `python -m peft_heads …`."""
+    """Whether this process is `peft-heads …` or `python -m peft_heads …`, and no worker that such a process has started."""
+    if multiprocessing.parent_process() is not None:
+        return False
     words = sys.orig_argv
     as_module = "-m" in words and words[words.index("-m") + 1 :][:1] == ["peft_heads"]
     return as_module or Path((sys.argv or [""])[0]).stem == "peft-heads"

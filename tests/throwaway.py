@@ -10,10 +10,9 @@ from peft.mapping import (
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
-from peft.utils import PeftType
 
 from peft_heads import Method, register_method
-from peft_heads._compat.peft import OWN_CONFIGS
+from peft_heads._compat.peft import OWN_CONFIGS, add_peft_type
 from peft_heads.adapter_folder.card import CardText
 from peft_heads.tuners.common import registry
 
@@ -29,7 +28,7 @@ class ThrowawayConfig(LoraConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType("THROW_AWAY")
+        self.peft_type = add_peft_type("THROW_AWAY")
 
 
 class ThrowawayModel(LoraModel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from typing import Any, Literal
 
 from ..methods import all_options
@@ -66,7 +67,7 @@ def _metavar(option: Option) -> str:
 
 
 def _help(option: Option) -> str:
-    text = option.help.rstrip(".")
+    text = re.sub(r"`(\w+)`", r"--\1", option.help.rstrip("."))  # a field's help names other fields
     return f"{text}." if option.default is None else f"{text} (default {value_in_words(option.default)})."
 
 

@@ -31,6 +31,7 @@ from .source import check_type
 from .update_norms import check_deactivated_rows, check_deactivated_updates, norms_by_head
 
 
+# Keys of the report, which scripts read: the second is the classifier.
 PARTS = ("adapter", "classification head", "masks and header")
 
 

@@ -103,7 +103,7 @@ def check_targets(model: nn.Module, config: PeftConfig) -> None:
 def _train_the_classifier_alone(model: nn.Module) -> nn.Module:
     classifiers = classifier_names(model)
     if not classifiers:
-        raise ValueError(f"--method linear: {type(model).__name__} has no classification head")
+        raise ValueError(f"--method linear: {type(model).__name__} has no classifier")
     model.requires_grad_(False)
     for name in classifiers:
         model.get_submodule(name).requires_grad_(True)

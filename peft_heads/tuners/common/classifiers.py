@@ -38,20 +38,20 @@ class QuantizedLinear(nn.Linear):
 def check_quantizable(model: nn.Module, modules_to_save: Iterable[str] | None, bits: int) -> None:
     """Raise ValueError unless the modules that are trained in full are linear layers, which alone can be quantised."""
     ends = tuple(modules_to_save or ())
-    heads = {
+    classifiers = {
         name: getattr(module, "original_module", module)
         for name, module in own_modules(model)
         if ends and name.endswith(ends)
     }
-    for name, head in heads.items():
-        if type(head) is not nn.Linear:
+    for name, classifier in classifiers.items():
+        if type(classifier) is not nn.Linear:
             raise ValueError(
-                f"classifier_bits={bits} needs a head that is a torch.nn.Linear, but {name} is a "
-                f"{type(head).__name__}; pass classifier_bits=32"
+                f"classifier_bits={bits} needs a classifier that is a torch.nn.Linear, but {name} is a "
+                f"{type(classifier).__name__}; pass classifier_bits=32"
             )
-    if not heads:
+    if not classifiers:
         raise ValueError(
-            f"classifier_bits={bits}, but the adapter trains no classification head; name it in modules_to_save, or "
+            f"classifier_bits={bits}, but the adapter trains no classifier; name it in modules_to_save, or "
             "pass classifier_bits=32"
         )
 
@@ -63,19 +63,19 @@ def quantize_classifiers(model: nn.Module, adapter_name: str, bits: int) -> None
     initialisation.
     """
     for _, wrapper in _wrappers(model):
-        head = wrapper.modules_to_save[adapter_name] if adapter_name in wrapper.modules_to_save else None
-        if type(head) is not nn.Linear:
+        classifier = wrapper.modules_to_save[adapter_name] if adapter_name in wrapper.modules_to_save else None
+        if type(classifier) is not nn.Linear:
             continue
-        if not head.weight.is_meta and head.weight.numel() > 1 and head.weight.detach().std() == 0:
-            head.reset_parameters()
-        head.__class__ = QuantizedLinear  # in place: hooks, and whoever holds the layer, stay
-        head.quantizer = WeightQuantizer(bits)
+        if not classifier.weight.is_meta and classifier.weight.numel() > 1 and classifier.weight.detach().std() == 0:
+            classifier.reset_parameters()
+        classifier.__class__ = QuantizedLinear  # in place: hooks, and whoever holds the layer, stay
+        classifier.quantizer = WeightQuantizer(bits)
 
 
 def quantized_classifiers(model: nn.Module, adapter_name: str) -> list[QuantizedLinear]:
     """The layers that the adapter trains in full and that have few bits."""
     trained = [wrapper.modules_to_save for _, wrapper in _wrappers(model) if adapter_name in wrapper.modules_to_save]
-    return [heads[adapter_name] for heads in trained if isinstance(heads[adapter_name], QuantizedLinear)]
+    return [modules[adapter_name] for modules in trained if isinstance(modules[adapter_name], QuantizedLinear)]
 
 
 def settle_classifiers(model: nn.Module) -> nn.Module:

@@ -53,9 +53,16 @@ class HeadSelectionConfig:
     )
     joint: bool = field(default=True, metadata={"help": "Whether q and v of a layer share one mask."})
     criterion: str = field(
-        default="absolute", metadata={"help": "How the responsiveness of a head is measured.", "choices": CRITERIA}
+        default="absolute",
+        metadata={"help": "Score of a head; the heads with the lowest are deactivated.", "choices": CRITERIA},
     )
-    mask_seed: int = field(default=0, metadata={"help": "Seed of the criterion 'random'.", "on_card": False})
+    mask_seed: int = field(
+        default=0,
+        metadata={
+            "help": "Seed of the criterion 'random'; the benchmark mixes it with task and seed.",
+            "on_card": False,
+        },
+    )
     num_heads: int | dict[str, int] | None = field(
         default=None,
         metadata={

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -58,10 +59,21 @@ def complete(option: Option, config: type[PeftConfig] | None) -> Option | None:
         return None
     text, default = option.help, option.default
     if field is not None:
-        text, default = text or field.metadata.get("help", ""), getattr(config(), option.name)
+        text, default = text or field.metadata.get("help", ""), getattr(default_config(config), option.name)
     if option.read is not None:
-        default = option.read(config())
+        default = option.read(default_config(config))
     return dataclasses.replace(option, type=kind, help=text, default=default)
+
+
+@functools.cache
+def default_config(config: type[PeftConfig]) -> PeftConfig:
+    """A configuration with no setting given, to read defaults from."""
+    return config()
+
+
+@functools.cache
+def _type_hints(config: type[PeftConfig]) -> dict[str, Any]:
+    return typing.get_type_hints(config)
 
 
 def _kind(field: dataclasses.Field, config: type[PeftConfig]) -> Any:
@@ -69,7 +81,7 @@ def _kind(field: dataclasses.Field, config: type[PeftConfig]) -> Any:
     if "choices" in field.metadata:  # names, to which plugins may add
         choices = field.metadata["choices"]
         return Literal[tuple(choices() if callable(choices) else choices)]
-    hint = typing.get_type_hints(config)[field.name]
+    hint = _type_hints(config)[field.name]
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         parts = [part for part in typing.get_args(hint) if part is not type(None)]
         hint = parts[0] if len(parts) == 1 else None

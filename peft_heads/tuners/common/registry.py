@@ -16,7 +16,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from ..._compat.peft import PEFT_TYPES, delegate_config_loading, extend_model_card, register_tuner
 from ..._compat.transformers_loading import extend_weight_mapping
 from ...adapter_folder.card import update_card
-from .options import SCORER_SETTINGS, Option, complete
+from .options import SCORER_SETTINGS, Option, complete, default_config
 
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Method:
         head_rows: Parameters whose rows belong to heads, and are zero in a file where a head is deactivated.
         no_norms: Why `inspect` cannot compute the norms of the heads' updates; empty if it can, as for LoRA.
         pack: Replaces a trained adapter's weights by its codes, given the model and the adapter's name; called after a
-            training whose configuration `has_few_bits`.
+            training, unless the configuration has an attribute `has_few_bits` that is False.
     """
 
     name: str
@@ -103,7 +103,7 @@ class Method:
     @property
     def deactivates_by_default(self) -> bool:
         """Whether heads are deactivated if no setting says how many are."""
-        return self.config is not None and bool(getattr(self.config(), "masks_heads", False))
+        return self.config is not None and bool(getattr(default_config(self.config), "masks_heads", False))
 
     def config_of(self, settings: Mapping[str, Any]) -> tuple[type[PeftConfig] | None, dict[str, Any]]:
         """Class and fields of the configuration, for settings by the names of options."""
@@ -127,7 +127,8 @@ def register_method(method: Method) -> None:
     Registering the same method again is harmless.
 
     Raises:
-        ValueError: There is a method of this name, or its name or type is one of PEFT's own.
+        ValueError: There is a method of this name, or its name or type is one of PEFT's own; or its grid has a setting
+            that is no option.
     """
     peft_type = _type_of(method.name)
     known = next((other for other in _METHODS.values() if _type_of(other.name) == peft_type), None)
@@ -140,6 +141,12 @@ def register_method(method: Method) -> None:
         raise ValueError(
             f"{peft_type} is a type of PEFT's own ({_whose_config(_of_peft(peft_type))}): method {method.name!r} "
             f"({_whose(method)}) needs another name"
+        )
+    names = [option.name for option in method.options]
+    if unknown := [name for name in method.grid if name not in names]:
+        raise ValueError(
+            f"the grid of method {method.name!r} has {unknown[0]!r}, which is none of its options "
+            f"({', '.join(names) or 'none'})"
         )
     if method.model is not None:
         register_tuner(name=peft_type.lower(), config_cls=method.config, model_cls=method.model)

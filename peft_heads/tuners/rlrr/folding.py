@@ -30,7 +30,7 @@ class Folding:
         batch_norms: Biases that move into the running mean of a batch norm, and the names of these.
         settings: Settings of the model's configuration that ask for biases.
         completed: Other modules that get a bias by these settings; zeros, unless an adapter has another for them.
-        homeless: Biases for which the checkpoint format has no place, or no known place.
+        without_place: Biases for which the checkpoint format has no place, or no known place.
         why: Reason why they have none, for a message.
     """
 
@@ -38,7 +38,7 @@ class Folding:
     batch_norms: dict[str, str] = field(default_factory=dict)
     settings: dict[str, bool] = field(default_factory=dict)
     completed: list[str] = field(default_factory=list)
-    homeless: list[str] = field(default_factory=list)
+    without_place: list[str] = field(default_factory=list)
     why: str = ""
 
 
@@ -75,7 +75,7 @@ def plan_folding(model: nn.Module, names: Iterable[str]) -> Folding:
         )
     else:
         plan.why = f"there is no place for a bias in the checkpoint format of {type(model).__name__}"
-    plan.homeless = [name for key, name in wanted.items() if key not in there]
+    plan.without_place = [name for key, name in wanted.items() if key not in there]
     return plan
 
 

@@ -87,9 +87,9 @@ class RLRRModel(RLRRSums, StandaloneTuner):
         if warning := moving_statistics(self.model):
             warnings.warn(warning)
         without_bias = [name for name in targets if getattr(modules[name], "bias", None) is None]
-        if peft_config.shift_without_bias and (plan := plan_folding(self.model, without_bias)).homeless:
+        if peft_config.shift_without_bias and (plan := plan_folding(self.model, without_bias)).without_place:
             warnings.warn(
-                f"{module_patterns(plan.homeless)}: {plan.why}. The adapter trains and loads all the same, but "
+                f"{module_patterns(plan.without_place)}: {plan.why}. The adapter trains and loads all the same, but "
                 "merge_and_unload() will refuse: if an ordinary checkpoint is wanted in the end, pass "
                 "shift_without_bias=False"
             )
@@ -117,15 +117,15 @@ class RLRRModel(RLRRSums, StandaloneTuner):
 
     def _unload_and_fold(self, merge: bool, to_merge: list[str], **kwargs: Any) -> nn.Module:
         plan = plan_merging(self.model, to_merge)
-        if plan.homeless and merge:
+        if plan.without_place and merge:
             raise ValueError(
-                f"{module_patterns(plan.homeless)}: {plan.why} (expected one, for the trained shift f of RLRR), so that "
+                f"{module_patterns(plan.without_place)}: {plan.why} (expected one, for the trained shift f of RLRR), so that "
                 "a merged checkpoint would lose it. Keep the adapter as an adapter, use merge_adapter() in memory, or "
                 "train with RLRRConfig(shift_without_bias=False)"
             )
-        if plan.homeless:
+        if plan.without_place:
             warnings.warn(
-                f"{module_patterns(plan.homeless)}: {plan.why}, so that a checkpoint of the model into which an adapter "
+                f"{module_patterns(plan.without_place)}: {plan.why}, so that a checkpoint of the model into which an adapter "
                 "has been merged would lose its shift f; call unmerge_adapter() before unload()"
             )
         model = super()._unload_and_optionally_merge(merge=merge, **kwargs)

@@ -141,3 +141,8 @@ def test_the_tuner_is_peft_s():
         from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
         assert PEFT_TYPE_TO_TUNER_MAPPING["THROW_AWAY"] is ThrowawayModel
+
+
+def test_a_grid_of_no_options_is_refused():
+    with pytest.raises(ValueError, match=r"the grid of method 'zz' has 'nope', which is none of its options \(none\)"):
+        register_method(Method(name="zz", help="", apply=lambda model: model, grid={"nope": [1]}))

@@ -319,10 +319,10 @@ def test_classifier_bits_of_a_head_of_zeros():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"modules_to_save": []}, "trains no classification head; name it in modules_to_save"),
+        ({"modules_to_save": []}, "trains no classifier; name it in modules_to_save"),
         (
             {"modules_to_save": ["layernorm"]},
-            "needs a head that is a torch.nn.Linear, but vit.layernorm is a LayerNorm",
+            "needs a classifier that is a torch.nn.Linear, but vit.layernorm is a LayerNorm",
         ),
     ],
 )
