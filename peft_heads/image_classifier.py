@@ -76,7 +76,7 @@ def fetch_adapter(path_or_repo: str | os.PathLike, subfolder: str | None = None,
     """
     from .adapter_folder.download import local_folder
     from .adapter_folder.weights_file import NAMES, find_weights, read_infos
-    from .tuners.common.registry import is_own_type
+    from .tuners.common.method_registry import is_own_type
     from .tuners.common.saved_settings import check_foreign, check_ranks
 
     folder = local_folder(path_or_repo, subfolder, **kwargs)

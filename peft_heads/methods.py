@@ -13,8 +13,8 @@ from transformers import TrainerCallback
 from .scoring.callback import TaylorHeadScorer
 from .tuners.common.calls import watch_calls
 from .tuners.common.folder_config import AdapterFolderConfig
+from .tuners.common.method_registry import Method, get_method, method_of, registered_methods
 from .tuners.common.options import HEAD_SETTINGS, SCORER_SETTINGS, Option
-from .tuners.common.registry import Method, get_method, method_of, registered_methods
 from .tuners.stock import check_for_images, check_targets, default_modules
 
 

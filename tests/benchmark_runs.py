@@ -1,6 +1,6 @@
 """Made-up results of runs."""
 
-from peft_heads.benchmark.records.record import Environment, Run, RunResult, RunSpec
+from peft_heads.benchmark.records.run_record import Environment, Run, RunResult, RunSpec
 
 
 def make_run(

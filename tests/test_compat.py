@@ -31,7 +31,7 @@ from peft_heads._compat.hotswap import allow_hotswap, extend_hotswap_check
 from peft_heads._compat.overrides import check_hooks
 from peft_heads._compat.peft import expand_all_linear, extend_model_card, is_own, register_tuner
 from peft_heads.adapter_folder.card import SECTION_BEGIN
-from peft_heads.tuners.common.registry import update_model_card
+from peft_heads.tuners.common.method_registry import update_model_card
 
 
 def test_peft_type_is_a_true_member():

@@ -14,7 +14,7 @@ from peft.mapping import (
 from peft_heads import Method, register_method
 from peft_heads._compat.peft import OWN_CONFIGS, add_peft_type
 from peft_heads.adapter_folder.card import CardText
-from peft_heads.tuners.common import registry
+from peft_heads.tuners.common import method_registry
 
 
 @dataclass
@@ -44,7 +44,7 @@ def throwaway(**changes):
 def registered(method):
     """Register the method inside the block."""
     tables = (
-        registry._METHODS,
+        method_registry._METHODS,
         PEFT_TYPE_TO_CONFIG_MAPPING,
         PEFT_TYPE_TO_PREFIX_MAPPING,
         PEFT_TYPE_TO_TUNER_MAPPING,

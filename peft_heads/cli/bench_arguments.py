@@ -11,8 +11,8 @@ from ..benchmark.recipes import RECIPES, Recipe
 from ..data.preprocessing import Preprocessing
 from ..data.tasks import LIST_SEEDS, SHOTS
 from ..methods import MethodSettings, all_options, effective_settings
+from ..tuners.common.method_registry import get_method, registered_methods
 from ..tuners.common.options import Option
-from ..tuners.common.registry import get_method, registered_methods
 from .method_options import method_names, value_in_words
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..benchmark.records.effective import describe_settings, deviations, effective_method, merge_settings
 from ..benchmark.records.environment import source_state
-from ..benchmark.records.record import RunSpec
+from ..benchmark.records.run_record import RunSpec
 
 
 def effective_lines(specs: list[RunSpec], any_size: bool = False) -> list[str]:

@@ -45,7 +45,7 @@ def run(argv: list[str]) -> int:
 
 def describe(report) -> list[str]:
     """The report, as lines of text."""
-    from ..tuners.common.registry import method_of
+    from ..tuners.common.method_registry import method_of
 
     settings = report.settings
     shown = (name for name in method_of(settings.get("peft_type")).shown_settings if name not in BITS)

@@ -8,8 +8,8 @@ import re
 from typing import Any, Literal
 
 from ..methods import all_options
+from ..tuners.common.method_registry import registered_methods
 from ..tuners.common.options import Option
-from ..tuners.common.registry import registered_methods
 
 
 def method_names() -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from ..heads.layout import ProjectionLayout
 from ..heads.protocol import check_mask
 from ..tuners.common.head_mask import rows_in_file
 from ..tuners.common.mask_keys import LORA_MASK, is_mask_key
-from ..tuners.common.registry import method_of
+from ..tuners.common.method_registry import method_of
 from ..tuners.common.saved_keys import is_adapter_key, module_of
 from ..tuners.head_masked_lora.packed import PACKED
 

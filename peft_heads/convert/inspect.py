@@ -19,7 +19,7 @@ from ..adapter_folder.settings import read_settings
 from ..adapter_folder.weights_file import find_weights, read_infos, read_weights
 from ..image_classifier import fetch_adapter
 from ..tuners.common.mask_keys import is_mask_key
-from ..tuners.common.registry import is_own_type, method_of
+from ..tuners.common.method_registry import is_own_type, method_of
 from ..tuners.common.saved_folder import check_before_writing
 from ..tuners.common.saved_keys import is_adapter_key
 from ..tuners.common.saved_settings import is_settings_key

@@ -17,7 +17,7 @@ from ..adapter_folder.labels import read_labels, write_labels
 from ..adapter_folder.settings import read_settings
 from ..image_classifier import fetch_adapter
 from ..tuners.common.mask_keys import LORA_MASK
-from ..tuners.common.registry import adapter_types
+from ..tuners.common.method_registry import adapter_types
 from ..tuners.common.saved_settings import is_settings_key
 from ..tuners.head_masked_lora.packed import PACKED
 from ..tuners.head_masked_lora.state_dict import write_quantized

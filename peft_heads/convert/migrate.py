@@ -21,7 +21,7 @@ from ..adapter_folder.base_model import empty_base_model
 from ..adapter_folder.files import check_folder_files
 from ..adapter_folder.settings import read_settings
 from ..adapter_folder.weights_file import read_weights
-from ..tuners.common.registry import adapter_types
+from ..tuners.common.method_registry import adapter_types
 from ..tuners.common.saved_keys import RENAMED_OPTIONS, follow_renames, is_adapter_key, module_of, renamed_keys
 from ..tuners.common.saved_settings import is_settings_key
 

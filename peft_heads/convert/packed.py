@@ -10,7 +10,7 @@ from ..adapter_folder.atomic import new_folder
 from ..adapter_folder.score_files import HEAT_MAP_FILE, SCORES_FILE
 from ..adapter_folder.settings import read_settings
 from ..image_classifier import fetch_adapter
-from ..tuners.common.registry import method_of, registered_methods
+from ..tuners.common.method_registry import method_of, registered_methods
 from .source import PROCESSOR_FILE, load_complete_adapter, sources
 
 

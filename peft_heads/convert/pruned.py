@@ -22,7 +22,7 @@ from ..heads.detect import resolve_heads
 from ..heads.layout import HeadLayout
 from ..heads.protocol import get_head_masks
 from ..image_classifier import fetch_adapter
-from ..tuners.common.registry import adapter_types
+from ..tuners.common.method_registry import adapter_types
 from .merged import load_whole_model, merge, save_checkpoint
 from .source import check_type, sources
 

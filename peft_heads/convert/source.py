@@ -15,7 +15,7 @@ from ..adapter_folder.checkpoints import read_error
 from ..adapter_folder.settings import read_settings
 from ..data.images import load_image_processor
 from ..image_classifier import load_adapter
-from ..tuners.common.registry import adapter_types
+from ..tuners.common.method_registry import adapter_types
 
 
 if TYPE_CHECKING:

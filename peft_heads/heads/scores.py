@@ -3,7 +3,7 @@
 Split like a metric into *update* (`head_statistics`: one optimizer step) and *compute* (`head_scores`: the mean over a
 window of steps), so that one pass over the data serves every criterion.
 
-The functions from statistics to scores are in `criteria`.
+The functions from statistics to scores are in `criterion_registry`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 from .._compat.loading import announce_loading
 from .._compat.transformers_loading import announce_loading_by_transformers
-from .common.registry import Method, register_method
+from .common.method_registry import Method, register_method
 from .common.saved_folder import check_before_writing
 from .head_masked_lora import HeadMaskedLinear, HeadMaskedLoraConfig, HeadMaskedLoraModel, pack_adapter
 from .rlrr import RLRRConfig, RLRRModel

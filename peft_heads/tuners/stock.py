@@ -17,8 +17,8 @@ from ..backbones.classifier import classifier_names
 from ..backbones.structure import find_backbone
 from ..backbones.targets import default_targets, exact_targets
 from ..heads.traversal import named_targets
+from .common.method_registry import Method
 from .common.options import LORA_OPTIONS, SCALES, SCORER_OPTIONS, Option
-from .common.registry import Method
 from .common.targets import check_called, module_patterns, warn_of_overlooked
 
 

@@ -8,7 +8,7 @@ import trees
 
 from peft_heads.cli.bench_arguments import build_parser, read_method
 from peft_heads.cli.main import main
-from peft_heads.tuners.common.registry import registered_methods
+from peft_heads.tuners.common.method_registry import registered_methods
 
 
 def help_of(argument, lists=True):

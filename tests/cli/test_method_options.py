@@ -13,8 +13,8 @@ from peft_heads.cli.inspect import describe
 from peft_heads.cli.method_options import method_help, method_names, named_method
 from peft_heads.convert.inspect import AdapterReport
 from peft_heads.methods import MethodSettings, all_options, apply_method, check_method, effective_settings
+from peft_heads.tuners.common.method_registry import registered_methods
 from peft_heads.tuners.common.options import HEAD_SETTINGS, SCORER_SETTINGS
-from peft_heads.tuners.common.registry import registered_methods
 
 
 # A value other than the default, for options whose type suggests none.

@@ -17,8 +17,8 @@ from accelerate.utils import broadcast_object_list
 
 from ...adapter_folder.atomic import write_atomically
 from ..records.environment import source_state
-from ..records.record import Run, RunSpec
 from ..records.results import find_result
+from ..records.run_record import Run, RunSpec
 from .optuna_queue import WAIT, SharedQueue, take_turns
 from .places import Places
 from .run import run

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..._compat.libraries import trial_id
-from ..records.record import Environment, Run, RunResult, RunSpec
 from ..records.results import find_result, write_result
+from ..records.run_record import Environment, Run, RunResult, RunSpec
 
 
 logger = logging.getLogger(__name__)

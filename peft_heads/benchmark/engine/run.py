@@ -20,8 +20,8 @@ from ...data.tasks import Task
 from ...methods import MethodSettings, check_method
 from ..recipes import Recipe
 from ..records.effective import with_warmup
-from ..records.record import Environment, Run, RunResult, RunSpec
 from ..records.results import find_result, write_result
+from ..records.run_record import Environment, Run, RunResult, RunSpec
 from .places import Places
 from .training import Training, checkpoint_of
 from .work_folder import alone, begin

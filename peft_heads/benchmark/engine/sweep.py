@@ -14,7 +14,7 @@ from ...data.tasks import Task
 from ...tuners.common.options import HEAD_SETTINGS
 from ..recipes import Recipe
 from ..records.plans import Choice, unfinished_choices, write_plan
-from ..records.record import Run, RunSpec, describe_method
+from ..records.run_record import Run, RunSpec, describe_method
 from ..report.rows import method_order
 from .execution import Outcome, execute
 from .optuna_queue import SharedQueue, default_study_name

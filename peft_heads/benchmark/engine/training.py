@@ -31,7 +31,7 @@ from ...metrics.accuracy import compute_metrics
 from ..recipes import SHIPPED
 from ..records.effective import with_warmup
 from ..records.environment import describe_environment
-from ..records.record import CONTENT, Environment, RunResult, RunSpec
+from ..records.run_record import CONTENT, Environment, RunResult, RunSpec
 from .callbacks import Clock, EpochEnds
 from .places import Places
 from .trained import saved_bytes, selection_scores

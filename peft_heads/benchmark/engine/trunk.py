@@ -18,7 +18,7 @@ from accelerate import PartialState
 from ...adapter_folder.checkpoints import last_complete_checkpoint
 from ...tuners.common.options import HEAD_SETTINGS
 from ..records.effective import with_warmup
-from ..records.record import RunSpec
+from ..records.run_record import RunSpec
 from .places import Places
 from .training import Training
 from .work_folder import alone, begin

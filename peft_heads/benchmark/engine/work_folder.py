@@ -13,7 +13,7 @@ import filelock
 from accelerate import PartialState
 
 from ...adapter_folder.atomic import write_atomically
-from ..records.record import Environment
+from ..records.run_record import Environment
 
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from ..records.record import Run
+from ..records.run_record import Run
 from .settings import setting_name
 
 

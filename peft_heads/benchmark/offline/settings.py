@@ -10,7 +10,7 @@ from ...data.suites import SUITES
 from ...data.tasks import OFFLINE, Task
 from ..engine.run import make_spec
 from ..recipes import RECIPES, SHIPPED, Recipe
-from ..records.record import RunSpec, describe_method
+from ..records.run_record import RunSpec, describe_method
 
 
 SEEDS = (0, 1, 2, 3, 4)

@@ -9,7 +9,7 @@ from ...data.preprocessing import Preprocessing
 from ...data.tasks import TASKS
 from ...methods import MethodSettings, deactivates_heads, effective_settings
 from ..recipes import RECIPES
-from .record import Environment, RunSpec
+from .run_record import Environment, RunSpec
 from .schema import canonical_json
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ...plugins import loaded_plugins
-from .record import Environment
+from .run_record import Environment
 
 
 LIBRARIES = ("peft-heads", "torch", "transformers", "peft", "accelerate", "datasets", "numpy", "pillow", "kornia")

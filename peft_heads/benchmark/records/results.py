@@ -9,7 +9,7 @@ from typing import Any
 
 from ...adapter_folder.atomic import write_atomically
 from .effective import deviations, effective_method
-from .record import Environment, Run, RunResult, RunSpec, is_official, on_different_data
+from .run_record import Environment, Run, RunResult, RunSpec, is_official, on_different_data
 from .schema import jsonable
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...tuners.common.head_selection import HEAD_SELECTION
-from ..records.record import describe_method
+from ..records.run_record import describe_method
 from ..records.schema import canonical_json
 from .rows import Row
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ...data.suites import SUITES
-from ..records.record import Run
+from ..records.run_record import Run
 
 
 ONE_GROUP = "all tasks"

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from ...scoring.plotting import figure_bytes
 from ..records.plans import Choice, unfinished_choices
-from ..records.record import Run
+from ..records.run_record import Run
 from .accuracy_tables import accuracy_table, cost_table, validation_table
 from .atlas import plot_head_atlas
 from .groups import suite_groups

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..records.record import describe_method
+from ..records.run_record import describe_method
 from ..records.schema import canonical_json
 from .averages import averages_over_seeds, mean_and_std
 from .choices import VARIANTS

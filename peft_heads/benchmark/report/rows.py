@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..records.record import Run, describe_method, on_different_data
+from ..records.run_record import Run, describe_method, on_different_data
 from ..records.schema import canonical_json
 from .averages import mean_and_std
 

@@ -23,7 +23,7 @@ from ...functional.quantization import BITS
 from ...image_classifier import fetch_adapter
 from ...tuners import HeadMaskedLoraConfig, pack_adapter
 from ...tuners.common.classifiers import default_labels
-from ...tuners.common.registry import adapter_types
+from ...tuners.common.method_registry import adapter_types
 from ...tuners.common.saved_settings import is_settings_key
 from ...tuners.head_masked_lora.config import FULL_PRECISION
 from ...tuners.head_masked_lora.packed import PACKED

@@ -16,7 +16,7 @@ from ...backbones.renames import match_renamed
 from ...backbones.targets import shortest_names
 from ...heads.detect import matches_pattern
 from ...heads.traversal import named_targets
-from .registry import parameter_prefixes
+from .method_registry import parameter_prefixes
 from .saved_settings import is_settings_key
 from .targets import module_patterns
 

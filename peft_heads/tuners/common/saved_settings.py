@@ -16,7 +16,7 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
 from ...adapter_folder.weights_file import read_infos, read_weights
-from .registry import own_prefixes, parameter_prefixes
+from .method_registry import own_prefixes, parameter_prefixes
 
 
 _BASE = "base_model.model."

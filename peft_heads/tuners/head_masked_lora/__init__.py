@@ -2,8 +2,8 @@
 
 from ..._compat.hotswap import allow_hotswap, extend_hotswap, extend_hotswap_check
 from ..common.head_selection import ON_CARD
+from ..common.method_registry import Method, register_method
 from ..common.options import LORA_OPTIONS, SCALES, SCORER_OPTIONS, head_options
-from ..common.registry import Method, register_method
 from .config import HeadMaskedLoraConfig
 from .hotswap import check_configs, check_padding, prepare
 from .layer import HeadMaskedLinear

@@ -14,7 +14,7 @@ from ...heads.traversal import own_modules
 from ..common.copies import check_same_heads, classifiers_of_sum, is_copy
 from .config import FULL_PRECISION, HeadMaskedLoraConfig
 from .layer import HeadMaskedLinear
-from .variants import HeadMaskVariant
+from .masked_forward import HeadMaskVariant
 
 
 # Types of combination that are linear in the update or in its factors. The others drop single entries of these.

@@ -19,7 +19,7 @@ from ...heads.protocol import ScoredParameter
 from ..common.head_mask import HeadMask, HeadMaskedLayer
 from ..common.quantizer import WeightQuantizer
 from .config import FULL_PRECISION, HeadMaskedLoraConfig
-from .variants import HeadMaskVariant, KBitVariant
+from .masked_forward import HeadMaskVariant, KBitVariant
 
 
 # `lora_B` of a k-bit adapter is initialised by a normal that is cut off (Bi-LoRA): zeros would have no deviation.

@@ -1,8 +1,8 @@
 """RLRR: residual low-rank rescaling."""
 
 from ..common.head_selection import ON_CARD
+from ..common.method_registry import Method, register_method
 from ..common.options import SCORER_OPTIONS, head_options
-from ..common.registry import Method, register_method
 from .config import RLRRConfig
 from .layer import RLRRConv2d, RLRRLinear, RLRRScale
 from .model import RLRRModel

@@ -13,8 +13,8 @@ from peft_heads.benchmark.engine.execution import Outcome, execute
 from peft_heads.benchmark.engine.sweep import Sweep, run_sweep
 from peft_heads.benchmark.engine.training import Training
 from peft_heads.benchmark.records.plans import read_plans, unfinished_choices
-from peft_heads.benchmark.records.record import Run, RunResult
 from peft_heads.benchmark.records.results import find_result, read_results, write_result
+from peft_heads.benchmark.records.run_record import Run, RunResult
 from peft_heads.benchmark.report import make_report
 
 

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from peft_heads.benchmark.records.record import Environment, RunResult, RunSpec, describe_method
 from peft_heads.benchmark.records.results import find_result, read_result, read_results, result_path, write_result
+from peft_heads.benchmark.records.run_record import Environment, RunResult, RunSpec, describe_method
 
 
 SPEC = {

@@ -8,8 +8,8 @@ from peft import LoraConfig, PeftConfig
 from throwaway import throwaway
 
 from peft_heads import HeadMaskedLoraConfig, RLRRConfig
+from peft_heads.tuners.common.method_registry import get_method
 from peft_heads.tuners.common.options import HEAD_SETTINGS, LORA_OPTIONS, Option, complete, head_options
-from peft_heads.tuners.common.registry import get_method
 
 
 NAMES = ["one", "two"]

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from peft_heads import HeadMaskedLoraConfig, set_head_masks
 from peft_heads.tuners.head_masked_lora.layer import HeadMaskedLinear
-from peft_heads.tuners.head_masked_lora.variants import HeadMaskVariant, KBitVariant, VanillaVariant
+from peft_heads.tuners.head_masked_lora.masked_forward import HeadMaskVariant, KBitVariant, VanillaVariant
 
 
 OFF = torch.arange(24) < 4  # the rows of head 0

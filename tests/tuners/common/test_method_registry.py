@@ -15,8 +15,8 @@ from peft_heads import Method, RLRRConfig, register_method
 from peft_heads._compat.peft import is_own
 from peft_heads._compat.transformers_loading import no_faults
 from peft_heads.convert.inspect import inspect_adapter
-from peft_heads.tuners.common import registry
-from peft_heads.tuners.common.registry import (
+from peft_heads.tuners.common import method_registry
+from peft_heads.tuners.common.method_registry import (
     adapter_types,
     card_tags,
     get_method,
@@ -132,7 +132,7 @@ def test_a_method_that_says_nothing_of_norms(tmp_path, monkeypatch):
     get_peft_model(base, RLRRConfig()).save_pretrained(tmp_path / "adapter")
     known = get_method("rlrr")
     assert inspect_adapter(tmp_path / "adapter").no_norms == known.no_norms != ""
-    monkeypatch.setitem(registry._METHODS, "rlrr", replace(known, no_norms=""))
+    monkeypatch.setitem(method_registry._METHODS, "rlrr", replace(known, no_norms=""))
     assert inspect_adapter(tmp_path / "adapter").no_norms == "the update of RLRR is not computed from its file"
 
 
