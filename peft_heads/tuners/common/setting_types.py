@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import types
 import typing
 from dataclasses import fields, is_dataclass
@@ -13,6 +14,8 @@ from ...adapter_folder.weights_file import one_line
 
 # Annotated as integers, but PEFT divides by the rank, and Bi-LoRA's scales are numbers like 0.1.
 _NUMBERS = ("lora_alpha", "alpha_pattern")
+# Words that PEFT takes for a field, and its annotation does not list.
+_MORE_WORDS = {"init_lora_weights": re.compile(r"lora_ga|pissa_niter_\d+|(?i:gaussian|olora|mica)")}
 
 
 def check_types(config_class: type, settings: dict[str, Any]) -> None:
@@ -29,6 +32,9 @@ def check_types(config_class: type, settings: dict[str, Any]) -> None:
     for field in fields(config_class):
         if field.name in settings and field.name in hints and settings[field.name] != field.default:
             value = settings[field.name]
+            words = _MORE_WORDS.get(field.name)
+            if words and isinstance(value, str) and words.fullmatch(value):
+                continue
             if not fits(value, hints[field.name], is_number=field.name in _NUMBERS):
                 raise ValueError(f"{field.name} is {str(value)[:80]!r} of type {type(value).__name__}: a wrong type")
 
@@ -50,8 +56,8 @@ def fits(value: Any, hint: Any, is_number: bool = False) -> bool:
         return any(fits(value, part, is_number) for part in parts)
     if is_dataclass(hint):
         return isinstance(value, dict)
-    if origin is Literal:  # PEFT's annotations do not list all of its words
-        return value in parts or (type(value) is str and any(isinstance(part, str) for part in parts))
+    if origin is Literal:
+        return value in parts
     if hint is type(None):
         return value is None
     if hint in (bool, str):

@@ -354,8 +354,16 @@ def test_the_random_start_of_velora(tmp_path):
     assert any("velora" in key for key in ours)
 
 
-def test_an_initialisation_that_peft_s_annotation_does_not_list(tmp_path):
-    """PEFT accepts lora_ga for `init_lora_weights`, although the field's type does not list it."""
+@pytest.mark.parametrize("init", ["lora_ga", "pissa_niter_4", "Gaussian"])
+def test_initialisations_that_peft_s_annotation_does_not_list(tmp_path, init):
+    """PEFT takes them for `init_lora_weights`, whatever the field's type says."""
     save(tmp_path, HeadMaskedLoraConfig(ne=0))
-    edit(tmp_path, init_lora_weights="lora_ga")
+    edit(tmp_path, init_lora_weights=init)
     PeftModel.from_pretrained(tiny.make("vit"), tmp_path)
+
+
+def test_a_word_that_peft_does_not_know_either(tmp_path):
+    save(tmp_path, HeadMaskedLoraConfig(ne=0))
+    edit(tmp_path, init_lora_weights="other")
+    with pytest.raises(ValueError, match="init_lora_weights is 'other' of type str: a wrong type"):
+        PeftModel.from_pretrained(tiny.make("vit"), tmp_path)
