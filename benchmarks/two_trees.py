@@ -19,8 +19,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from measure import describe, interleaved, ratio
-
 
 TASKS = ("step", "step of 1 bit", "step of RLRR", "load", "load of RLRR")
 
@@ -54,6 +52,8 @@ def main() -> None:
         return
     if len(args.trees) != 2:
         parser.error("two trees are needed")
+    from measure import describe, interleaved, ratio  # of this tree; the workers import none but their own
+
     workers = [Worker(tree, ["--steps", str(args.steps)]) for tree in args.trees]
     for task in TASKS:
         sides = {str(i): lambda worker=worker, task=task: worker.seconds(task) for i, worker in enumerate(workers)}
