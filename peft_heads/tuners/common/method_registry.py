@@ -5,6 +5,7 @@ Your own method is a configuration and a tuner, as PEFT has them, and one call o
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -192,6 +193,11 @@ def adapter_types(base: type[PeftConfig] = PeftConfig) -> tuple[str, ...]:
 
 def parameter_prefixes() -> tuple[str, ...]:
     """Beginnings of the names of parameters that a method puts into a module."""
+    return _prefixes_of(tuple((name, id(method)) for name, method in _METHODS.items()))
+
+
+@functools.cache  # asked for every key of a file
+def _prefixes_of(registered: tuple[tuple[str, int], ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(method.prefix for method in _METHODS.values() if method.prefix))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from collections.abc import Iterable
@@ -40,6 +41,11 @@ def saved_keys(path_or_repo: str, subfolder: str | None = None, **download_kwarg
     return [] if path is None else [key for key in read_infos(path) if not is_settings_key(key)]
 
 
+@functools.cache
+def _end_of_module(prefixes: tuple[str, ...]) -> re.Pattern:
+    return re.compile(rf"\.({'|'.join(prefixes)}|base_layer\.|modules_to_save\.)|\.[^.]*$")
+
+
 def module_of(key: str) -> str:
     """The base model's module that a key of an adapter's file belongs to.
 
@@ -51,7 +57,7 @@ def module_of(key: str) -> str:
     """
     name = key.removeprefix(BASE)
     # what PEFT puts inside of a module, and the module's own parameters
-    inside = re.search(rf"\.({'|'.join(parameter_prefixes())}|base_layer\.|modules_to_save\.)|\.[^.]*$", name)
+    inside = _end_of_module(parameter_prefixes()).search(name)
     return name[: inside.start()] if inside else ""
 
 

@@ -6,6 +6,7 @@ results without a word. Files written before they were noted have none, and are 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Container, Iterable
 from pathlib import Path
@@ -22,9 +23,14 @@ from .method_registry import own_prefixes, parameter_prefixes
 _BASE = "base_model.model."
 
 
+@functools.cache
+def _settings_keys(prefixes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{prefix}settings" for prefix in prefixes)
+
+
 def is_settings_key(key: str) -> bool:
     """Whether a key of an adapter's file, also with the adapter's name behind, stands for settings."""
-    return key.removeprefix(_BASE).startswith(tuple(f"{prefix}settings" for prefix in parameter_prefixes()))
+    return key.removeprefix(_BASE).startswith(_settings_keys(parameter_prefixes()))
 
 
 def check_foreign(peft_type: str | None, path: Path) -> None:
