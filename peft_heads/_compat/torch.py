@@ -66,6 +66,14 @@ def forward_hooks(module: nn.Module) -> list[Callable]:
     return list(module._forward_hooks.values())
 
 
+def children_of(module: nn.Module) -> dict[str, nn.Module]:
+    """The modules directly inside a module, by name, each as often as it is there.
+
+    Delete when `named_children` takes no longer: loading an adapter asks for thousands of them.
+    """
+    return {name: child for name, child in module._modules.items() if child is not None}
+
+
 def shell_of(module: nn.Module) -> nn.Module:
     """A module of the same class with the same attributes and contents, but without hooks.
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from .._compat.torch import children_of
+
 
 # Names under which wrappers keep the model's own module, beside the adapters' parts.
 _WRAPPED = ("base_layer", "original_module")
@@ -41,7 +43,7 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
             continue
         seen.add(module)
         yield name, module, is_inside
-        children = dict(module.named_children())
+        children = children_of(module)
         if hasattr(type(module), "adapter_layer_names"):  # of layers with adapters, and of wrappers of whole modules
             children = {key: children[key] for key in _WRAPPED if key in children} or children
             is_inside = is_inside or "base_layer" in children

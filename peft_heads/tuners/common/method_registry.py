@@ -155,6 +155,7 @@ def register_method(method: Method) -> None:
         delegate_config_loading()
         extend_model_card(update_model_card)
     _METHODS[method.name] = method
+    _prefixes_of.cache_clear()
 
 
 def registered_methods() -> tuple[Method, ...]:
@@ -193,11 +194,11 @@ def adapter_types(base: type[PeftConfig] = PeftConfig) -> tuple[str, ...]:
 
 def parameter_prefixes() -> tuple[str, ...]:
     """Beginnings of the names of parameters that a method puts into a module."""
-    return _prefixes_of(tuple((name, id(method)) for name, method in _METHODS.items()))
+    return _prefixes_of(tuple(_METHODS))
 
 
 @functools.cache  # asked for every key of a file
-def _prefixes_of(registered: tuple[tuple[str, int], ...]) -> tuple[str, ...]:
+def _prefixes_of(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(method.prefix for method in _METHODS.values() if method.prefix))
 
 
