@@ -130,7 +130,7 @@ def _unambiguous(model: nn.Module, classifiers: list[str]) -> list[str]:
             if any(isinstance(model.get_submodule(key), _CONTAINERS) for key in mine):
                 warnings.warn(
                     f"{name} looks like a part of the classifier, but PEFT cannot train it in full, because its name "
-                    f"also means {', '.join(mine)}; pass modules_to_save= with what is to be trained"
+                    f"also means {', '.join(mine)}; name the modules to train in modules_to_save"
                 )
                 names = [other for other in names if other != name]
                 break

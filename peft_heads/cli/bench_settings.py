@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from ..benchmark.records.effective import describe_settings, deviations, effective_method, merge_settings
@@ -22,7 +21,7 @@ def effective_lines(specs: list[RunSpec], any_size: bool = False) -> list[str]:
         methods.setdefault(spec.method.name, []).append(effective_method(spec.method.to_json(), spec.recipe))
     recipe = merge_settings([{"epochs": spec.epochs} | spec.recipe for spec in specs])
     recipe.pop("head_warmup_epochs", None)  # is shown with the methods that it concerns
-    departs = [*_unique(text for spec in specs for text in deviations(spec))]
+    departs = list(dict.fromkeys(text for spec in specs for text in deviations(spec)))
     if any_size:
         departs.append("trees with any number of images (--any_size)")
     unofficial = source_state()[1]
@@ -30,7 +29,7 @@ def effective_lines(specs: list[RunSpec], any_size: bool = False) -> list[str]:
         "in effect",
         *(f"  method      {name}: {describe_settings(merge_settings(own))}" for name, own in methods.items()),
         f"  recipe      {specs[0].suite}: {describe_settings(recipe)}",
-        f"  backbone    {', '.join(_unique(spec.backbone for spec in specs))}",
+        f"  backbone    {', '.join(dict.fromkeys(spec.backbone for spec in specs))}",
         *(f"  {part:11} {text}" for part, text in _images(specs).items()),
         f"  departs from the recipe of {specs[0].suite}: {'; '.join(departs) or 'nowhere'}",
         f"  results     {'un' if unofficial else ''}official: of {'un' if unofficial else ''}committed code",
@@ -52,7 +51,3 @@ def _image_settings(preprocessing: dict[str, Any]) -> dict[str, Any]:
     if "image_range" in preprocessing:
         settings["image_range"] = "{} to {}".format(*preprocessing["image_range"])
     return settings
-
-
-def _unique(values: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(values))

@@ -22,7 +22,7 @@ from ...heads.traversal import named_targets
 from .classifiers import get_labels
 from .folder_config import AdapterFolderConfig
 from .saved_keys import BASE, follow_file, is_adapter_key, module_of, renamed_keys
-from .saved_places import TRIAL, check_classifiers, check_infos, places_of, trained_classifiers
+from .saved_places import TRIAL, check_classifiers, check_infos, places_of, trial_classifiers
 from .saved_settings import is_settings_key
 from .setting_types import refusal
 from .skeleton import skeleton_of
@@ -58,7 +58,7 @@ def check_folder(
         keys = keys_in_model(infos, trial, loading.key_mapping)
         infos = {keys[key]: info for key, info in infos.items()}
         places = places_of(trial, tuner.own_tensors(trial, config, TRIAL))
-        heads = trained_classifiers(trial)
+        heads = trial_classifiers(trial)
         check_infos(
             infos,
             places,

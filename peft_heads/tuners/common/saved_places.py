@@ -61,7 +61,7 @@ def places_of(model: nn.Module, own: dict[str, torch.Tensor]) -> dict[str, Place
             inside = {key.removeprefix(f"{name}."): v for key, v in state_dict.items() if key.startswith(f"{name}.")}
             for key, value in wrapper.adapter_state_dict(TRIAL, inside).items():
                 places[f"{name}.{key}"] = Place(tuple(value.shape), value.dtype)
-    for name, head in trained_classifiers(model).items():
+    for name, head in trial_classifiers(model).items():
         for parameter, _ in head.named_parameters(recurse=False):
             place = places[f"{name}.{parameter}"]
             places[f"{name}.{parameter}"] = replace(place, rows_of=f"{name}.weight")
@@ -175,7 +175,7 @@ def _others(keys: list[str]) -> str:
     return f" and {len(keys) - 1} more" if len(keys) > 1 else ""
 
 
-def trained_classifiers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+def trial_classifiers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     """What the adapter `TRIAL` trains in full and may have another number of outputs, by name in the base model."""
     return {
         ".".join(filter(None, [name, inner])): module

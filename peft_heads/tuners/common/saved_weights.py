@@ -80,7 +80,7 @@ class SavedWeights:
             if is_adapter_key(key) or in_full in key
         }
         to_return = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        # biases of the base model
+        # PEFT takes the biases of the base model from the model itself: they may be parts, too
         to_return = {key: whole_entry(model, key, value) for key, value in to_return.items()}
         cls.zero_inactive_rows(model, adapter_name, to_return, state_dict)
         noted = cls.encode(model, config, adapter_name, to_return, state_dict)

@@ -69,8 +69,8 @@ def make_plain_lora(
         model: The model with the adapter in it.
         adapter_name: The adapter.
         state_dict: Its weights.
-        model_state_dict: The model's, of which the frozen weights are taken: where the model is sharded they may have
-            been put together on this process alone.
+        model_state_dict: State dict of the model, which holds the frozen weights. Those of a sharded model may have been
+            put together on this process alone.
     """
     for name, layer in masked_layers(model, adapter_name):
         layout, mask = layer.head_layout[adapter_name], layer.get_head_mask(adapter_name)

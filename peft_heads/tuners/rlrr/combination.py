@@ -22,12 +22,11 @@ class RLRRSums:
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
         """Combine adapters linearly, as the paper does: every factor, shift and scale by itself.
 
-        `Ŝ_out Ŝ_in = (Σ w_i S_out^i)(Σ w_i S_in^i)` and `f̂ = Σ w_i f^i`. Of norms and the patch embedding, of which the
-        paper says nothing, the changes are summed: `γ̂ = 1 + Σ w_i (γ^i - 1)`, `β̂ = Σ w_i β^i`, so that an adapter that
-        changes nothing adds nothing there. To the factors' product it does add: one with `S_out = 0` alone changes
-        nothing, but its `S_in` meets the `S_out` of the others. A head is active in the sum where it is in any of the
-        summands. The trained classifier, which only one of them may have, is copied. One adapter with weight 1
-        gives an exact copy.
+        `Ŝ_out Ŝ_in = (Σ w_i S_out^i)(Σ w_i S_in^i)` and `f̂ = Σ w_i f^i`. The paper says nothing about norms and the patch
+        embedding; their changes are summed: `γ̂ = 1 + Σ w_i (γ^i - 1)`, `β̂ = Σ w_i β^i`. So an adapter that changes
+        nothing adds nothing there. It may add to the product of the factors: with `S_out = 0` an adapter changes nothing,
+        but its `S_in` meets the `S_out` of the others. A head is active in the sum if it is active in a summand. The
+        trained classifier, which only one summand may have, is copied. One adapter with weight 1 returns an exact copy.
 
         Args:
             adapters: Names of the summands.
