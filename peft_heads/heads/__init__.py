@@ -4,8 +4,9 @@ from .criterion_registry import CRITERIA, HeadStatistics, register_criterion
 from .detect import resolve_heads
 from .layout import HeadLayout, ProjectionLayout
 from .protocol import HeadMaskable, ScoredParameter, get_head_masks, set_head_masks
-from .scores import head_scores, head_statistics
+from .scores import head_scores
 from .selection import plan_groups, select_heads
+from .taylor import head_statistics
 
 
 __all__ = [

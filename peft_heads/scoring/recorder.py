@@ -10,9 +10,9 @@ from torch import nn
 
 from ..functional.sharding import whole_shape
 from ..heads.protocol import HeadMaskable, head_layers, named_layouts
-from ..heads.scores import STATISTICS, all_head_statistics
+from ..heads.taylor import STATISTICS, all_head_statistics
 from .attachment import attach, detach
-from .gradients import StepGradients
+from .step_gradients import StepGradients
 
 
 class HeadRecorder:

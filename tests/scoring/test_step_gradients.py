@@ -8,7 +8,7 @@ from torch import nn
 
 from peft_heads.heads import HeadLayout, HeadMaskable, ProjectionLayout, ScoredParameter
 from peft_heads.heads.protocol import get_head_masks, set_head_masks
-from peft_heads.scoring.gradients import StepGradients
+from peft_heads.scoring.step_gradients import StepGradients
 
 
 class Projection(nn.Module):
