@@ -28,7 +28,7 @@ from random_vit import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from peft_heads import HeadMaskedLoraConfig, get_head_masks
-from peft_heads.convert.pruned import prune_heads
+from peft_heads.convert.smaller import prune_heads
 
 
 def make(args, ne):

@@ -13,7 +13,9 @@ from transformers import AutoModelForImageClassification, BeitConfig, BeitForIma
 
 from peft_heads import HeadMaskedLoraConfig, get_head_masks, set_head_masks
 from peft_heads.cli.main import main
-from peft_heads.convert.pruned import export_pruned, prune_heads, slice_heads
+from peft_heads.convert.pruned import export_pruned
+from peft_heads.convert.slices import slice_heads
+from peft_heads.convert.smaller import prune_heads
 from peft_heads.heads import resolve_heads
 
 
