@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 
@@ -10,16 +9,15 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedModel
 
-from ..heads.traversal import unwrapped
-from .blocks import Block, whole_blocks
-from .image_part import TOWER_CONFIGS
+from .blocks import whole_blocks
+from .empty_models import build_empty, random_images, smaller_config
+from .units import count_units
 
 
 @dataclass(frozen=True)
 class Operations:
-    """Multiply-adds that a model spends on one image, the matrix products and convolutions alone.
+    """Multiply-adds that a model spends on one image, in matrix products and convolutions.
 
     They grow linearly with the number of heads and with the number of neurons, which are the same in every layer.
 
@@ -42,7 +40,7 @@ class Operations:
         return self.fixed + num_heads * self.per_head + num_neurons * self.per_neuron
 
     def speed(self, num_heads: int, num_neurons: int) -> float:
-        """How many times fewer multiply-adds that are than at present.
+        """How many times fewer multiply-adds that is than at present.
 
         Example:
             >>> Operations(num_heads=4, num_neurons=16, fixed=10, per_head=5, per_neuron=5).speed(2, 8)
@@ -54,83 +52,52 @@ class Operations:
 def count_operations(model: nn.Module) -> Operations:
     """The multiply-adds of a model of transformers without its adapters, for one image of its configuration's size.
 
-    A second model of the same configuration is built without memory for weights (on torch's meta device), and counted
-    by torch's `FlopCounterMode`.
+    A second model of the same configuration is built without memory for its weights, and counted by torch's
+    `FlopCounterMode`.
 
     Args:
         model: The model, plain or with adapters in it.
 
     Raises:
-        ValueError: The model has no configuration that says the size of an image, or its layers differ in heads or
+        ValueError: The model cannot be built or run from its configuration alone, or its layers differ in heads or
             neurons.
     """
-    get_base = getattr(model, "get_base_model", None)
-    base = model if get_base is None else get_base()
-    if not isinstance(base, PreTrainedModel):
-        raise ValueError(
-            f"the operations of a {type(base).__name__} cannot be counted: it is no model of transformers, whose "
-            "configuration would say how to build it and how large an image is"
-        )
-    config = copy.deepcopy(base.config)
-    tower = next((tower for key in TOWER_CONFIGS if (tower := getattr(config, key, None)) is not None), config)
-    # SigLIP's pooling head has an MLP of the same width, is not used by classifiers, and goes when the model is pruned
-    tower.vision_use_head = False
-    with torch.device("meta"):
-        plain = type(base)(config).eval()
-    blocks = whole_blocks(plain)
-    num_heads, num_neurons = _sizes(plain, blocks)
-    total, tokens = _count(plain, blocks, _one_image(tower))
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    who = f"the operations of a {type(model).__name__} cannot be counted"
+    if getattr(model, "config", None) is None:
+        raise ValueError(f"{who}: it has no configuration of transformers")
+    # SigLIP's pooling head has an MLP of the same width, is of no use to a classifier, and goes when neurons go
+    plain = build_empty(model, smaller_config(model, {"vision_use_head": False}))
+    if isinstance(plain, str):
+        raise ValueError(f"{who}: {plain}")
+    blocks, units = whole_blocks(plain), count_units(plain)
+    if not units.num_heads or not units.num_neurons:
+        raise ValueError(f"{who} by numbers of heads and neurons: its layers differ in them, or have a gated MLP")
+    first_layers = [plain.get_submodule(block.mlp_layers[0]) for block in blocks]
+    total, tokens = _count(plain.to("meta"), first_layers)
+    width = units.num_heads * units.head_dim
     per_head = per_neuron = 0
     for block, count in zip(blocks, tokens, strict=True):
-        projections = [name for name in (block.query, block.key, block.value, block.fused, block.out) if name]
-        weights = sum(_layer(plain, name).weight.numel() for name in projections)
-        width = _layer(plain, block.out).in_features  # of all heads together
-        per_head += (count * weights + 2 * count**2 * width) // num_heads
-        per_neuron += count * sum(_layer(plain, name).weight.numel() for name in block.mlp_layers) // num_neurons
-    return Operations(
-        num_heads, num_neurons, total - num_heads * per_head - num_neurons * per_neuron, per_head, per_neuron
-    )
-
-
-def _sizes(model: nn.Module, blocks: tuple[Block, ...]) -> tuple[int, int]:
-    """Numbers of heads and of neurons, which all blocks must share."""
-    heads = sorted({block.num_heads for block in blocks})
-    neurons = sorted({_layer(model, block.mlp_layers[-1]).in_features for block in blocks})
-    if len(heads) > 1 or len(neurons) > 1:
-        raise ValueError(
-            f"the layers of a {type(model).__name__} must have the same number of heads and of neurons for their "
-            f"operations to be told by one number of each; they have {', '.join(map(str, heads))} heads and "
-            f"{', '.join(map(str, neurons))} neurons"
+        names = [name for name in (block.query, block.key, block.value, block.fused, block.out) if name]
+        weights, mlp = (
+            sum(plain.get_submodule(name).weight.numel() for name in some) for some in (names, block.mlp_layers)
         )
-    return heads[0], neurons[0]
+        per_head += (count * weights + 2 * count**2 * width) // units.num_heads
+        per_neuron += count * mlp // units.num_neurons
+    fixed = total - units.num_heads * per_head - units.num_neurons * per_neuron
+    return Operations(units.num_heads, units.num_neurons, fixed, per_head, per_neuron)
 
 
-def _count(model: nn.Module, blocks: tuple[Block, ...], image: torch.Tensor) -> tuple[int, list[int]]:
-    """Multiply-adds of one image, and the number of tokens in each block."""
-    tokens = [0] * len(blocks)
+def _count(model: nn.Module, layers: list[nn.Module]) -> tuple[int, list[int]]:
+    """Multiply-adds of one image, and the number of tokens that each of these layers is given."""
+    tokens = {}
 
-    def note(index: int):
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            tokens[index] = math.prod(args[0].shape[:-1])
+    def note(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        tokens[layer] = math.prod(args[0].shape[:-1])
 
-        return hook
-
-    for index, block in enumerate(blocks):
-        _layer(model, block.mlp_layers[0]).register_forward_pre_hook(note(index))
-    # as matrix products: one kernel for the whole of attention may be unknown to the counter
+    for layer in layers:
+        layer.register_forward_pre_hook(note)
+    # in matrix products: one kernel for the whole of attention may be unknown to the counter
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(pixel_values=image)
-    return counter.get_total_flops() // 2, tokens
-
-
-def _one_image(config: object) -> torch.Tensor:
-    """(1, channels, height, width), of the size that a model's configuration says."""
-    size = getattr(config, "image_size", None)
-    if size is None:
-        raise ValueError(f"{type(config).__name__} does not say the size of an image (image_size)")
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    return torch.empty(1, getattr(config, "num_channels", 3), height, width, device="meta")
-
-
-def _layer(model: nn.Module, name: str) -> nn.Linear:
-    return unwrapped(model.get_submodule(name))
+        model(random_images(model).to("meta"))
+    return counter.get_total_flops() // 2, [tokens[layer] for layer in layers]

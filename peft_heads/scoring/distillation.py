@@ -168,16 +168,16 @@ def check_distillation(args: TrainingArguments, config: Any) -> None:
         )
     if args.torch_compile:
         raise ValueError("distill does not work with torch_compile=True; drop one of the two")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"distill does not work with nn.DataParallel, which Trainer uses on {args.n_gpu} GPUs in one process; "
+            "start one process per GPU (torchrun), or let one GPU be seen (CUDA_VISIBLE_DEVICES=0)"
+        )
     distributed_type = AcceleratorState().distributed_type
     if distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         raise ValueError(
             f"distill does not work under {distributed_type.value}, which shards what the teacher is copied from; use "
             "DistributedDataParallel, or distill=0"
-        )
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"distill does not work with nn.DataParallel, which Trainer uses on {args.n_gpu} GPUs in one process; "
-            "start one process per GPU (torchrun), or let one GPU be seen (CUDA_VISIBLE_DEVICES=0)"
         )
 
 
