@@ -5,7 +5,7 @@ from .detect import resolve_heads
 from .layout import HeadLayout, ProjectionLayout
 from .protocol import HeadMaskable, ScoredParameter, get_head_masks, set_head_masks
 from .scores import head_scores
-from .selection import plan_groups, select_heads
+from .selection import plan_groups, select_heads, select_units
 from .taylor import head_statistics
 
 
@@ -23,5 +23,6 @@ __all__ = [
     "register_criterion",
     "resolve_heads",
     "select_heads",
+    "select_units",
     "set_head_masks",
 ]

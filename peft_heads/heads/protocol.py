@@ -81,7 +81,7 @@ def head_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, He
         if isinstance(module, HeadMaskable):
             others.update(module.head_layout)
             if adapter_name in module.head_layout:
-                found[_WRAPPER_NAMES.sub("", name)] = module
+                found[name_in_base_model(name)] = module
     if not found:
         has = f"adapters with heads: {', '.join(sorted(others))}" if others else "it has no head-masked adapter"
         raise ValueError(
@@ -89,6 +89,16 @@ def head_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, He
             "get_peft_model(model, HeadMaskedLoraConfig(...)), or with RLRRConfig(ne=1)"
         )
     return found
+
+
+def name_in_base_model(name: str) -> str:
+    """A module's name in the base model, without what wrappers have put before it.
+
+    Example:
+        >>> name_in_base_model("base_model.model.vit.layers.0.mlp.fc1")
+        'vit.layers.0.mlp.fc1'
+    """
+    return _WRAPPER_NAMES.sub("", name)
 
 
 def get_head_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
