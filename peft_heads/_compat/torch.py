@@ -99,3 +99,11 @@ def is_partitioned_by_zero(param: nn.Parameter) -> bool:
     Delete when DeepSpeed has a public function for it.
     """
     return hasattr(param, "ds_id") or hasattr(param, "_hp_mapping")
+
+
+def backward_pass() -> int:
+    """A number of the backward pass that is going on, different for each; -1 outside of one.
+
+    Delete when torch has a public name for it.
+    """
+    return torch._C._current_graph_task_id()

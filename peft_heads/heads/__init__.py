@@ -6,7 +6,7 @@ from .layout import HeadLayout, ProjectionLayout
 from .neurons import get_neuron_masks, neuron_layers, set_neuron_masks
 from .protocol import HeadMaskable, ScoredParameter, get_head_masks, set_head_masks
 from .scores import head_scores
-from .selection import plan_groups, select_heads
+from .selection import plan_groups, select_heads, select_units
 from .taylor import head_statistics
 
 
@@ -26,6 +26,7 @@ __all__ = [
     "register_criterion",
     "resolve_heads",
     "select_heads",
+    "select_units",
     "set_head_masks",
     "set_neuron_masks",
 ]

@@ -11,6 +11,9 @@ first-order Taylor expansion says that the loss changes by `-Σ p·g` when `p` i
 That `positive` deactivates heads whose removal raises the loss looks wrong, but it is what the paper's formula says (its
 prose is loose here), and the paper finds it best on most tasks.
 
+These look at the adapter's part of a head. The criteria `gate`, `gate_signed` and `gate_squared` look at the whole output
+of a head, of each image by itself (`gates`): the mean over images of `|g|`, `g` and `g²`.
+
 Baselines say what a score must be better than: `random`, `front` (the first heads), and `most_responsive`, which
 deactivates the heads that `absolute` would keep longest.
 
@@ -39,6 +42,10 @@ class HeadStatistics:
         grad_norm: L2 norm of `g`, likewise.
         weight_norm: L2 norm of `p` as it is now; None where no parameters were given.
         random: Numbers in [0, 1) that depend on `mask_seed` alone.
+        gate: Mean of `|g|` over the images of the counted steps, where `g` is the derivative of an image's loss with
+            respect to a gate on the head's whole output; None where gates were not gathered.
+        gate_signed: Mean of `g`, likewise. The loss changes by about `-gate_signed` without the head.
+        gate_squared: Mean of `g²`, likewise.
     """
 
     absolute: torch.Tensor | None
@@ -46,6 +53,9 @@ class HeadStatistics:
     grad_norm: torch.Tensor | None
     weight_norm: torch.Tensor | None
     random: torch.Tensor
+    gate: torch.Tensor | None = None
+    gate_signed: torch.Tensor | None = None
+    gate_squared: torch.Tensor | None = None
 
     @property
     def num_heads(self) -> int:
@@ -61,11 +71,13 @@ class Criterion:
         needs_gradients: Whether the function reads what training steps gather, so that heads cannot be scored without.
         is_taylor: Whether scores are products with the adapter's parameters: zero as long as these are, whatever the
             gradient.
+        needs_gates: Whether the function reads what gates gather, which is gathered only where it is needed.
     """
 
     function: Callable[[HeadStatistics], torch.Tensor]
     needs_gradients: bool = True
     is_taylor: bool = False
+    needs_gates: bool = False
 
 
 _TABLE = {
@@ -74,6 +86,9 @@ _TABLE = {
     "negative": Criterion(lambda heads: -heads.signed, is_taylor=True),
     "weight_norm": Criterion(lambda heads: heads.weight_norm, needs_gradients=False),
     "grad_norm": Criterion(lambda heads: heads.grad_norm),
+    "gate": Criterion(lambda heads: heads.gate, needs_gates=True),
+    "gate_signed": Criterion(lambda heads: heads.gate_signed, needs_gates=True),
+    "gate_squared": Criterion(lambda heads: heads.gate_squared, needs_gates=True),
     "random": Criterion(lambda heads: heads.random, needs_gradients=False),
     "front": Criterion(lambda heads: torch.arange(heads.num_heads).double(), needs_gradients=False),
     "most_responsive": Criterion(lambda heads: -heads.absolute, is_taylor=True),
@@ -89,6 +104,7 @@ def register_criterion(
     *,
     needs_gradients: bool = True,
     is_taylor: bool = False,
+    needs_gates: bool = False,
 ) -> None:
     """Add a criterion, which configurations, scorers and the command line then know by its name.
 
@@ -103,6 +119,8 @@ def register_criterion(
             selected before the first step.
         is_taylor: Whether all scores are zero as long as the adapter's parameters are (`lora_B` of a new adapter). A
             selection by the first step alone is then refused.
+        needs_gates: Whether the function reads `gate`, `gate_signed` or `gate_squared`. They are gathered during
+            training if the adapter's criterion needs them.
 
     Raises:
         ValueError: The name is taken, or no name; or `function` cannot be called.
@@ -120,7 +138,7 @@ def register_criterion(
         )
     if not callable(function):
         raise ValueError(f"criterion {name!r} needs a function of HeadStatistics; got {function!r}")
-    criterion = Criterion(function, needs_gradients, is_taylor)
+    criterion = Criterion(function, needs_gradients, is_taylor, needs_gates)
     if _TABLE.get(name, criterion) != criterion:
         raise ValueError(f"there is a criterion {name!r} already; choose another name")
     _TABLE[name] = criterion

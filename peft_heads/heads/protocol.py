@@ -100,8 +100,18 @@ def maskable_layers(
             layouts = {owner: layout for owner, layout in module.head_layout.items() if layout.has_neurons == neurons}
             owners.update(layouts)
             if adapter_name in layouts:
-                found[_WRAPPER_NAMES.sub("", name)] = module
+                found[name_in_base_model(name)] = module
     return found, owners
+
+
+def name_in_base_model(name: str) -> str:
+    """A module's name in the base model, without what wrappers have put before it.
+
+    Example:
+        >>> name_in_base_model("base_model.model.vit.layers.0.mlp.fc1")
+        'vit.layers.0.mlp.fc1'
+    """
+    return _WRAPPER_NAMES.sub("", name)
 
 
 def get_head_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:

@@ -1,10 +1,11 @@
-"""One score per head, from the statistics of a window of steps (`taylor`) and a criterion (`criterion_registry`)."""
+"""One score per head, from the statistics of a window of steps (`taylor`, `gates`) and a criterion (`criterion_registry`)."""
 
 from __future__ import annotations
 
 import torch
 
 from .criterion_registry import HeadStatistics, find_criterion
+from .gates import GATE_STATISTICS
 from .layout import HeadLayout
 
 
@@ -15,6 +16,7 @@ def head_scores(
     statistics: dict[str, torch.Tensor] | None = None,
     params: dict[str, torch.Tensor] | None = None,
     seed: int = 0,
+    gates: dict[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """One score per head of every projection; the lowest are deactivated.
 
@@ -25,6 +27,8 @@ def head_scores(
             that need gradients need it.
         params: `{module name: (num_rows, n)}`, the head-wise parameters at selection, for their norms.
         seed: Seed of the criterion `random`: the same numbers on every machine and process.
+        gates: `{module name: (3, num_heads)}`, the mean of `gate_statistics` over the window's images. Criteria that
+            need gates need it.
 
     Returns:
         `{module name: float64 (num_heads,)}` on the CPU.
@@ -35,6 +39,8 @@ def head_scores(
     found = find_criterion(criterion)
     if found.needs_gradients and not statistics:
         raise ValueError(f"criterion {criterion!r} needs the statistics of training steps, and there are none")
+    if found.needs_gates and not gates:
+        raise ValueError(f"criterion {criterion!r} needs the gates of the heads' outputs, and they were not gathered")
     generator = torch.Generator().manual_seed(seed)
     scores = {}
     for name, layout in layouts.items():
@@ -45,6 +51,7 @@ def head_scores(
             grad_norm,
             weight_norm=None if params is None else weight_norms(params[name], layout),
             random=torch.rand(layout.num_heads, generator=generator, dtype=torch.float64),
+            **(dict(zip(GATE_STATISTICS, gates[name].double().cpu(), strict=True)) if gates else {}),
         )
         scores[name] = _checked(criterion, found.function(heads), name, layout)
     return scores

@@ -137,6 +137,52 @@ def select_heads(
     return masks
 
 
+def select_units(scores: torch.Tensor, num_off: int, already_off: torch.Tensor | None = None) -> torch.Tensor:
+    """Switch off the units of one layer with the lowest scores; among equal scores the lower index first.
+
+    Args:
+        scores: (units,).
+        num_off: Number of units that are off afterwards, of which at least one stays active.
+        already_off: bool (units,), True where a unit is off already. It stays off, and counts; if more than `num_off`
+            are, they alone are off.
+
+    Returns:
+        bool (units,) on the CPU, True = active.
+
+    Raises:
+        ValueError: `num_off` is out of its range, `already_off` has another shape, or a score of a unit that is not off
+            already is not finite.
+
+    Example:
+        >>> select_units(torch.tensor([3.0, 1.0, 2.0, 1.0]), num_off=1).tolist()
+        [True, False, True, True]
+        >>> off = torch.tensor([True, False, False, False])
+        >>> select_units(torch.tensor([3.0, 1.0, 2.0, 1.0]), num_off=2, already_off=off).tolist()
+        [False, False, True, True]
+    """
+    scores = scores.detach().double().cpu()
+    off = torch.zeros(len(scores), dtype=torch.bool) if already_off is None else already_off.cpu()
+    if type(num_off) is not int or not 0 <= num_off < max(len(scores), 1):
+        raise ValueError(
+            f"num_off is the number of units that a layer of {len(scores)} gives up, an integer from 0 to "
+            f"{len(scores) - 1}; got {num_off!r}"
+        )
+    if off.shape != scores.shape or off.dtype != torch.bool:
+        raise ValueError(
+            f"already_off must be a bool tensor of shape {tuple(scores.shape)}, one entry per score; got {off.dtype} "
+            f"{tuple(off.shape)}"
+        )
+    if not torch.isfinite(scores[~off]).all():
+        raise ValueError(
+            f"the scores of a layer's {len(scores)} units are not all finite; units cannot be ordered by them"
+        )
+    candidates = (~off).nonzero().flatten()
+    chosen = torch.argsort(scores[candidates], stable=True)[: max(num_off - int(off.sum()), 0)]
+    active = ~off
+    active[candidates[chosen]] = False
+    return active
+
+
 def group_scores(scores: dict[str, torch.Tensor], group: HeadGroup) -> torch.Tensor:
     """The sum of the scores over a group's projections, by which its heads are ordered: float64 (num_heads,), CPU."""
     return torch.stack([scores[name].double().cpu() for name in group.modules]).sum(dim=0)

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from .gates import device_with_float64
 from .layout import HeadLayout
 
 
@@ -76,7 +77,7 @@ def all_head_statistics(
         alike.setdefault(key, []).append(name)
     statistics = {}
     for names in alike.values():
-        device = _device_with_float64(grads[names[0]].device)
+        device = device_with_float64(grads[names[0]].device)
         num_heads = [layouts[name].num_heads for name in names]
         step = head_statistics(
             torch.cat([params[name] for name in names]).to(device),
@@ -85,8 +86,3 @@ def all_head_statistics(
         )
         statistics |= zip(names, step.split(num_heads, dim=1), strict=True)
     return {name: statistics[name] for name in layouts}
-
-
-def _device_with_float64(device: torch.device) -> torch.device:
-    """The device, or the CPU if the device has no float64."""
-    return torch.device("cpu") if device.type == "mps" else device

@@ -17,7 +17,7 @@ from ..heads.criterion_registry import find_criterion
 from ..heads.protocol import deactivated_heads, describe_masks, get_head_masks
 from .active_adapters import active_adapters, adapter_to_score
 from .best_checkpoint import check_best_checkpoint, load_best_checkpoint, warn_if_before_selection
-from .checks import check_deepspeed, check_first_step, check_late_selection
+from .checks import check_compilation, check_deepspeed, check_first_step, check_late_selection
 from .report import report_files
 from .resuming import check_settings, saved_progress, saved_scores
 from .scorer import HeadScorer
@@ -112,6 +112,7 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
         self._scorer = HeadScorer(model, adapter_to_score(model, self.adapter_name), recording=False, run=state)
         self._contents = folder_contents(model, self._scorer.adapter_name)
         check_deepspeed(args, self._scorer.config)
+        check_compilation(args, self._scorer.config)
         if args.load_best_model_at_end:
             check_best_checkpoint(model, active_adapters(model))
         first, last = self._plan(args, state, kwargs.get("train_dataloader"))

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from ..heads.criterion_registry import find_criterion
 from ..heads.protocol import module_patterns
+from .gated_modules import needs_gates
 from .scorer import HeadScorer
 
 
@@ -31,6 +32,21 @@ def check_deepspeed(args: TrainingArguments, config: Any) -> None:
         raise ValueError(
             "fp16=True with DeepSpeed: the heads' scores would be those of a scaled loss; train with bf16=True, or with "
             "fp16=True without DeepSpeed"
+        )
+
+
+def check_compilation(args: TrainingArguments, config: Any) -> None:
+    """Raise ValueError if Trainer compiles the model, whose heads or neurons need gates.
+
+    Args:
+        args: Trainer's arguments.
+        config: The adapter's configuration.
+    """
+    if args.torch_compile and needs_gates(config):
+        raise ValueError(
+            "torch_compile=True: a compiled model overlooks hooks that come later, so that no gates can be put on its heads "
+            "and neurons for the scoring; train without torch_compile, or choose a criterion that needs no gates "
+            "(absolute, grad_norm)"
         )
 
 

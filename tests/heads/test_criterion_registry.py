@@ -19,10 +19,13 @@ def test_the_table_of_criteria(forget_criteria):
         "negative",
         "most_responsive",
     }
+    assert {name for name in BUILT_IN if CRITERIA[name].needs_gates} == {"gate", "gate_signed", "gate_squared"}
     with pytest.raises(
         ValueError, match="one of absolute, .*, most_responsive, mine-2.0; got 'yours'.*--plugin MODULE"
     ):
         head_scores("yours", {})
+    register_criterion("gated", function, needs_gates=True)
+    assert CRITERIA["gated"].needs_gates and CRITERIA["gated"].needs_gradients
     with pytest.raises(TypeError):
         CRITERIA["theirs"] = CRITERIA["absolute"]
 

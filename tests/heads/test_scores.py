@@ -68,7 +68,10 @@ def test_errors():
         with pytest.raises(ValueError, match=f"{criterion}' needs the statistics of training steps"):
             head_scores(criterion, layouts)
         with pytest.raises(ValueError, match="of q are not finite"):
-            head_scores(criterion, layouts, statistics=broken)
+            head_scores(criterion, layouts, statistics=broken, gates=broken)
+        if CRITERIA[criterion].needs_gates:
+            with pytest.raises(ValueError, match=f"{criterion}' needs the gates of the heads' outputs"):
+                head_scores(criterion, layouts, statistics=broken)
 
 
 # criteria of others
@@ -83,14 +86,15 @@ def test_a_registered_criterion_is_given_all_statistics_by_name(forget_criteria)
     statistics = all_head_statistics(params, grads, layouts)
     seen = []
     register_criterion("mine", lambda heads: seen.append(heads) or 2 * heads.signed + heads.weight_norm)
-    scores = head_scores("mine", layouts, statistics=statistics, params=params, seed=5)
+    gates = {name: torch.randn(3, layout.num_heads, dtype=torch.float64) for name, layout in layouts.items()}
+    scores = head_scores("mine", layouts, statistics=statistics, params=params, seed=5, gates=gates)
 
     random = head_scores("random", layouts, seed=5)
     norms = head_scores("weight_norm", layouts, params=params)
     assert len(seen) == 2
     for heads, (name, layout) in zip(seen, layouts.items(), strict=True):
         assert heads.num_heads == layout.num_heads
-        given = (*statistics[name], norms[name], random[name])
+        given = (*statistics[name], norms[name], random[name], *gates[name])
         for found, expected in zip(vars(heads).values(), given, strict=True):
             assert torch.equal(found, expected) and found.dtype == torch.float64
         assert torch.equal(scores[name], 2 * statistics[name][1] + norms[name])
@@ -104,6 +108,17 @@ def test_what_was_not_gathered_is_none(forget_criteria):
     head_scores("mine", {"q": HeadLayout("query", 3, 1)})
     (heads,) = seen
     assert (heads.absolute, heads.signed, heads.grad_norm, heads.weight_norm) == (None,) * 4
+    assert (heads.gate, heads.gate_signed, heads.gate_squared) == (None,) * 3
+
+
+@pytest.mark.parametrize("row", range(3))
+def test_scores_by_gates(row):
+    """Whatever the statistics of training steps are."""
+    layouts = {"q": HeadLayout("query", 3, 1)}
+    gates = {"q": torch.tensor([[3.0, 1.0, 2.0], [-1.0, 5.0, 0.0], [0.0, 7.0, 1.0]])}
+    name = ("gate", "gate_signed", "gate_squared")[row]
+    scores = head_scores(name, layouts, statistics={"q": torch.ones(3, 3)}, gates=gates)
+    assert torch.equal(scores["q"], gates["q"][row].double())
 
 
 @pytest.mark.parametrize(

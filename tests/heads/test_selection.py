@@ -12,6 +12,7 @@ from peft_heads.heads.selection import (
     groups_kept_whole,
     plan_groups,
     select_heads,
+    select_units,
 )
 
 
@@ -148,3 +149,42 @@ def test_degenerate_groups():
     assert [group.modules for group in degenerate_groups(scores, groups)] == [("a.q",)]  # b keeps all its heads
     assert off(select_heads(scores, groups)["a.q"]) == {0, 1}
     assert degenerate_groups(scores, plan_groups(layouts, ne=0)) == []
+
+
+def off_units(*args):
+    return (~select_units(*args)).nonzero().flatten().tolist()
+
+
+def test_units_of_a_layer():
+    scores = torch.tensor([2.0, 1.0, 3.0, 1.0, 0.5, 1.0])
+    assert [off_units(scores, n) for n in range(6)] == [[], [4], [1, 4], [1, 3, 4], [1, 3, 4, 5], [0, 1, 3, 4, 5]]
+    assert select_units(scores.float().bfloat16(), 1).dtype == torch.bool
+
+
+def test_units_that_are_off_stay_off_and_count():
+    scores = torch.tensor([torch.nan, 1.0, 3.0, 0.0])  # of a unit that is off, nobody asks for a score
+    already = torch.tensor([True, False, True, False])
+    assert [off_units(scores, n, already) for n in (0, 1, 2, 3)] == [[0, 2], [0, 2], [0, 2], [0, 2, 3]]
+    assert already.tolist() == [True, False, True, False]
+
+
+def test_cuts_one_after_the_other_are_those_of_one():
+    scores = torch.randn(50, generator=torch.Generator().manual_seed(0)).round(decimals=1)  # with ties
+    active = select_units(scores, 7)
+    assert torch.equal(select_units(scores, 20, ~active), select_units(scores, 20))
+
+
+@pytest.mark.parametrize(
+    ("num_off", "already", "message"),
+    [
+        (3, None, "a layer of 3 gives up, an integer from 0 to 2; got 3"),
+        (-1, None, "got -1"),
+        (1.0, None, "got 1.0"),
+        (1, torch.tensor([True]), r"a bool tensor of shape \(3,\), one entry per score; got torch.bool \(1,\)"),
+        (1, torch.zeros(3), "got torch.float32"),
+        (1, torch.tensor([True, False, False]), "the scores of a layer's 3 units are not all finite"),
+    ],
+)
+def test_units_that_cannot_be_selected(num_off, already, message):
+    with pytest.raises(ValueError, match=message):
+        select_units(torch.tensor([0.0, torch.inf, 1.0]), num_off, already)

@@ -111,7 +111,7 @@ def test_files_log_and_masks(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="peft_heads"):
         trainer.train()
     report = json.loads((tmp_path / "head_scores.json").read_text())
-    assert set(report["scores"]) == set(CRITERIA)
+    assert set(report["scores"]) == {name for name in CRITERIA if not CRITERIA[name].needs_gates}
     assert report["step"] == 8 and report["epoch"] == 2.0
     assert report["window"] == {"first_step": 5, "last_step": 8, "steps_counted": 4, "steps_skipped": 0}
     assert report["masks"] == {name: mask.tolist() for name, mask in get_head_masks(trainer.model).items()}
@@ -816,3 +816,68 @@ def test_best_checkpoint_after_the_selection(tmp_path):
     assert off(trainer.model) != {()}
     saved = PeftModel.from_pretrained(tiny.make("vit"), tmp_path / "checkpoint-12")
     assert off(saved) == off(trainer.model)
+
+
+# Gates
+
+
+def run_by(criterion, folder, resume_from=None, **arguments):
+    scorer = TaylorHeadScorer(warmup_epochs=2)
+    model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=3, criterion=criterion))
+    trainer = make_trainer(folder, [scorer], model=model, **arguments)
+    trainer.train(resume_from_checkpoint=resume_from and str(folder / resume_from))
+    return trainer, scorer
+
+
+def test_heads_are_selected_by_gates(tmp_path):
+    trainer, scorer = run_by("gate", tmp_path)
+    report = json.loads((tmp_path / "head_scores.json").read_text())
+    assert list(report["scores"]) == list(CRITERIA) and report["criterion"] == "gate"
+    assert scorer._scorer.num_images == 32  # an epoch
+    total = sum(torch.tensor(values) for values in report["scores"]["gate"].values())
+    assert off(trainer.model) == {tuple(total.argsort()[:3].sort().values.tolist())}
+    assert not any(len(m._forward_pre_hooks) for m in trainer.model.modules())  # outside the window nothing is left
+
+
+def test_resumed_gates_are_those_of_an_uninterrupted_run(tmp_path):
+    """From the middle of the scoring window."""
+    expected, _ = run_by("gate", tmp_path / "a")
+    saving = {"save_strategy": "steps", "save_steps": 6}
+    run_by("gate", tmp_path / "b", **saving)
+    trainer, scorer = run_by("gate", tmp_path / "b", "checkpoint-6")
+    assert scorer._scorer.num_images == 32
+    scores = [json.loads((tmp_path / run / "head_scores.json").read_text())["scores"] for run in "ab"]
+    assert scores[0] == scores[1]
+    assert off(trainer.model) == off(expected.model)
+
+    run_by("absolute", tmp_path / "c", **saving)
+    with pytest.raises(ValueError, match="the 2 saved steps were scored without gates"):
+        run_by("gate", tmp_path / "c", "checkpoint-6")
+
+
+@pytest.mark.parametrize("examples", [32, 29])
+def test_clipping_and_accumulation_do_not_matter_for_gates(tmp_path, examples):
+    """Invariant 7 through Trainer, with a last step of fewer images as well. Nothing is learned."""
+    scores = []
+    settings = {"learning_rate": 0.0, "train_dataset": tiny.examples(examples)}
+    for name, arguments in (
+        ("a", {"max_grad_norm": 0}),
+        ("b", {"max_grad_norm": 1e-3}),
+        ("c", {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}),
+    ):
+        run_by("gate", tmp_path / name, **settings, **arguments)
+        scores.append(json.loads((tmp_path / name / "head_scores.json").read_text())["scores"])
+    for criterion in ("gate", "gate_signed", "gate_squared"):
+        assert scores[0][criterion] == scores[1][criterion]
+        for projection, values in scores[0][criterion].items():
+            torch.testing.assert_close(
+                torch.tensor(scores[2][criterion][projection]), torch.tensor(values), rtol=1e-5, atol=1e-9
+            )
+
+
+def test_gates_of_a_compiled_model_are_refused(tmp_path):
+    model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=1, criterion="gate"))
+    trainer = make_trainer(tmp_path, [TaylorHeadScorer()], model=model)
+    trainer.args.torch_compile = True
+    with pytest.raises(ValueError, match="torch_compile=True: .*train without torch_compile, or choose a criterion"):
+        trainer.train()

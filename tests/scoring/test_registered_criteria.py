@@ -53,7 +53,9 @@ def test_training_reports_it(tmp_path):
     trainer = make_trainer(tmp_path, [TaylorHeadScorer(warmup_epochs=2)], model=make(ne=2))
     trainer.train()
     report = json.loads((tmp_path / "head_scores.json").read_text())
-    assert report["criterion"] == "per_weight" and list(report["scores"]) == list(CRITERIA)
+    assert report["criterion"] == "per_weight" and list(report["scores"]) == [
+        name for name in CRITERIA if not CRITERIA[name].needs_gates
+    ]
     total = sum(torch.tensor(scores, dtype=torch.float64) for scores in report["scores"]["per_weight"].values())
     assert off(trainer.model) == {tuple(sorted(total.argsort()[:2].tolist()))}
     trainer.save_model()
@@ -81,7 +83,7 @@ def test_one_that_fails_harms_its_own_users_alone(tmp_path):
     with pytest.warns(UserWarning, match="scores by 'broken' are left out of the report: ValueError.*not finite"):
         trainer.train()
     report = json.loads((tmp_path / "head_scores.json").read_text())
-    assert list(report["scores"]) == [name for name in CRITERIA if name != "broken"]
+    assert list(report["scores"]) == [n for n in CRITERIA if n != "broken" and not CRITERIA[n].needs_gates]
 
     model = get_peft_model(tiny.make("vit"), HeadMaskedLoraConfig(ne=1, criterion="broken"))
     scorer = HeadScorer(model)

@@ -34,7 +34,7 @@ def off(mask):
 def test_against_the_reference(backbone, lora):
     """Scores of a few real training steps are recomputed, number by number, from recorded gradients and weights."""
     model = make(backbone, **lora)
-    scorer = HeadScorer(model)
+    scorer = HeadScorer(model, gates=True)
     params, grads = {}, {}
 
     def record():
@@ -90,13 +90,13 @@ def test_signed_score_is_the_derivative_with_respect_to_a_gate(backbone, lora):
 def test_k_bit_scores_are_those_of_the_quantised_weights(bits):
     """They are compared with those of stock LoRA whose parameters are the quantised weights."""
     model = make(adapter_bits=bits, r=4)
-    scorer = HeadScorer(model)
+    scorer = HeadScorer(model, gates=True)
     plain = make(ne=1, r=4)
     plain.load_state_dict(model.state_dict())
     for layer, other in zip(head_layers(model).values(), head_layers(plain).values(), strict=True):
         other.lora_A["default"].weight.data = layer.quantized_down("default").detach()
         other.lora_B["default"].weight.data = layer.quantized_up("default").detach()
-    expected = HeadScorer(plain)
+    expected = HeadScorer(plain, gates=True)
     for each, its_scorer in ((model, scorer), (plain, expected)):
         for seed in range(2):  # two micro-batches
             each(**tiny.batch(seed=seed)).loss.backward()
