@@ -28,6 +28,8 @@ WEIGHTS = (
 )
 # Any one of them: an ordinary optimizer's state, FSDP's (in one file, in several), DeepSpeed's.
 OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0", "latest")
+# What a model whose heads and neurons are switched off learns from, see `scoring.teaching`; written after all others.
+TEACHER_FILE = "teacher.safetensors"
 # Says in an output folder whose run it is. Trainer uploads no file whose name begins with an underscore.
 RUN_FILE = "_run.json"
 # Under this name a checkpoint's trainer_state.json says the same, see `cli.output_folder.TrainingRun`.
@@ -156,7 +158,23 @@ def _missing_file(folder: Path, save_only_model: bool) -> str | None:
             expected.append(folder / "scheduler.pt")
         expected += [folder / name for name in _rng_states(folder)]
     expected.append(folder / "trainer_state.json")
+    if _has_teacher(folder / "trainer_state.json"):
+        expected.append(folder / TEACHER_FILE)
     return next((str(path.relative_to(folder)) for path in expected if not path.is_file()), None)
+
+
+def _has_teacher(trainer_state: Path) -> bool:
+    """Whether a checkpoint's trainer state says that the model has a teacher."""
+    if not trainer_state.is_file():
+        return False
+    callbacks = _read_mapping(trainer_state).get("stateful_callbacks")
+    entries = callbacks.get("TaylorHeadScorer") if isinstance(callbacks, dict) else None
+    for entry in entries if isinstance(entries, list) else [entries]:
+        attributes = entry.get("attributes") if isinstance(entry, dict) else None
+        progress = attributes.get("progress") if isinstance(attributes, dict) else None
+        if isinstance(progress, dict) and progress.get("teacher"):
+            return True
+    return False
 
 
 def _siblings(weights: Path) -> list[Path]:

@@ -24,11 +24,23 @@ class HeadGroup:
         modules: Names of the projections, whose scores are summed.
         num_heads: Number of heads of each projection.
         num_deactivated: Number of heads that the group gives up; 0 if it keeps all.
+        already_off: Indices of heads that are off already, which stay off and count.
     """
 
     modules: tuple[str, ...]
     num_heads: int
     num_deactivated: int
+    already_off: tuple[int, ...] = ()
+
+    @property
+    def remaining(self) -> list[int]:
+        """Indices of the heads among which is chosen."""
+        return [head for head in range(self.num_heads) if head not in self.already_off]
+
+    @property
+    def num_chosen(self) -> int:
+        """Number of heads that are chosen among these."""
+        return max(self.num_deactivated - len(self.already_off), 0)
 
 
 def check_head_count(ne: int | None, ratio: float | None) -> None:
@@ -126,13 +138,14 @@ def select_heads(
     masks = {}
     for group in groups:
         total = group_scores(scores, group)
-        if group.num_deactivated and not torch.isfinite(total).all():
+        if group.num_chosen and not torch.isfinite(total[group.remaining]).all():
             raise ValueError(
                 f"the scores of the heads of {', '.join(group.modules[:2])}{', …' * (len(group.modules) > 2)} are not "
                 f"finite: {total.tolist()}; heads cannot be ordered by them"
             )
+        lowest = torch.argsort(total[group.remaining], stable=True)[: group.num_chosen].tolist()
         mask = torch.ones(group.num_heads, dtype=torch.bool)
-        mask[torch.argsort(total, stable=True)[: group.num_deactivated]] = False
+        mask[[*group.already_off, *(group.remaining[i] for i in lowest)]] = False
         masks.update({name: mask.clone() for name in group.modules})
     return masks
 
@@ -189,7 +202,7 @@ def group_scores(scores: dict[str, torch.Tensor], group: HeadGroup) -> torch.Ten
 
 
 def degenerate_groups(scores: dict[str, torch.Tensor], groups: list[HeadGroup]) -> list[HeadGroup]:
-    """The groups that give up heads although all their heads have the same score, so that their order alone decides.
+    """The groups that give up heads although all that remain have the same score, so that their order alone decides.
 
     Example:
         >>> groups = [HeadGroup(("a.q", "a.v"), num_heads=2, num_deactivated=1)]
@@ -201,7 +214,7 @@ def degenerate_groups(scores: dict[str, torch.Tensor], groups: list[HeadGroup]) 
     return [
         group
         for group in groups
-        if group.num_deactivated and (total := group_scores(scores, group)).eq(total[0]).all()
+        if group.num_chosen and (total := group_scores(scores, group)[group.remaining]).eq(total[0]).all()
     ]
 
 

@@ -82,19 +82,24 @@ def load_best_checkpoint(model: PeftModel, active: Sequence[str], checkpoint: st
         model.load_adapter(str(folder), name)
 
 
-def warn_if_before_selection(best_step: int | None, selected_at: int | None) -> None:
-    """Warn if the best checkpoint was written before the heads were selected, and so has no deactivated heads.
+def warn_if_before_selection(best_step: int | None, selected_at: int | None, last_cut: int) -> None:
+    """Warn if the best checkpoint was written before the heads were selected, and so has no deactivated heads, or few.
 
     Args:
         best_step: The step of the best checkpoint; None if there is none.
-        selected_at: The step of the selection; None if there was none.
+        selected_at: The step of the selection, or of the first cut; None if there was none.
+        last_cut: The step of the last cut.
     """
-    if selected_at is not None and best_step is not None and best_step < selected_at:
-        warnings.warn(
-            f"load_best_model_at_end has loaded the checkpoint of step {best_step}, which is older than the selection "
-            f"of heads at step {selected_at}: the model has no deactivated heads. Evaluate only after the "
-            "selection, or select earlier"
-        )
+    if selected_at is None or best_step is None or best_step >= max(selected_at, last_cut):
+        return
+    if best_step < selected_at:
+        what, has = f"the selection of heads at step {selected_at}", "has no deactivated heads"
+    else:
+        what, has = f"the last cut at step {last_cut}", "has fewer heads or neurons off than planned"
+    warnings.warn(
+        f"load_best_model_at_end has loaded the checkpoint of step {best_step}, which is older than {what}: the model {has}. "
+        "Evaluate only after the selection, or select earlier"
+    )
 
 
 def _left_to_us(active: Sequence[str]) -> list[str]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from ..heads.criterion_registry import find_criterion
 from ..heads.protocol import module_patterns
 from .gated_modules import needs_gates
 from .scorer import HeadScorer
+from .window import SelectionWindow
 
 
 def check_deepspeed(args: TrainingArguments, config: Any) -> None:
@@ -50,6 +53,28 @@ def check_compilation(args: TrainingArguments, config: Any) -> None:
         )
 
 
+def check_windows(scorer: HeadScorer, windows: Sequence[SelectionWindow], state: TrainerState) -> None:
+    """Raise ValueError for a first cut that scores could not decide; warn of a last one that nothing follows.
+
+    Args:
+        scorer: The adapter's scorer.
+        windows: The windows of all cuts.
+        state: Trainer's state.
+    """
+    first, last = windows[0], windows[-1]
+    if first.last == 1 and not state.global_step:
+        check_first_step(scorer, first.asked)
+    if last.last == state.max_steps and switches_off(scorer.config):
+        warnings.warn(
+            f"{last.asked} selects heads at step {last.last}, the last of training: no step is trained with the masks"
+        )
+
+
+def switches_off(config: Any) -> bool:
+    """Whether an adapter's settings switch any head or neuron off."""
+    return config.masks_heads or bool(getattr(config, "neuron_ratio", None))
+
+
 def check_first_step(scorer: HeadScorer, asked: str) -> None:
     """Raise ValueError if heads are to be selected after step 1 alone by scores that can only be zero.
 
@@ -80,7 +105,9 @@ def check_late_selection(scorer: HeadScorer, step: int, select_step: int) -> Non
         select_step: The step after which heads were to be selected.
     """
     config = scorer.config
-    if config.masks_heads and find_criterion(config.criterion).needs_gradients and not scorer.num_steps:
+    by_gradients = config.masks_heads and find_criterion(config.criterion).needs_gradients
+    by_gates = switches_off(config) and needs_gates(config)
+    if (by_gradients or by_gates) and not scorer.num_steps:
         raise ValueError(
             f"training resumes at step {step}, after the selection of heads at step {select_step}, and the checkpoint "
             f"holds neither masks nor scores; pass a select_at of more than {step}"

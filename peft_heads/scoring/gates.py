@@ -95,6 +95,10 @@ class GateRecorder:
         """Begin the next step."""
         self._heard, self._backward_passes, self._is_mean_of_all = {}, set(), False
 
+    def reset(self) -> None:
+        """Begin the sums anew."""
+        self.sums, self.num_images = None, 0
+
     def over_processes(self, loss_scale: float = 1.0) -> StepGates:
         """The statistics of the step's images on all processes, by one reduction.
 
@@ -174,13 +178,15 @@ class GateRecorder:
     # Forward hooks
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not torch.is_grad_enabled():
+            return  # a pass without gradients, which may lie within one with gradients
         num_images = _num_images(args, kwargs) if self._entered is None else None
         if num_images is not None:
             self._entered, self._images_now = module, num_images
             self._is_mean_of_all |= kwargs.get("num_items_in_batch") is not None
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if module is not self._entered:
+        if module is not self._entered or not torch.is_grad_enabled():
             return
         self._entered = None
         if backward_pass() != -1:  # gradient checkpointing calls it again

@@ -59,7 +59,7 @@ class HeadRecorder:
             for key in layer.head_layout[adapter_name].named_parts(name)
         }
         self._gradients = StepGradients(self.layers, adapter_name)
-        self._model = model
+        self.model = model
         self._gates = GateRecorder(model) if (needs_gates(self.config) if gates is None else gates) else None
         self._gate_of = (
             {} if self._gates is None else gates_of_heads(self._gates.modules, self._module_of, self.layouts)
@@ -96,6 +96,13 @@ class HeadRecorder:
         self._gradients.stop()
         if self._gates is not None:
             self._gates.stop()
+
+    def reset(self) -> None:
+        """Stop listening, and begin the statistics anew."""
+        self.stop()
+        self._sums, self.num_steps, self.num_skipped = None, 0, 0
+        if self._gates is not None:
+            self._gates.reset()
 
     def close(self) -> None:
         """Stop listening and let another scorer have the adapter."""

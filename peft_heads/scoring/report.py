@@ -4,34 +4,25 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from dataclasses import asdict
 from typing import Any
 
-import torch
 from transformers import TrainerState
 
 from ..adapter_folder.score_files import HEAT_MAP_FILE, SCORES_FILE
 from ..heads.protocol import deactivated_heads
+from .cutting import CutReport
 from .plotting import figure_bytes, plot_head_scores
 from .scorer import HeadScorer
 
 
-def report_files(
-    scorer: HeadScorer,
-    progress: dict[str, Any],
-    state: TrainerState,
-    scores: dict[str, dict[str, torch.Tensor]],
-    masks: dict[str, torch.Tensor],
-    degenerate: bool,
-) -> dict[str, bytes]:
+def report_files(scorer: HeadScorer, cut: CutReport, state: TrainerState) -> dict[str, bytes]:
     """The contents of both files, by file name.
 
     Args:
         scorer: The scorer that has selected the heads.
-        progress: `TaylorHeadScorer.progress`.
+        cut: What it has selected, and by which scores.
         state: Trainer's state at the selection.
-        scores: `{criterion: {projection: (num_heads,)}}`.
-        masks: `{projection: bool (num_heads,)}`, True = active.
-        degenerate: Whether in some group all heads had the same score, so that their order alone has decided.
     """
     report = {
         "peft_heads_version": importlib.metadata.version("peft-heads"),
@@ -39,23 +30,39 @@ def report_files(
         "step": state.global_step,
         "epoch": state.epoch,
         "window": {
-            "first_step": progress["first_step"],
-            "last_step": progress["select_step"],
-            "steps_counted": scorer.num_steps,
-            "steps_skipped": scorer.num_skipped,
+            "first_step": cut.window.first,
+            "last_step": cut.window.last,
+            "steps_counted": cut.steps_counted,
+            "steps_skipped": cut.steps_skipped,
         },
         **scorer.config.selection_settings,
-        "degenerate": degenerate,
-        "deactivated_heads": deactivated_heads(masks),
-        "masks": {name: mask.tolist() for name, mask in masks.items()},
-        "scores": {c: {name: s.tolist() for name, s in by_name.items()} for c, by_name in scores.items()},
+        "degenerate": cut.degenerate,
+        "deactivated_heads": deactivated_heads(cut.masks),
+        "masks": {name: mask.tolist() for name, mask in cut.masks.items()},
+        "scores": {c: {name: s.tolist() for name, s in by_name.items()} for c, by_name in cut.scores.items()},
+        **_pruning(cut),
     }
     criterion = scorer.config.criterion
-    shown = criterion if criterion in scores else next(iter(scores))
+    shown = criterion if criterion in cut.scores else next(iter(cut.scores))
     figure = plot_head_scores(
-        scores[shown],
-        masks,
+        cut.scores[shown],
+        cut.masks,
         joint=scorer.config.joint,
         title=f"Head responsiveness ({shown}), step {state.global_step}",
     )
     return {SCORES_FILE: json.dumps(report, indent=1).encode(), HEAT_MAP_FILE: figure_bytes(figure)}
+
+
+def _pruning(cut: CutReport) -> dict[str, Any]:
+    """What is reported where there are several cuts or neurons: of neurons their numbers alone."""
+    report: dict[str, Any] = {}
+    if cut.cuts > 1:
+        report["cut"] = {"number": cut.number, "of": cut.cuts}
+    if cut.neuron_masks:
+        report["neurons"] = {
+            name: {"deactivated": int((~mask).sum()), "of": len(mask)} for name, mask in cut.neuron_masks.items()
+        }
+        report["speed"] = cut.speed
+    if cut.chosen is not None:
+        report["chosen"] = asdict(cut.chosen)
+    return report

@@ -1,4 +1,4 @@
-"""From the statistics of heads to scores, and from scores to masks."""
+"""From scores to masks: which heads and neurons are switched off."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from typing import Any
 
 import torch
 
-from ..functional.sharding import zero_rows
-from ..heads.criterion_registry import BUILT_IN, CRITERIA, find_criterion
-from ..heads.neuron_scores import neuron_scores, neurons_need_gates
-from ..heads.protocol import describe_masks, read_masks, write_masks
-from ..heads.scores import head_scores
-from ..heads.selection import HeadGroup, degenerate_groups, groups_kept_whole, plan_groups, select_heads
-from .acting_rows import row_norms
-from .gated_modules import gated_modules
-from .recorder import HeadRecorder
-from .selection_warnings import equal_scores_warning, no_gradient_warning
+from ..heads.protocol import describe_masks, read_masks
+from ..heads.selection import (
+    HeadGroup,
+    degenerate_groups,
+    groups_kept_whole,
+    select_heads,
+    select_units,
+)
+from .selection_warnings import equal_neurons_warning, equal_scores_warning, no_gradient_warning
+from .switching import check_deeper, describe_neurons, switch_off
+from .unit_numbers import UnitNumbers
 
 
-class HeadScorer(HeadRecorder):
+class HeadScorer(UnitNumbers):
     """Scores the heads of an adapter in a plain PyTorch or Accelerate loop, and deactivates the least responsive.
 
     One pass collects the statistics of *all* criteria for every projection and head. The adapter's configuration (or
@@ -61,86 +62,6 @@ class HeadScorer(HeadRecorder):
         ```
     """
 
-    def scores(self, criterion: str | None = None) -> dict[str, torch.Tensor]:
-        """Scores of every head, the mean over the steps so far.
-
-        Args:
-            criterion: A name in `peft_heads.heads.CRITERIA`; the adapter's own if None.
-
-        Returns:
-            `{projection: float64 (num_heads,) on the CPU}`, named as `get_head_masks` names them.
-
-        Raises:
-            ValueError: There is no such criterion, it needs gradients and no step with finite gradients was counted, or
-                it needs gates and they are not gathered.
-        """
-        criterion = criterion or self.config.criterion
-        found = find_criterion(criterion)
-        if found.needs_gradients and not self.num_steps:
-            why = (
-                f"the gradients of all {self.num_skipped} steps were not finite; lower the learning rate or the loss scale"
-                if self.num_skipped
-                else "no optimizer step was counted; call update() after the backward passes of each step"
-            )
-            raise ValueError(f"no head can be scored by {criterion!r}: {why}")
-        gathered = found.needs_gates or self.has_head_gates
-        return head_scores(
-            criterion,
-            self.layouts,
-            statistics={name: sums / self.num_steps for name, sums in self._sums_by_name().items()},
-            params=self._by_projection(self._gradients.values(now=True)),
-            seed=self.config.mask_seed,
-            gates={name: sums / self.num_images for name, sums in self.gates("head").items()} if gathered else None,
-        )
-
-    def neuron_scores(self, criterion: str | None = None) -> dict[str, torch.Tensor]:
-        """Scores of every neuron of the model's MLPs; by gates, the mean over the images so far.
-
-        Args:
-            criterion: A name in `NEURON_CRITERIA`; the adapter's own `neuron_criterion` if None, which is `gate` unless
-                the configuration has one. `weight_norm` is the L2 norm of the neuron's row of the MLP's first layer as
-                it acts, with the adapter's update.
-
-        Returns:
-            `{name of the MLP's first layer: float64 (num_neurons,) on the CPU}`, named as in the base model.
-
-        Raises:
-            ValueError: There is no such criterion of neurons, it needs gates and they are not gathered, or the model
-                has no MLP of two layers.
-        """
-        criterion = criterion or getattr(self.config, "neuron_criterion", "gate")
-        by_gates = neurons_need_gates(criterion)
-        modules = {each.name: each for each in gated_modules(self._model) if each.kind == "neuron"}
-        if not modules:
-            raise ValueError(
-                f"{type(self._model).__name__} has no neurons to score: no block has an MLP of two layers"
-            )
-        return neuron_scores(
-            criterion,
-            {name: each.num_units for name, each in modules.items()},
-            gates={name: s / self.num_images for name, s in self.gates("neuron").items()} if by_gates else None,
-            weight_norms={name: row_norms(name, each.first, self.adapter_name) for name, each in modules.items()}
-            if criterion == "weight_norm"
-            else None,
-            seed=self.config.mask_seed,
-        )
-
-    def all_scores(self) -> dict[str, dict[str, torch.Tensor]]:
-        """`{criterion: scores}` for every criterion that can be computed from the statistics so far."""
-        scores = {}
-        for name, criterion in CRITERIA.items():
-            if (criterion.needs_gradients and not self.num_steps) or (
-                criterion.needs_gates and not self.has_head_gates
-            ):
-                continue
-            try:
-                scores[name] = self.scores(name)
-            except Exception as error:  # a plugin's criterion that nobody asked for must not end a training
-                if name in BUILT_IN or name == self.config.criterion:
-                    raise
-                warnings.warn(f"the scores by {name!r} are left out of the report: {type(error).__name__}: {error}")
-        return scores
-
     def select(
         self,
         ne: int | None = None,
@@ -149,7 +70,7 @@ class HeadScorer(HeadRecorder):
         granularity: str | None = None,
         joint: bool | None = None,
     ) -> dict[str, torch.Tensor]:
-        """The masks that the scores ask for; nothing is changed. Arguments left out are the adapter's own.
+        """The masks of heads that the scores ask for; nothing is changed. Arguments left out are the adapter's own.
 
         Warns of groups whose heads all have the same score, for instance after zero gradients: there the order of the
         heads alone decides. Warns of projections that no gradient has reached in the steps so far.
@@ -158,15 +79,20 @@ class HeadScorer(HeadRecorder):
             `{projection: bool (num_heads,)}`, True = active.
 
         Raises:
-            ValueError: As `scores` does, or `ne`, `ratio`, `granularity`, `joint` do not fit the model.
+            ValueError: As `scores` does, or `ne`, `ratio`, `granularity`, `joint` do not fit the model; or the numbers
+                follow from `target_speed`, and no gates were gathered.
         """
         groups = self.groups(ne, ratio, granularity, joint)
         kept = groups_kept_whole(groups, ne)
         if kept and ne != self.config.ne:  # the adapter's own ne was warned about when it was created
             warnings.warn(kept)
+        return self.select_groups(groups, criterion)
+
+    def select_groups(self, groups: list[HeadGroup], criterion: str | None = None) -> dict[str, torch.Tensor]:
+        """As `select`, for groups that say how many heads they give up and which are off already."""
         unreached = self.without_gradient()
-        if not any(group.num_deactivated for group in groups):  # ne=0 needs no scores
-            masks = {name: torch.ones(layout.num_heads, dtype=torch.bool) for name, layout in self.layouts.items()}
+        if not any(group.num_chosen for group in groups):  # ne=0 needs no scores
+            masks = select_heads({name: torch.zeros(part.num_heads) for name, part in self.layouts.items()}, groups)
         else:
             scores = self.scores(criterion)
             masks = select_heads(scores, groups)
@@ -179,46 +105,46 @@ class HeadScorer(HeadRecorder):
             warnings.warn(no_gradient_warning(unreached, self.layouts, self.num_steps, self.adapter_name))
         return masks
 
-    def groups(
-        self,
-        ne: int | None = None,
-        ratio: float | None = None,
-        granularity: str | None = None,
-        joint: bool | None = None,
-    ) -> list[HeadGroup]:
-        """The groups of projections that share a mask. Arguments left out are the adapter's own."""
-        if ne is None and ratio is None:
-            ne, ratio = self.config.ne, self.config.ratio
-        return plan_groups(
-            self.layouts,
-            ne=ne,
-            ratio=ratio,
-            granularity=granularity or self.config.granularity,
-            joint=self.config.joint if joint is None else joint,
-        )
+    def select_neurons(
+        self, num_off: dict[str, int] | None = None, criterion: str | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The masks of neurons that the scores ask for; nothing is changed. Neurons that are off already stay off.
 
-    def is_degenerate(self) -> bool:
-        """Whether the heads of some group all have the same score by the adapter's own criterion, so that order decides.
+        Args:
+            num_off: `{first layer of an MLP: number of neurons that are off afterwards}`; those of the adapter's
+                `neuron_ratio` or `target_speed` if None.
+            criterion: The adapter's `neuron_criterion` if None.
+
+        Returns:
+            `{first layer of an MLP: bool (num_neurons,)}`, True = active; empty for an adapter that prunes none.
 
         Raises:
-            ValueError: As `scores` does.
+            ValueError: As `neuron_scores` does, or a number is out of its range.
         """
-        groups = self.groups()
-        wanted = any(group.num_deactivated for group in groups)
-        return wanted and bool(degenerate_groups(self.scores(), groups))
-
-    def without_update(self) -> list[str]:
-        """Projections of groups that give up heads while all their head-wise parameters are zero.
-
-        The product with any gradient is zero there. So are the scores by a Taylor criterion (`Criterion.is_taylor`).
-        """
-        norms = self.scores("weight_norm")
-        equal = [group.modules for group in degenerate_groups(norms, self.groups())]
-        return [name for names in equal if not any(norms[each].any() for each in names) for name in names]
+        num_off = self.neurons_off() if num_off is None else num_off
+        present = read_masks(self.neuron_layers, self.adapter_name)
+        if not any(num_off.values()):  # which needs no scores
+            return present
+        scores, equal, masks = self.neuron_scores(criterion), [], {}
+        for name, mask in present.items():
+            masks[name] = select_units(scores[name], num_off[name], already_off=~mask)
+            remaining = scores[name][mask]
+            if not torch.equal(masks[name], mask) and remaining.eq(remaining[0]).all():
+                equal.append(name)
+        if equal:
+            warnings.warn(equal_neurons_warning(criterion or self.config.neuron_criterion, equal, list(present)))
+        return masks
 
     @torch.no_grad()
-    def apply(self, optimizer: Any = None, masks: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        """Select, set the masks, and stop listening.
+    def apply(
+        self,
+        optimizer: Any = None,
+        masks: dict[str, torch.Tensor] | None = None,
+        neuron_masks: dict[str, torch.Tensor] | None = None,
+        *,
+        deepen: bool = False,
+    ) -> dict[str, torch.Tensor]:
+        """Select, set the masks of heads and of neurons, and stop listening.
 
         The deactivated rows of the adapter are set to zero, and their entries in the optimizer's state are cleared.
         Otherwise momentum would move the rows again. The mask hides that, but not from a reader of the raw weights.
@@ -226,29 +152,46 @@ class HeadScorer(HeadRecorder):
         Args:
             optimizer: The optimizer of the adapter's parameters, possibly prepared by Accelerate.
             masks: Masks to apply instead of those of `select()`, e.g. `scorer.select(ne=3)`.
+            neuron_masks: Masks to apply instead of those of `select_neurons()`.
+            deepen: Whether to switch off more units than are off already, by masks that are given. The scorer then goes
+                on: its statistics begin anew, and `start()` listens again.
 
         Returns:
-            The masks that are now in force. An adapter that has masks already keeps them, with a warning.
+            The masks of heads that are now in force. An adapter that has masks already keeps them, with a warning,
+            unless they are deepened.
 
         Raises:
-            ValueError: As `select` does, or `masks` name an unknown projection or have a wrong shape or dtype; nothing
-                is changed then.
+            ValueError: As `select` does, or `masks` name an unknown projection, have a wrong shape or dtype, or would
+                switch a unit on again; nothing is changed then.
         """
-        present = read_masks(self.layers, self.adapter_name)
-        if any(not mask.all() for mask in present.values()):
+        if not deepen and self.has_units_off:
+            present = read_masks(self.layers, self.adapter_name)
+            neurons = read_masks(self.neuron_layers, self.adapter_name)
+            also = f", neurons: {describe_neurons(neurons)}" if neurons else ""
             warnings.warn(
                 f"adapter {self.adapter_name!r} has deactivated heads already and keeps them "
-                f"({describe_masks(present)}); use set_head_masks to change them"
+                f"({describe_masks(present)}{also}); use set_head_masks to change them"
             )
             self.close()
             return present
 
         masks = self.select() if masks is None else masks
-        write_masks(self.layers, masks, self.adapter_name)
-        for layer in self.layers.values():
-            if layer.get_head_mask(self.adapter_name).all():
-                continue
-            for scored in layer.scored_parameters(self.adapter_name):
-                zero_rows(scored.param, layer.active_rows(self.adapter_name), optimizer)
-        self.close()
+        neuron_masks = self.select_neurons() if neuron_masks is None else neuron_masks
+        check_deeper(self.layers, masks, self.adapter_name)
+        check_deeper(self.neuron_layers, neuron_masks, self.adapter_name)
+        switch_off(self.layers, masks, self.adapter_name, optimizer)
+        switch_off(self.neuron_layers, neuron_masks, self.adapter_name, optimizer)
+        if deepen:
+            self.reset()
+        else:
+            self.close()
         return read_masks(self.layers, self.adapter_name)
+
+    @property
+    def has_units_off(self) -> bool:
+        """Whether a head or a neuron of the adapter is off."""
+        return any(
+            not mask.all()
+            for layers in (self.layers, self.neuron_layers)
+            for mask in read_masks(layers, self.adapter_name).values()
+        )

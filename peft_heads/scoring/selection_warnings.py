@@ -23,9 +23,9 @@ def equal_scores_warning(
         layouts: `{projection: HeadLayout}` of the whole adapter.
     """
     where = "; ".join(
-        f"the score of all {group.num_heads} heads is {group_scores(scores, group)[0]:g} in "
-        f"{module_patterns(group.modules, layouts)}, and head{'s' * (group.num_deactivated > 1)} "
-        f"{', '.join(map(str, range(group.num_deactivated)))} will be deactivated"
+        f"the score of all {len(group.remaining)} heads is {group_scores(scores, group)[group.remaining[0]]:g} in "
+        f"{module_patterns(group.modules, layouts)}, and head{'s' * (group.num_chosen > 1)} "
+        f"{', '.join(map(str, group.remaining[: group.num_chosen]))} will be deactivated"
         for group in groups
     )
     return (
@@ -51,4 +51,18 @@ def no_gradient_warning(
         f"were scored: adapter {adapter_name!r} is trained and saved there for nothing. Where the task "
         "does not use these layers, leave them out (exclude_modules); else look for what keeps the loss from "
         "depending on them"
+    )
+
+
+def equal_neurons_warning(criterion: str, layers: Sequence[str], among: Sequence[str]) -> str:
+    """The warning about MLPs whose neurons all have the same score, so that their order decides.
+
+    Args:
+        criterion: The criterion of the scores.
+        layers: Names of their first layers.
+        among: Names of the first layers of all MLPs.
+    """
+    return (
+        f"the scores by {criterion!r} do not tell the neurons of {module_patterns(layers, among)} apart, so that the first "
+        "ones are switched off: has a gradient reached these layers? Score later or more steps"
     )

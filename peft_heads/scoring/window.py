@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from .cuts import plan_cuts
+
 
 WINDOWS = ("last_epoch", "all", "last_step")
 
@@ -40,6 +42,53 @@ def check_window_arguments(select_at: float | None, warmup_epochs: float | None,
         raise ValueError(f"warmup_epochs must be positive; got {warmup_epochs}")
     if window not in WINDOWS:
         raise ValueError(f"window must be one of {', '.join(WINDOWS)}; got {window!r}")
+
+
+def check_cut_arguments(cuts: int, last_cut: float | None) -> None:
+    """Raise ValueError for arguments of `TaylorHeadScorer` that make no schedule of cuts."""
+    if isinstance(cuts, bool) or not isinstance(cuts, int) or cuts < 1:
+        raise ValueError(
+            f"cuts is the number of times that units are switched off, an integer of at least 1; got {cuts!r}"
+        )
+    if last_cut is not None and cuts == 1:
+        raise ValueError(f"last_cut={last_cut} needs several cuts; pass cuts=2 or more, or leave last_cut out")
+    if last_cut is not None and not (0 < last_cut < 1 or (last_cut >= 1 and float(last_cut).is_integer())):
+        raise ValueError(f"last_cut is a share of the steps, in (0, 1), or a whole number of steps; got {last_cut}")
+
+
+def plan_windows(
+    *,
+    select_at: float | None,
+    warmup_epochs: float | None,
+    window: str,
+    cuts: int,
+    last_cut: float | None,
+    max_steps: int,
+    steps_per_epoch: int | None,
+) -> list[SelectionWindow]:
+    """The windows of all cuts: a later one begins after the cut before it.
+
+    Args:
+        select_at, warmup_epochs, window, max_steps, steps_per_epoch: As in `plan_window`, for the first cut.
+        cuts: Number of cuts.
+        last_cut: Time of the last one: below 1 a share of the steps, else a step; half of training if None.
+
+    Raises:
+        ValueError: As `plan_window` does; or there are more cuts than steps, or the last one comes after the end.
+    """
+    given = {"select_at": select_at, "warmup_epochs": warmup_epochs, "window": window}
+    windows = [plan_window(**given, max_steps=max_steps, steps_per_epoch=steps_per_epoch)]
+    last_cut = 0.5 if last_cut is None else last_cut
+    last = _whole_steps(last_cut * max_steps) if last_cut < 1 else int(last_cut)
+    if cuts > 1 and last > max_steps:
+        raise ValueError(
+            f"last_cut={last_cut} is after the end of training at step {max_steps}; cut earlier or train longer"
+        )
+    steps = plan_cuts(windows[0].last, last, cuts)
+    for number, step in enumerate(steps[1:], 2):
+        begin = max(windows[-1].last, step - _length(window, step, steps_per_epoch)) + 1
+        windows.append(SelectionWindow(begin, step, f"cut {number} of {cuts}"))
+    return windows
 
 
 def plan_window(
@@ -79,8 +128,7 @@ def plan_window(
             f"{asked} selects heads at step {last}, after the end of training at step {max_steps}; select "
             "earlier or train longer"
         )
-    length = {"last_epoch": steps_per_epoch, "all": last, "last_step": 1}[window]
-    return SelectionWindow(max(1, last - length + 1), last, asked)
+    return SelectionWindow(max(1, last - _length(window, last, steps_per_epoch) + 1), last, asked)
 
 
 def steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:
@@ -90,6 +138,11 @@ def steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:
     except TypeError:
         return None
     return max(math.ceil(batches / args.gradient_accumulation_steps), 1)
+
+
+def _length(window: str, last: int, steps_per_epoch: int | None) -> int:
+    """Number of steps of a window that ends with a step."""
+    return {"last_epoch": steps_per_epoch, "all": last, "last_step": 1}[window]
 
 
 def _whole_steps(steps: float) -> int:
