@@ -13,7 +13,6 @@ from ..adapter_folder.contents import FolderContents, folder_contents, set_image
 from ..adapter_folder.saving import write_contents
 from ..adapter_folder.score_files import read_head_scores, write_head_scores
 from ..heads.criterion_registry import find_criterion
-from ..heads.protocol import describe_masks, read_masks
 from .active_adapters import active_adapters, adapter_to_score
 from .best_checkpoint import check_best_checkpoint, load_best_checkpoint, warn_if_before_selection
 from .checks import check_compilation, check_deepspeed, check_late_selection, check_windows
@@ -21,15 +20,8 @@ from .cutting import Cutting
 from .report import report_files
 from .resuming import check_settings, saved_progress, saved_scores
 from .scorer import HeadScorer
-from .switching import describe_neurons
 from .teaching import Teaching
-from .window import (
-    SelectionWindow,
-    check_cut_arguments,
-    check_window_arguments,
-    plan_windows,
-    steps_per_epoch,
-)
+from .window import SelectionWindow, check_schedule, plan_windows, steps_per_epoch
 
 
 logger = logging.getLogger(__name__)
@@ -105,12 +97,10 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
         distill_temperature: float = 2.0,
         teacher: str = "cut",
     ) -> None:
-        check_window_arguments(select_at, warmup_epochs, window)
-        check_cut_arguments(cuts, last_cut)
+        check_schedule(select_at, warmup_epochs, window, cuts, last_cut)
         self.select_at = 0.1 if select_at is None and warmup_epochs is None else select_at
         self.warmup_epochs, self.window = warmup_epochs, window
-        self.adapter_name = adapter_name
-        self.cuts, self.last_cut = cuts, last_cut
+        self.cuts, self.last_cut, self.adapter_name = cuts, last_cut, adapter_name
         self.masks = self.neuron_masks = None
         self.progress: dict[str, Any] = {}
         self._teaching = Teaching(distill, distill_temperature, teacher)
@@ -152,17 +142,15 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
         name, settings = self._scorer.adapter_name, self._scorer.config.selection_settings
         saved = saved_progress(state, TaylorHeadScorer.__name__, name) if state.global_step else {}
         check_settings(saved, settings)
-        self.progress = {"selected_at": saved.get("selected_at"), "adapter": name, "settings": settings}
         set_image_processor(model, kwargs.get("processing_class"), name)
         # a checkpoint of a run without this callback lacks the entry that Trainer updates at the next checkpoint
         state.stateful_callbacks.setdefault(type(self).__name__, {})
 
-        if saved:
-            self._cutting.resume(saved)
-        if self._scorer.has_units_off or self.progress["selected_at"] is not None:
-            self._keep_masks(again if not saved else None)
+        selected_at = self._cutting.begin(saved, again)
+        if self._cutting.made:
+            self.masks, self.neuron_masks = self._scorer.present_masks()
             self._contents.head_scores = self._contents.head_scores or read_head_scores(args.output_dir)
-        self.progress |= self._cutting.progress()
+        self.progress = {"selected_at": selected_at, "adapter": name, "settings": settings, **self._cutting.progress()}
         self._teaching.begin(args, state, model, name, saved, begins_again)
         if self._cutting.next is None:
             self._scorer.close()
@@ -261,24 +249,6 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
         )
         check_windows(self._scorer, windows, state)
         return windows
-
-    def _keep_masks(self, again: Cutting | None) -> None:
-        """Keep the masks that the adapter has, and say why nothing is scored, or no more than what is left."""
-        scorer = self._scorer
-        self.masks = read_masks(scorer.layers, scorer.adapter_name)
-        self.neuron_masks = read_masks(scorer.neuron_layers, scorer.adapter_name)
-        if self.progress["selected_at"] is not None:
-            return
-        if again is not None:
-            logger.info("training begins again, with the heads that were selected: %s", describe_masks(self.masks))
-            self.progress["selected_at"], self._cutting.made, scorer.cut = 0, again.made, again.scorer.cut
-            return
-        neurons = f", neurons: {describe_neurons(self.neuron_masks)}" if self.neuron_masks else ""
-        warnings.warn(
-            f"adapter {scorer.adapter_name!r} has deactivated heads already and keeps them: "
-            f"{describe_masks(self.masks)}{neurons}. Nothing is scored"
-        )
-        self._cutting.end()
 
     def _cut(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         scorer = self._scorer

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -17,6 +19,9 @@ from .cuts import units_after
 from .scorer import HeadScorer
 from .switching import describe_neurons
 from .window import SelectionWindow
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -172,12 +177,35 @@ class Cutting:
             "remain": None if cut is None else asdict(cut),
         }
 
-    def resume(self, saved: dict[str, Any]) -> None:
-        """Continue from a checkpoint's `progress()`.
+    def begin(self, saved: dict[str, Any], again: Cutting | None) -> int | None:
+        """Take up the cuts that were made before; an adapter with units off otherwise keeps them, and no cut is made.
+
+        Args:
+            saved: A checkpoint's `progress()`, and `selected_at`; empty where training begins at its beginning.
+            again: The cuts of a run that Trainer begins again, with a smaller batch.
+
+        Returns:
+            The step of the first cut; None if none was made.
 
         Raises:
-            ValueError: It has made cuts by another schedule than this run's.
+            ValueError: The checkpoint has made cuts by another schedule than this run's.
         """
+        if saved:
+            self._resume(saved)
+        if saved.get("selected_at") is not None or not self.scorer.has_units_off:
+            return saved.get("selected_at")
+        units = self.scorer.describe_present()
+        if again is not None:
+            logger.info("training begins again, with the heads that were selected: %s", units)
+            self.made, self.scorer.cut = again.made, again.scorer.cut
+            return 0
+        warnings.warn(
+            f"adapter {self.scorer.adapter_name!r} has deactivated heads already and keeps them: {units}. Nothing is scored"
+        )
+        self.end()
+        return None
+
+    def _resume(self, saved: dict[str, Any]) -> None:
         # before there were several cuts, there was one
         self.made = saved.get("cuts_made", int(saved.get("selected_at") is not None))
         remain = saved.get("remain")

@@ -165,15 +165,12 @@ class HeadScorer(UnitNumbers):
                 switch a unit on again; nothing is changed then.
         """
         if not deepen and self.has_units_off:
-            present = read_masks(self.layers, self.adapter_name)
-            neurons = read_masks(self.neuron_layers, self.adapter_name)
-            also = f", neurons: {describe_neurons(neurons)}" if neurons else ""
             warnings.warn(
                 f"adapter {self.adapter_name!r} has deactivated heads already and keeps them "
-                f"({describe_masks(present)}{also}); use set_head_masks to change them"
+                f"({self.describe_present()}); use set_head_masks to change them"
             )
             self.close()
-            return present
+            return self.present_masks()[0]
 
         masks = self.select() if masks is None else masks
         neuron_masks = self.select_neurons() if neuron_masks is None else neuron_masks
@@ -187,11 +184,17 @@ class HeadScorer(UnitNumbers):
             self.close()
         return read_masks(self.layers, self.adapter_name)
 
+    def present_masks(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """The masks of heads and those of neurons that are in force; of neurons none for an adapter that prunes none."""
+        heads, neurons = (read_masks(layers, self.adapter_name) for layers in (self.layers, self.neuron_layers))
+        return heads, neurons
+
     @property
     def has_units_off(self) -> bool:
         """Whether a head or a neuron of the adapter is off."""
-        return any(
-            not mask.all()
-            for layers in (self.layers, self.neuron_layers)
-            for mask in read_masks(layers, self.adapter_name).values()
-        )
+        return any(not mask.all() for masks in self.present_masks() for mask in masks.values())
+
+    def describe_present(self) -> str:
+        """The units that are off, in one line."""
+        heads, neurons = self.present_masks()
+        return describe_masks(heads) + (f", neurons: {describe_neurons(neurons)}" if neurons else "")

@@ -29,6 +29,14 @@ class SelectionWindow:
     asked: str
 
 
+def check_schedule(
+    select_at: float | None, warmup_epochs: float | None, window: str, cuts: int, last_cut: float | None
+) -> None:
+    """Raise ValueError for arguments of `TaylorHeadScorer` that say when, and that no training could fit."""
+    check_window_arguments(select_at, warmup_epochs, window)
+    check_cut_arguments(cuts, last_cut)
+
+
 def check_window_arguments(select_at: float | None, warmup_epochs: float | None, window: str) -> None:
     """Raise ValueError for arguments of `TaylorHeadScorer` that no training could fit."""
     if select_at is not None and warmup_epochs is not None:
