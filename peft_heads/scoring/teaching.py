@@ -89,7 +89,7 @@ class Teaching:
             self._content = _read_teacher(args, state, saved["teacher"])
             self._teacher = Teacher.of(model, adapter_name)
             self._teacher.load(safetensors.torch.load(self._content))
-        elif state.global_step and (self.when == "start" or saved.get("cuts_made")):
+        elif state.global_step and (self.when == "start" or saved.get("selected_at") is not None):
             raise ValueError(
                 f"training resumes at step {state.global_step}, past the moment at which the teacher is copied "
                 f"(teacher={self.when!r}), and the checkpoint was written without distillation; resume with distill=0, or from an "
