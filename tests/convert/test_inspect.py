@@ -12,7 +12,15 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 
-from peft_heads import HeadMaskedLoraConfig, RLRRConfig, get_head_masks, pack_adapter, set_head_masks
+from peft_heads import (
+    HeadMaskedLoraConfig,
+    RLRRConfig,
+    get_head_masks,
+    get_neuron_masks,
+    pack_adapter,
+    set_head_masks,
+    set_neuron_masks,
+)
 from peft_heads.cli.main import main
 from peft_heads.convert.inspect import inspect_adapter
 
@@ -277,3 +285,42 @@ def test_a_guess_needs_heads_of_equal_size(copy_of):
     config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "/gone"}))
     with pytest.raises(ValueError, match="it has 5 heads in 24 rows, which is not the same number for every head"):
         inspect_adapter(path.parent)
+
+
+@pytest.mark.parametrize("form", ["full", "2 bits", "packed"])
+def test_neurons(form, tmp_path, capsys):
+    """Their number is shown, layers with the same number together; none of them counts as a head."""
+    tiny.make("vit").save_pretrained(tmp_path / "base")
+    base = AutoModelForImageClassification.from_pretrained(tmp_path / "base")
+    bits = {} if form == "full" else {"adapter_bits": 2}
+    model = get_peft_model(base, HeadMaskedLoraConfig(neuron_ratio=0.25, ne=2, **bits))
+    tiny.randomize_lora(model)
+    set_head_masks(model, tiny.masks_off(model, 0, 3))
+    set_neuron_masks(model, {name: torch.arange(32) > 7 for name in get_neuron_masks(model)})
+    if form == "packed":
+        pack_adapter(model)
+    model.save_pretrained(tmp_path / "adapter")
+    report = inspect_adapter(tmp_path / "adapter")
+    masks = {"masks": get_head_masks(model), "neuron_masks": get_neuron_masks(model)}
+    for kind, expected in masks.items():
+        found = getattr(report, kind)
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert not report.norms.keys() & masks["neuron_masks"].keys() and report.norms
+    assert main(["inspect", str(tmp_path / "adapter")]) == 0
+    shown = capsys.readouterr().out
+    first = tiny.now("vit.layers.*.mlp.fc1")
+    assert f"deactivated neurons\n  8 of 32 neurons in {first} (2 layers)\n" in shown
+    assert "neuron_ratio=0.25, neuron_criterion=gate" in shown and len(shown) < 4000
+    # what it refuses to load, it refuses to describe
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    stored = load_file(path)
+    key = next((key for key in stored if key.endswith("lora_neuron_mask.mask")), None)
+    if key is not None:
+        save_file(stored | {key: torch.arange(32) < 24}, path)
+        with pytest.raises(ValueError, match=r"contradicts itself: .*deactivates neurons \[24, 25"):
+            inspect_adapter(tmp_path / "adapter")
+
+
+def test_neurons_are_not_mentioned_where_none_are_pruned(saved, capsys):
+    assert main(["inspect", str(saved["vit"][1])]) == 0
+    assert "neuron" not in capsys.readouterr().out

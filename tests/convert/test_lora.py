@@ -17,11 +17,14 @@ from transformers import AutoModelForImageClassification
 from peft_heads import (
     HeadMaskedLoraConfig,
     get_head_masks,
+    get_neuron_masks,
     load_image_classifier,
     pack_adapter,
     set_head_masks,
     set_image_processor,
+    set_neuron_masks,
 )
+from peft_heads.backbones.neurons import neuron_projections
 from peft_heads.cli.main import main
 from peft_heads.convert.lora import export_lora
 from peft_heads.convert.merged import export_merged
@@ -380,3 +383,32 @@ def test_what_the_command_says(adapter, tmp_path, capsys):
     assert lines[0] == f"{adapter} -> {tmp_path / 'deep' / 'lora'} (lora)"
     size = (tmp_path / "deep" / "lora" / "adapter_model.safetensors").stat().st_size
     assert any(line.split() == [f"{size:,}", "bytes", "adapter_model.safetensors"] for line in lines)
+
+
+@pytest.fixture
+def pruned(tmp_path):
+    """An adapter with a quarter of the neurons off, and its logits."""
+    tiny.make("vit").save_pretrained(tmp_path / "base")
+    base = AutoModelForImageClassification.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, HeadMaskedLoraConfig(neuron_ratio=0.25, ne=0))
+    tiny.randomize_lora(model)
+    set_neuron_masks(model, {name: torch.arange(32) > 7 for name in get_neuron_masks(model)})
+    model.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        return tmp_path / "adapter", model.eval()(tiny.images()).logits
+
+
+def test_neuron_masks_are_no_lora(pruned, tmp_path):
+    with pytest.raises(ValueError, match=r"has neuron masks \(neuron_ratio=0.25\), .*use --to merged, or --to pruned"):
+        export_lora(pruned[0], tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
+def test_merging_zeroes_the_rows_of_neurons(pruned, tmp_path):
+    adapter, expected = pruned
+    model = AutoModelForImageClassification.from_pretrained(export_merged(adapter, tmp_path / "merged"))
+    for name in neuron_projections(model):
+        layer = model.get_submodule(name)
+        assert not layer.weight[:8].any() and not layer.bias[:8].any() and layer.weight[8:].any(dim=1).all()
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(tiny.images()).logits, expected, atol=1e-5, rtol=1e-4)
