@@ -5,7 +5,7 @@ Importing the package registers its tuners with PEFT.
 
 from .adapter_folder.checkpoints import last_complete_checkpoint
 from .adapter_folder.contents import set_image_processor
-from .heads import get_head_masks, register_criterion, set_head_masks
+from .heads import get_head_masks, get_neuron_masks, register_criterion, set_head_masks, set_neuron_masks
 from .image_classifier import load_image_classifier
 from .plugins import import_plugin, load_plugins_at_import, loaded_plugins
 from .scoring.callback import TaylorHeadScorer
@@ -30,6 +30,7 @@ __all__ = [
     "RLRRModel",
     "TaylorHeadScorer",
     "get_head_masks",
+    "get_neuron_masks",
     "import_plugin",
     "last_complete_checkpoint",
     "load_image_classifier",
@@ -39,6 +40,7 @@ __all__ = [
     "register_method",
     "set_head_masks",
     "set_image_processor",
+    "set_neuron_masks",
 ]
 
 # Last, since plugins import the package; and now, since PEFT must know their types before an adapter is read.

@@ -20,10 +20,10 @@ from .loading import Loading, current_loading, loading_begins
 from .peft import OWN_CONFIGS, is_own, own_config_class
 
 
-def extend_weight_mapping(name: str, converter: Callable[[str], Any]) -> None:
-    """Let transformers' own `load_adapter` convert the head masks of a file of the PEFT type `name` (lower case).
+def extend_weight_mapping(name: str, converters: Callable[[str], list]) -> None:
+    """Let transformers' own `load_adapter` convert the masks of a file of the PEFT type `name` (lower case).
 
-    `converter` returns the conversion of an adapter's masks, given the adapter's name.
+    `converters` returns the conversions of an adapter's masks, given the adapter's name.
 
     transformers 5 reads the file by a list of renamings and conversions, without asking the tuner. The list is made in
     PEFT, before transformers 5.10 or so in transformers itself.
@@ -40,7 +40,7 @@ def extend_weight_mapping(name: str, converter: Callable[[str], Any]) -> None:
         def build_peft_weight_mapping(weight_conversions, adapter_name, peft_config=None):
             mapping = build(weight_conversions, adapter_name, peft_config=peft_config)
             if mapping and getattr(peft_config, "peft_type", None) == PeftType[name.upper()]:
-                mapping = [*mapping, converter(adapter_name)]
+                mapping = [*mapping, *converters(adapter_name)]
             return mapping
 
         build_peft_weight_mapping.extended_by_peft_heads = {*getattr(build, "extended_by_peft_heads", ()), name}
@@ -101,7 +101,7 @@ def no_faults() -> dict[str, str]:
     """
     own = {PEFT_TYPE_TO_PREFIX_MAPPING[x] for x, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if cls in OWN_CONFIGS}
     prefixes = "|".join(sorted(map(re.escape, own)))
-    return {"missing_keys": r"_head_mask\..*\.off$", "unexpected_keys": rf"(^|\.)({prefixes})settings\b"}
+    return {"missing_keys": r"_(head|neuron)_mask\..*\.off$", "unexpected_keys": rf"(^|\.)({prefixes})settings\b"}
 
 
 def _is_of_others(given: dict[str, Any]) -> bool:

@@ -16,6 +16,7 @@ class FolderContents:
 
     Attributes:
         masks: The adapter's head masks, as of the last time its weights were collected.
+        neuron_masks: Its neuron masks, likewise; empty if it prunes none.
         model_class: Class name of the base model; empty until the weights are collected for the first time.
         id2label: Label names of the adapter, as of the last time its weights were collected.
         labels_in_file: Label names beside the weights that are about to be loaded; None once these are in force.
@@ -27,6 +28,7 @@ class FolderContents:
     """
 
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
+    neuron_masks: dict[str, torch.Tensor] = field(default_factory=dict)
     model_class: str = ""
     id2label: dict[int, str] | None = None
     labels_in_file: dict[int, str] | None = None

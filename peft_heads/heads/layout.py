@@ -17,7 +17,8 @@ class HeadLayout:
     (`interleaved_projections` finds the exceptions). The rows are a projection of their own or a part of a fused `qkv`.
 
     Attributes:
-        role: `"query"`, `"key"`, `"value"`, or `"projection"` where only `num_heads=` says that there are heads.
+        role: `"query"`, `"key"`, `"value"`, or `"projection"` where only `num_heads=` says that there are heads;
+            `"neuron"` for the first layer of an MLP, each row of which is a unit of its own.
         num_heads: Number of heads.
         head_dim: Rows per head.
         first_row: Index of the first of the rows in the layer's output.
@@ -27,6 +28,11 @@ class HeadLayout:
     num_heads: int
     head_dim: int
     first_row: int = 0
+
+    @property
+    def unit(self) -> str:
+        """What one entry of a mask stands for, in messages."""
+        return "neuron" if self.role == "neuron" else "head"
 
     @property
     def num_rows(self) -> int:
@@ -74,6 +80,11 @@ class ProjectionLayout:
     def num_heads(self) -> int:
         """Heads of all parts together."""
         return sum(part.num_heads for part in self.parts)
+
+    @property
+    def has_neurons(self) -> bool:
+        """Whether these are the neurons of an MLP instead of heads."""
+        return any(part.unit == "neuron" for part in self.parts)
 
     @property
     def is_fused(self) -> bool:

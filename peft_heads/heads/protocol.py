@@ -75,13 +75,7 @@ def head_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, He
     Raises:
         ValueError: The model has no head-maskable layer for this adapter; the message lists the adapters that do.
     """
-    found: dict[str, HeadMaskable] = {}
-    others: set[str] = set()
-    for name, module in own_modules(model):
-        if isinstance(module, HeadMaskable):
-            others.update(module.head_layout)
-            if adapter_name in module.head_layout:
-                found[_WRAPPER_NAMES.sub("", name)] = module
+    found, others = maskable_layers(model, adapter_name)
     if not found:
         has = f"adapters with heads: {', '.join(sorted(others))}" if others else "it has no head-masked adapter"
         raise ValueError(
@@ -89,6 +83,25 @@ def head_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, He
             "get_peft_model(model, HeadMaskedLoraConfig(...)), or with RLRRConfig(ne=1)"
         )
     return found
+
+
+def maskable_layers(
+    model: nn.Module, adapter_name: str, neurons: bool = False
+) -> tuple[dict[str, HeadMaskable], set[str]]:
+    """An adapter's layers with maskable heads, or with maskable MLP neurons, by module name in the base model.
+
+    Returns:
+        The layers in the model's order, and the names of all adapters that have such layers.
+    """
+    found: dict[str, HeadMaskable] = {}
+    owners: set[str] = set()
+    for name, module in own_modules(model):
+        if isinstance(module, HeadMaskable):
+            layouts = {owner: layout for owner, layout in module.head_layout.items() if layout.has_neurons == neurons}
+            owners.update(layouts)
+            if adapter_name in layouts:
+                found[_WRAPPER_NAMES.sub("", name)] = module
+    return found, owners
 
 
 def get_head_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
@@ -174,17 +187,21 @@ def check_masks(layers: dict[str, HeadMaskable], masks: dict[str, torch.Tensor],
     for name, mask in masks.items():
         if name not in layouts:
             raise ValueError(
-                f"adapter {adapter_name!r} has no heads in a module {name!r}; it has: {', '.join(layouts)}"
+                f"adapter {adapter_name!r} has no {_unit(layouts)}s in a module {name!r}; it has: {', '.join(layouts)}"
             )
-        check_mask(name, mask, layouts[name].num_heads)
+        check_mask(name, mask, layouts[name].num_heads, layouts[name].unit)
 
 
-def check_mask(name: str, mask: torch.Tensor, num_heads: int) -> None:
-    """Raise ValueError unless `mask` is a bool tensor with one entry per head of the projection `name`."""
+def _unit(layouts: dict[str, HeadLayout]) -> str:
+    return next((layout.unit for layout in layouts.values()), "head")
+
+
+def check_mask(name: str, mask: torch.Tensor, num_heads: int, unit: str = "head") -> None:
+    """Raise ValueError unless `mask` is a bool tensor with one entry per head, or neuron, of the projection `name`."""
     if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != (num_heads,):
         actual = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise ValueError(
-            f"the head mask of {name} must be a bool tensor of shape ({num_heads},), one entry per head "
+            f"the {unit} mask of {name} must be a bool tensor of shape ({num_heads},), one entry per {unit} "
             f"(True = active); got {actual}"
         )
 

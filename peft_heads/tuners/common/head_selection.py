@@ -41,6 +41,8 @@ class HeadSelectionConfig:
         default_ne: The method's `ne` where neither `ne` nor `ratio` is given.
         mask_scope: What a deactivated head loses: its part of the adapter (`"adapter"`), or all of its output
             (`"head"`). A method that offers both has a field of this name.
+        target_speed: How many times fewer operations a pruned model is to need, in place of `ne` and `ratio`. A method
+            that prunes has a field of this name.
 
     Raises:
         ValueError: A setting is out of its range.
@@ -73,17 +75,18 @@ class HeadSelectionConfig:
 
     default_ne: ClassVar[int] = 0
     mask_scope = "adapter"  # no annotation: it is a field of the methods that offer a choice
+    target_speed = None  # as well: of the methods that prune
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.ne is None and self.ratio is None:
+        if self.ne is None and self.ratio is None and self.target_speed is None:
             self.ne = self.default_ne
         self.check_heads()
 
     @property
     def masks_heads(self) -> bool:
         """Whether heads are going to be deactivated: False for `ne=0` and `ratio=0`."""
-        return bool(self.ne or self.ratio)
+        return bool(self.ne or self.ratio or self.target_speed)
 
     @property
     def selection_settings(self) -> dict[str, Any]:
@@ -93,7 +96,8 @@ class HeadSelectionConfig:
 
     def check_heads(self) -> None:
         """Raise ValueError unless what says which heads are deactivated is in its range."""
-        check_head_count(self.ne, self.ratio)
+        if self.target_speed is None:  # which chooses the number of heads
+            check_head_count(self.ne, self.ratio)
         check_choice(self, "granularity", GRANULARITIES)
         self._check_criterion()
         numbers = self.num_heads.values() if isinstance(self.num_heads, dict) else [self.num_heads]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
-from .mask_keys import IN_FILE, IN_MODEL
+from .mask_keys import IN_FILE, IN_MODEL, KINDS
 
 
 class InvertMask(ConversionOps):
@@ -24,7 +24,7 @@ class InvertMask(ConversionOps):
         return self
 
 
-def mask_converter(adapter_name: str) -> WeightConverter:
-    """Converts the masks of a file, by the keys they have once the adapter's name was put in."""
-    place = f"_head_mask.{adapter_name}"
-    return WeightConverter(place + IN_FILE, place + IN_MODEL, operations=[InvertMask()])
+def mask_converters(adapter_name: str) -> list[WeightConverter]:
+    """Convert the masks of a file, by the keys they have once the adapter's name was put in."""
+    places = [f"{kind}.{adapter_name}" for kind in KINDS]
+    return [WeightConverter(place + IN_FILE, place + IN_MODEL, operations=[InvertMask()]) for place in places]

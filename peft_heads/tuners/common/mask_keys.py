@@ -1,4 +1,4 @@
-"""Keys of head masks: in files `….mask`, True = active; in models `….off`, True = deactivated."""
+"""Keys of masks of heads and neurons: in files `….mask`, True = active; in models `….off`, True = deactivated."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import torch
 IN_FILE, IN_MODEL = ".mask", ".off"
 
 
-# The end of a mask's key in the file of a head-masked LoRA adapter.
+# The end of a mask's key in the file of a head-masked LoRA adapter: of heads, and of MLP neurons.
 LORA_MASK = "lora_head_mask" + IN_FILE
+LORA_NEURON_MASK = "lora_neuron_mask" + IN_FILE
+# How the part of a key ends that names a mask, whatever the method.
+KINDS = ("_head_mask", "_neuron_mask")
 
 
 def masks_for_file(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -34,11 +37,11 @@ def is_mask_key(key: str, end: str = IN_FILE) -> bool:
         key: A key of a file, or with `end=IN_MODEL` of a model's state dict.
         end: The key's last part.
     """
-    return key.endswith(end) and any(part.endswith("_head_mask") for part in key.split(".")[-3:-1])
+    return key.endswith(end) and any(part.endswith(KINDS) for part in key.split(".")[-3:-1])
 
 
 def deactivates(state_dict: dict[str, torch.Tensor]) -> bool:
-    """Whether any mask in a state dict with a model's names deactivates a head."""
+    """Whether any mask in a state dict with a model's names deactivates a head or a neuron."""
     return any(is_mask_key(key, IN_MODEL) and bool(value.any()) for key, value in state_dict.items())
 
 
@@ -48,7 +51,7 @@ def _inverted(state_dict: dict[str, torch.Tensor], end: str, new_end: str) -> di
         if is_mask_key(key, end):
             if value.dtype != torch.bool:
                 raise ValueError(
-                    f"{key} must be a bool tensor of shape (num_heads,), one entry per head; got {value.dtype} "
+                    f"{key} must be a bool tensor with one entry per head (or neuron); got {value.dtype} "
                     f"{tuple(value.shape)}: was it edited or averaged?"
                 )
             key, value = key.removesuffix(end) + new_end, ~value

@@ -151,7 +151,7 @@ def register_method(method: Method) -> None:
         )
     if method.model is not None:
         register_tuner(name=peft_type.lower(), config_cls=method.config, model_cls=method.model)
-        extend_weight_mapping(peft_type.lower(), _mask_converter)
+        extend_weight_mapping(peft_type.lower(), _mask_converters)
         delegate_config_loading()
         extend_model_card(update_model_card)
     _METHODS[method.name] = method
@@ -220,10 +220,10 @@ def update_model_card(model: PeftModel, folder: str | os.PathLike) -> None:
     update_card(model, folder, card_tags())
 
 
-def _mask_converter(adapter_name: str) -> Any:
-    from .mask_conversion import mask_converter  # here, as it needs transformers 5, and is asked for by that alone
+def _mask_converters(adapter_name: str) -> list:
+    from .mask_conversion import mask_converters  # here, as it needs transformers 5, and is asked for by that alone
 
-    return mask_converter(adapter_name)
+    return mask_converters(adapter_name)
 
 
 def _type_of(name: str) -> str:

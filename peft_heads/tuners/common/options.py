@@ -97,6 +97,14 @@ HEAD_SETTINGS = (*(name for name in HEAD_SELECTION if name != "num_heads"), "mas
 HEAD_OPTIONS = tuple(Option(name, instead_of="ne" if name == "ratio" else None) for name in HEAD_SETTINGS)
 
 
+# Options of methods that prune. Unlike the others, they say which layers get an adapter, and do so from the start.
+PRUNING_OPTIONS = (
+    Option("neuron_ratio"),
+    Option("neuron_criterion"),
+    Option("target_speed", instead_of="ne"),
+)
+
+
 def head_options(config: type[PeftConfig]) -> tuple[Option, ...]:
     """The options of `HEAD_OPTIONS` that are fields of a configuration."""
     names = {field.name for field in fields(config)}

@@ -113,8 +113,10 @@ class SavedWeights:
             adapter_name: The adapter.
         """
         layers = {name.removeprefix(BASE): layer for name, layer in masked_layers(model, adapter_name)}
+        neurons = {name: layer for name, layer in layers.items() if layer.head_layout[adapter_name].has_neurons}
         base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
         contents = config.carried.contents = folder_contents(model, adapter_name)
-        contents.masks = read_masks(layers, adapter_name)
+        contents.masks = read_masks({n: layer for n, layer in layers.items() if n not in neurons}, adapter_name)
+        contents.neuron_masks = read_masks(neurons, adapter_name)
         contents.model_class = type(base_model).__name__
         contents.id2label = cls.labels_to_save(model, adapter_name)

@@ -72,7 +72,15 @@ def check_head_groups(config: HeadSelectionConfig, layouts: dict[str, Projection
             f"{module_patterns(layouts) or 'none found'}. Target those; where heads are not found, say how many there "
             f'are, e.g. num_heads=12 or num_heads={{"to_q": 12}}; or pass ne=0 for {config.card.unmasked}'
         )
-    targeted = {name: layout for name, layout in layouts.items() if name in targets}
+    if config.target_speed is None:  # by which the number is chosen later
+        _check_number(config, {name: layout for name, layout in layouts.items() if name in targets})
+    patterns = config.num_heads if isinstance(config.num_heads, dict) else {}
+    unmatched = [pattern for pattern in patterns if not any(matches_pattern(pattern, name) for name in targets)]
+    if unmatched:
+        warnings.warn(f"these num_heads keys did not match any target and were ignored: {', '.join(unmatched)}")
+
+
+def _check_number(config: HeadSelectionConfig, targeted: dict[str, ProjectionLayout]) -> None:
     groups = plan_groups(
         {key: part for name, layout in targeted.items() for key, part in layout.named_parts(name).items()},
         ne=config.ne,
@@ -83,7 +91,3 @@ def check_head_groups(config: HeadSelectionConfig, layouts: dict[str, Projection
     kept = groups_kept_whole(groups, config.ne)
     if kept:
         warnings.warn(kept)
-    patterns = config.num_heads if isinstance(config.num_heads, dict) else {}
-    unmatched = [pattern for pattern in patterns if not any(matches_pattern(pattern, name) for name in targets)]
-    if unmatched:
-        warnings.warn(f"these num_heads keys did not match any target and were ignored: {', '.join(unmatched)}")

@@ -3,7 +3,8 @@
 from ..._compat.hotswap import allow_hotswap, extend_hotswap, extend_hotswap_check
 from ..common.head_selection import ON_CARD
 from ..common.method_registry import Method, register_method
-from ..common.options import LORA_OPTIONS, SCALES, SCORER_OPTIONS, head_options
+from ..common.options import LORA_OPTIONS, PRUNING_OPTIONS, SCALES, SCORER_OPTIONS, head_options
+from ..common.pruning_settings import NEURON_SETTINGS
 from .config import HeadMaskedLoraConfig
 from .hotswap import check_configs, check_padding, prepare
 from .layer import HeadMaskedLinear
@@ -21,6 +22,7 @@ register_method(
         model=HeadMaskedLoraModel,
         options=(
             *head_options(HeadMaskedLoraConfig),
+            *PRUNING_OPTIONS,
             *SCORER_OPTIONS,
             *LORA_OPTIONS,
             "bottleneck_dropout",
@@ -35,7 +37,7 @@ register_method(
             "ne": [0, 1, 3, 6],
             "criterion": ["absolute", "positive", "negative"],
         },
-        shown=(*ON_CARD, "mask_scope", "r", "lora_alpha", "use_dora"),
+        shown=(*ON_CARD, "mask_scope", *NEURON_SETTINGS, "r", "lora_alpha", "use_dora"),
         pack=pack_adapter,
     )
 )

@@ -204,7 +204,7 @@ def clear_deactivated(model: nn.Module, adapters: Sequence[str]) -> None:
     """Write zeros into the rows of deactivated heads, which do nothing whatever their value, but would in a sum."""
     for _, layer in _lora_layers(model):
         if isinstance(layer, HeadMaskedLinear):
-            for name in set(adapters) & set(layer.lora_head_mask):
+            for name in set(adapters) & set(layer.head_masks):
                 for param in layer.head_parameters(name):
                     param.data = layer.mask_rows(name, param.data)
 
@@ -230,7 +230,7 @@ def complete_sum(model: nn.Module, adapters: Sequence[str], weights: Sequence[fl
             for name, weight in summands:
                 if layer.lora_B[name].bias is not None:
                     bias += weight * layer.scaling[name] * layer.lora_B[name].bias
-        if isinstance(layer, HeadMaskedLinear) and adapter_name in layer.lora_head_mask:
+        if isinstance(layer, HeadMaskedLinear) and adapter_name in layer.head_masks:
             masks = [layer.get_head_mask(name).cpu() for name, _ in summands if name in layer.head_layout]
             layer.set_head_mask(adapter_name, torch.stack(masks).any(dim=0))
 

@@ -13,11 +13,10 @@ from ..._compat.peft import add_peft_type
 from ...functional.quantization import BITS
 from ..common.folder_config import AdapterFolderConfig, check_file, source_of
 from ..common.head_selection import HeadSelectionConfig
-from ..common.setting_types import check_choice
+from ..common.pruning_settings import PruningConfig
 from .card import CARD
 
 
-MASK_SCOPES = ("adapter", "head")
 FUSED_PARTS = ("qkv", "qk", "qv", "kv", "q", "k", "v")
 # Options of LoRA that a head mask would make wrong, with the reason. An initialisation that moves part of the base
 # weight into the adapter would lose that part of the *pre-trained* weight with the head.
@@ -57,7 +56,7 @@ FULL_PRECISION = 32
 
 
 @dataclass(kw_only=True)
-class HeadMaskedLoraConfig(HeadSelectionConfig, AdapterFolderConfig, LoraConfig):
+class HeadMaskedLoraConfig(PruningConfig, HeadSelectionConfig, AdapterFolderConfig, LoraConfig):
     """Configuration of a [`HeadMaskedLoraModel`]: LoRA whose update is switched off, head by head.
 
     Says *what* is deactivated and is saved with the adapter; *when* is said by [`TaylorHeadScorer`]. Everything that
@@ -69,8 +68,8 @@ class HeadMaskedLoraConfig(HeadSelectionConfig, AdapterFolderConfig, LoraConfig)
 
     Args:
         ne (`int`, *optional*):
-            Number of heads to deactivate in each group of heads. 0 is plain LoRA. Defaults to 1 unless `ratio` is
-            given.
+            Number of heads to deactivate in each group of heads. 0 is plain LoRA. Defaults to 1 unless `ratio` or
+            `target_speed` is given.
         ratio (`float`, *optional*):
             Share of a group's heads to deactivate instead of `ne`, for models whose stages differ in heads:
             `floor(ratio * num_heads)`.
@@ -85,7 +84,18 @@ class HeadMaskedLoraConfig(HeadSelectionConfig, AdapterFolderConfig, LoraConfig)
             of `"absolute"`). The lowest are deactivated.
         mask_scope (`"adapter"` or `"head"`):
             What is zero for a deactivated head: the adapter's delta (the frozen projection stays as it was), or the
-            projection's whole output, bias included.
+            projection's whole output, bias included. Defaults to `"head"` if neurons are pruned, else to `"adapter"`.
+        neuron_ratio (`float`, *optional*):
+            Share of each MLP's neurons to switch off, `floor(neuron_ratio * num_neurons)`, so that they can be removed
+            from the model (`export --to pruned`). Without `target_modules`, all linear layers of the blocks are adapted
+            then, and heads are masked on q and v alone: with its value and bias zero, a head is silent.
+        neuron_criterion (`str`):
+            Score of a neuron: `"gate"`, `"gate_signed"`, `"gate_squared"` (its activation times the gradient, per
+            image), `"weight_norm"`, or the baselines `"random"`, `"front"` and `"most_responsive"`. The neurons with the
+            lowest are switched off.
+        target_speed (`float`, *optional*):
+            How many times fewer operations the pruned model needs, at least, instead of `ne`, `ratio` and
+            `neuron_ratio`, which follow from it.
         mask_seed (`int`):
             Seed of the criterion `"random"`.
         num_heads (`int` or `dict[str, int]`, *optional*):
@@ -118,9 +128,6 @@ class HeadMaskedLoraConfig(HeadSelectionConfig, AdapterFolderConfig, LoraConfig)
             wrong.
     """
 
-    mask_scope: Literal["adapter", "head"] = field(
-        default="adapter", metadata={"help": "Zero the head's part of the update, or the head's whole output."}
-    )
     fused_parts: str = field(
         default="qv", metadata={"help": "The parts of a fused qkv projection to adapt, by their initials."}
     )
@@ -143,7 +150,6 @@ class HeadMaskedLoraConfig(HeadSelectionConfig, AdapterFolderConfig, LoraConfig)
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = add_peft_type("HEAD_MASKED_LORA")
-        check_choice(self, "mask_scope", MASK_SCOPES)
         if not isinstance(self.fused_parts, str) or self.fused_parts not in FUSED_PARTS:
             raise ValueError(f"fused_parts must be one of {', '.join(FUSED_PARTS)}; got {self.fused_parts!r}")
         for name in ("adapter_bits", "classifier_bits"):
@@ -246,7 +252,9 @@ class HeadMaskedLoraConfig(HeadSelectionConfig, AdapterFolderConfig, LoraConfig)
         problems += [(name, why) for name, why in _INCOMPATIBLE_FIELDS.items() if getattr(self, name, None)]
         if self.bias != "none":
             problems.append((f"bias={self.bias!r}", _TRAINS_BASE_BIAS))
-        if self.masks_heads:
+        if self.prunes_neurons:
+            combined, way_out = "neuron masks", "leave neuron_ratio and target_speed out"
+        elif self.masks_heads:
             combined, way_out = "head masks", "pass ne=0"
         elif freezes_rows:
             combined = f"fused_parts={self.fused_parts!r} on a fused projection"

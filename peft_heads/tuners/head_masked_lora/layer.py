@@ -84,19 +84,23 @@ class HeadMaskedLinear(HeadMaskedLayer, Linear):
         self, adapter_name: str, r: int, lora_alpha: int, config: HeadMaskedLoraConfig, **kwargs: Any
     ) -> None:
         """Add an adapter that `expect_adapter` has announced."""
-        if not hasattr(self, "lora_head_mask"):  # the parent's __init__ calls this method for the first adapter
-            self.lora_head_mask = nn.ModuleDict({})
+        self.add_mask(adapter_name, config)
+        self.classifier_bits[adapter_name] = config.classifier_bits
+        if config.bottleneck_dropout > 0:
+            self.lora_bottleneck_dropout[adapter_name] = nn.Dropout(config.bottleneck_dropout)
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def add_mask(self, adapter_name: str, config: HeadMaskedLoraConfig) -> None:
+        """Give an adapter that `expect_adapter` has announced its mask, if it has one here: everything is active."""
+        if not hasattr(self, self.head_masks_name):  # the parent's __init__ adds the first adapter
+            setattr(self, self.head_masks_name, nn.ModuleDict({}))
             self.lora_bottleneck_dropout = nn.ModuleDict({})
             self.classifier_bits: dict[str, int] = {}
             # rows of the base weight and bias that a merge has overwritten, per merged adapter
             self._overwritten_rows: dict[str, list[torch.Tensor]] = {}
         layout = self.head_layout.get(adapter_name)
-        if layout is not None and (config.masks_heads or not layout.covers_all_rows):
-            self.lora_head_mask[adapter_name] = HeadMask(layout.num_heads)
-        self.classifier_bits[adapter_name] = config.classifier_bits
-        if config.bottleneck_dropout > 0:
-            self.lora_bottleneck_dropout[adapter_name] = nn.Dropout(config.bottleneck_dropout)
-        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        if layout is not None and (config.masks_heads or not layout.covers_all_rows or layout.has_neurons):
+            self.head_masks[adapter_name] = HeadMask(layout.num_heads)
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
         super().reset_lora_parameters(adapter_name, init_lora_weights)
@@ -112,8 +116,19 @@ class HeadMaskedLinear(HeadMaskedLayer, Linear):
         inner = super().resolve_lora_variant(config=config, **kwargs)
         if inner is None and config.changes_lora:
             inner = KBitVariant()
-        has_masks = config.masks_heads or self.freezes_rows
-        return HeadMaskVariant(inner, config.mask_scope) if has_masks else inner
+        return HeadMaskVariant(inner, self.scope_of(config)) if self.has_masks(config) else inner
+
+    def has_masks(self, config: HeadMaskedLoraConfig) -> bool:
+        """Whether an adapter of a configuration may have rows that it must leave alone."""
+        return config.masks_heads or self.freezes_rows
+
+    def scope_of(self, config: HeadMaskedLoraConfig) -> str:
+        """What a deactivated unit loses: `"adapter"` or `"head"`."""
+        return config.mask_scope
+
+    def silences_rows(self, adapter_name: str) -> bool:
+        """Whether the whole output of a deactivated unit is zero, and not only the adapter's part of it."""
+        return self.lora_variant[adapter_name].mask_scope == "head"
 
     # k-bit adapters
 
@@ -127,9 +142,9 @@ class HeadMaskedLinear(HeadMaskedLayer, Linear):
 
     def heads_of_rows(self, adapter_name: str) -> dict[str, Any]:
         """The quantiser's arguments that say which rows `lora_B` has; empty if it has all of them."""
-        if adapter_name not in self.lora_head_mask:
+        if adapter_name not in self.head_masks:
             return {}
-        return {"layout": self.head_layout[adapter_name], "head_mask": self.lora_head_mask[adapter_name]}
+        return {"layout": self.head_layout[adapter_name], "head_mask": self.head_masks[adapter_name]}
 
     def train(self, mode: bool = True) -> HeadMaskedLinear:
         if mode != self.training:
@@ -150,7 +165,7 @@ class HeadMaskedLinear(HeadMaskedLayer, Linear):
 
     def mask_rows(self, adapter_name: str, rows: torch.Tensor) -> torch.Tensor:
         """`rows` (out, ...) with the rows that the adapter must not change replaced by zero."""
-        if adapter_name not in self.lora_head_mask:
+        if adapter_name not in self.head_masks:
             return rows  # ne=0
         return without_rows(rows, self.frozen_rows(adapter_name))
 
@@ -160,7 +175,7 @@ class HeadMaskedLinear(HeadMaskedLayer, Linear):
 
     def frozen_rows(self, adapter_name: str) -> torch.Tensor:
         """bool (out,), True = the adapter, which has a mask, must not change the row."""
-        return self.head_layout[adapter_name].rows_of(self.lora_head_mask[adapter_name](), outside=True)
+        return self.head_layout[adapter_name].rows_of(self.head_masks[adapter_name](), outside=True)
 
     # Merging uses the delta weight. PEFT adds more outside of it (DoRA's magnitude, lora_B's bias), so the rows of
     # deactivated heads are restored afterwards.
@@ -180,13 +195,17 @@ class HeadMaskedLinear(HeadMaskedLayer, Linear):
             with warnings.catch_warnings():
                 # Merged one by one, so that each adapter's overwritten rows are known. PEFT would warn of the earlier ones.
                 warnings.filterwarnings("ignore", message="Already following adapters were merged")
-                super().merge(safe_merge=safe_merge, adapter_names=[adapter_name])
+                self.merge_update(adapter_name, safe_merge)
             if rows and adapter_name in self.merged_adapters:
                 self._overwritten_rows[adapter_name] = rows
                 self._write_frozen_base_rows(adapter_name, rows)
-                if self.lora_variant[adapter_name].mask_scope == "head":
+                if self.silences_rows(adapter_name):
                     for tensor in self._base_tensors():
                         tensor[self.deactivated_rows(adapter_name)] = 0
+
+    def merge_update(self, adapter_name: str, safe_merge: bool) -> None:
+        """Merge an adapter without regard to rows that it must not change."""
+        super().merge(safe_merge=safe_merge, adapter_names=[adapter_name])
 
     def unmerge(self) -> None:
         if not self.merged:
@@ -209,7 +228,7 @@ class HeadMaskedLinear(HeadMaskedLayer, Linear):
 
     def _frozen_base_rows(self, adapter_name: str) -> list[torch.Tensor]:
         """Copies of the base weight's and bias's rows that the adapter must not change; empty if there are none."""
-        if adapter_name not in self.lora_head_mask:
+        if adapter_name not in self.head_masks:
             return []
         off = self.frozen_rows(adapter_name)
         return [tensor[off].clone() for tensor in self._base_tensors()] if off.any() else []

@@ -132,7 +132,7 @@ class HeadMaskVariant(LoraVariant):
     def forward(
         self, module: Linear, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
-        has_mask = active_adapter in module.lora_head_mask
+        has_mask = active_adapter in module.head_masks
         off = module.frozen_rows(active_adapter) if has_mask else None
         arguments = {"active_adapter": active_adapter, "x": x, "result": result, **kwargs}
         if isinstance(self.inner, VanillaVariant):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,10 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ...backbones.targets import default_targets
+from ...backbones.neurons import is_plain_linear
+from ...backbones.structure import find_backbone
+from ...backbones.targets import default_targets, shortest_names
+from ...heads.layout import ProjectionLayout
 from ..common.classifiers import check_quantizable, quantize_classifiers, quantized_classifiers, settle_classifiers
 from ..common.model import VisionTuner
 from ..common.quantizer import WeightQuantizer, one_pass
@@ -22,6 +25,8 @@ from ..common.state import AdapterState
 from .combination import HeadMaskedSums
 from .config import FULL_PRECISION, HeadMaskedLoraConfig
 from .layer import HeadMaskedLinear
+from .neuron_layer import NeuronMaskedLinear
+from .neuron_masks import add_neuron_masks, check_neuron_place, find_neuron_layouts, without_masks
 from .state_dict import HeadMaskedWeights
 from .targets import check_plain_lora, find_head_layouts, needs_masks, unknown_architecture
 
@@ -32,16 +37,23 @@ class HeadMaskedLoraState(AdapterState):
 
     Attributes:
         quantizer: The one quantiser that all layers of a k-bit adapter share; None in full precision.
+        neuron_layouts: `{module name: neurons}` of the first layer of every MLP; empty if neurons are not pruned.
     """
 
     quantizer: WeightQuantizer | None = None
+    neuron_layouts: dict[str, ProjectionLayout] = field(default_factory=dict)
+
+    def layout_of(self, name: str | None) -> ProjectionLayout | None:
+        """Heads or neurons of a module; None if it has neither."""
+        return self.neuron_layouts.get(name) or self.head_layouts.get(name)
 
 
 class HeadMaskedLoraModel(HeadMaskedSums, HeadMaskedWeights, VisionTuner, LoraModel):
     """LoRA with a binary mask per attention head, created from a pre-trained vision transformer.
 
     Query, key and value projections get a [`HeadMaskedLinear`]; other targets (MLP, output projection, convolution)
-    get PEFT's own LoRA layer and are never scored or masked.
+    get PEFT's own LoRA layer and are never scored or masked. Where neurons are pruned, the first layer of every MLP gets
+    a [`NeuronMaskedLinear`], targeted or not.
 
     Args:
         model ([`torch.nn.Module`]): The model to be adapted.
@@ -69,6 +81,8 @@ class HeadMaskedLoraModel(HeadMaskedSums, HeadMaskedWeights, VisionTuner, LoraMo
         return super().begin_adapter(peft_config)
 
     def default_modules(self, peft_config: HeadMaskedLoraConfig) -> list[str]:
+        if peft_config.prunes_neurons:
+            return shortest_names(list(find_backbone(self.model).matrices), self.model)
         names = default_targets(self.model)
         # PEFT's own table of defaults is asked for architectures without a recognisable attention layer
         if not names and self.get_model_config(self.model).get("model_type") not in self.target_module_mapping:
@@ -82,12 +96,17 @@ class HeadMaskedLoraModel(HeadMaskedSums, HeadMaskedWeights, VisionTuner, LoraMo
     def prepare_targets(
         self, peft_config: HeadMaskedLoraConfig, state: HeadMaskedLoraState, targets: list[str]
     ) -> None:
+        if peft_config.prunes_neurons:
+            state.neuron_layouts = find_neuron_layouts(self.model, peft_config)
         state.head_layouts = find_head_layouts(self.model, peft_config, targets)
         if peft_config.quantizes:
             state.quantizer = WeightQuantizer(peft_config.adapter_bits, awaits_codes=peft_config.packed)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("state_dict") is not None:  # whose keys say which layers get LoRA
+            kwargs["state_dict"] = without_masks(kwargs["state_dict"])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        add_neuron_masks(self, adapter_name)
         bits = self.peft_config[adapter_name].classifier_bits
         if bits != FULL_PRECISION:
             quantize_classifiers(model, adapter_name, bits)
@@ -96,7 +115,9 @@ class HeadMaskedLoraModel(HeadMaskedSums, HeadMaskedWeights, VisionTuner, LoraMo
         self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs: Any
     ) -> None:
         state = self.adapter_states[adapter_name]
-        layout = state.head_layouts.get(current_key)
+        layout = state.layout_of(current_key)
+        if current_key in state.neuron_layouts:
+            check_neuron_place(current_key, target, adapter_name)
         if isinstance(target, HeadMaskedLinear):
             # PEFT is going to call `update_layer`, to which it passes nothing of ours
             target.expect_adapter(adapter_name, layout, state.quantizer)
@@ -113,11 +134,11 @@ class HeadMaskedLoraModel(HeadMaskedSums, HeadMaskedWeights, VisionTuner, LoraMo
     def _create_new_module(self, lora_config, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
         name = kwargs.get("target_name")
         state = self.adapter_states[adapter_name]
-        layout = state.head_layouts.get(name)
+        layout = state.layout_of(name)
         if not (layout or lora_config.changes_lora) or kwargs.get("parameter_name") is not None:
             return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if _is_plain_linear(base_layer):
+        if is_plain_linear(base_layer):
             kwargs.pop("device_map", None)
             if lora_config.fan_in_fan_out:  # as PEFT's own dispatcher does
                 warnings.warn(
@@ -125,7 +146,8 @@ class HeadMaskedLoraModel(HeadMaskedSums, HeadMaskedWeights, VisionTuner, LoraMo
                     "Setting fan_in_fan_out to False."
                 )
                 lora_config.fan_in_fan_out = False
-            return HeadMaskedLinear(
+            layer_class = NeuronMaskedLinear if name in state.neuron_layouts else HeadMaskedLinear
+            return layer_class(
                 target, adapter_name, config=lora_config, layout=layout, quantizer=state.quantizer, **kwargs
             )
         check_plain_lora(name, base_layer, lora_config, layout)
@@ -156,8 +178,3 @@ class HeadMaskedLoraModel(HeadMaskedSums, HeadMaskedWeights, VisionTuner, LoraMo
         with self.unloading(merge, adapter_names):
             model = super()._unload_and_optionally_merge(merge, *args, adapter_names=adapter_names, **kwargs)
         return settle_classifiers(model)
-
-
-def _is_plain_linear(layer: nn.Module) -> bool:
-    """Whether PEFT's plain LoRA layer is what the module gets; quantised layers often subclass `nn.Linear`."""
-    return type(layer) is nn.Linear and type(layer.weight.data) is torch.Tensor

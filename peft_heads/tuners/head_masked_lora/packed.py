@@ -93,11 +93,11 @@ def write_packed(
     for name, layer in _layers(model, adapter_name):
         if adapter_name in layer.lora_quantizer:
             factors = [layer.lora_A[adapter_name].packed_weight, layer.lora_B[adapter_name].packed_weight]
-            mask = layer.get_head_mask(adapter_name) if adapter_name in layer.lora_head_mask else None
+            mask = layer.get_head_mask(adapter_name) if adapter_name in layer.head_masks else None
             for key in (
                 f"lora_A.{adapter_name}.weight",
                 f"lora_B.{adapter_name}.weight",
-                f"lora_head_mask.{adapter_name}.off",
+                f"{layer.head_masks_name}.{adapter_name}.off",
             ):
                 state_dict.pop(f"{name}.{key}", None)
             state_dict[f"{name}.{PACKED}.{adapter_name}"] = pack_module(factors, mask)
@@ -141,7 +141,7 @@ def read_packed(
             linear.packed_weight = matrix
             unpacked[f"{prefix}{factor}.weight"] = matrix.latents.to(linear.weight.dtype)
         if mask is not None:
-            unpacked[f"{prefix}lora_head_mask.mask"] = mask
+            unpacked[f"{prefix}{layer.head_masks_name}.mask"] = mask
         if adapter_name in layer.lora_quantizer:
             layer.lora_quantizer[adapter_name].forget()
     for key, value in unpacked.items():

@@ -44,6 +44,8 @@ def find_head_layouts(
         ValueError: The adapter could not work as its configuration says.
     """
     layouts = resolve_heads(model, config.num_heads, config.fused_parts)
+    if config.prunes_neurons:  # with its value and bias zero, a head is silent whatever its key is
+        layouts = {name: layout for name, layout in layouts.items() if not _is_key(layout)}
     check_called(model, targets)
     # again, and with what is known of the model: options may have been set since the configuration was made
     config.check_compatible(freezes_rows=any(not layouts[n].covers_all_rows for n in targets if n in layouts))
@@ -99,7 +101,11 @@ def _check_parameters(config: HeadMaskedLoraConfig, layouts: dict[str, Projectio
 def _check_targets(config: HeadMaskedLoraConfig, layouts: dict[str, ProjectionLayout], targets: list[str]) -> None:
     check_head_groups(config, layouts, targets)
     headless = [name for name in targets if name not in layouts]
-    if headless:
+    if headless and not config.prunes_neurons:  # which adapts all layers on purpose
         warnings.warn(
             f"these targets have no attention heads and get a plain LoRA layer, never masked: {module_patterns(headless)}"
         )
+
+
+def _is_key(layout: ProjectionLayout) -> bool:
+    return not layout.is_fused and layout.parts[0].role == "key"
