@@ -14,7 +14,7 @@ from .scoring.callback import TaylorHeadScorer
 from .tuners.common.calls import watch_calls
 from .tuners.common.folder_config import AdapterFolderConfig
 from .tuners.common.method_registry import Method, get_method, method_of, registered_methods
-from .tuners.common.options import HEAD_SETTINGS, SCORER_SETTINGS, Option
+from .tuners.common.options import HEAD_SETTINGS, PRUNING_NUMBERS, SCORER_SETTINGS, Option
 from .tuners.stock import check_for_images, check_targets, default_modules
 
 
@@ -81,6 +81,10 @@ def check_method(given: MethodSettings) -> None:
     for option in method.options:
         if option.instead_of in own and option.name in own:
             raise ValueError(f"--{option.instead_of} and --{option.name} say the same thing: give one of them")
+    if "neuron_criterion" in own and not any(name in own for name in PRUNING_NUMBERS):
+        raise ValueError(
+            f"{_do_not_apply(['neuron_criterion'])} without --neuron_ratio or --target_speed: no neuron is switched off"
+        )
     if method.read_config is not None:
         _check_read_config(method, own)
     if method.scores_heads and method.config is not None and not _deactivates(method, own):
@@ -109,7 +113,8 @@ def deactivates_heads(given: MethodSettings) -> bool:
 def _deactivates(method: Method, settings: Mapping[str, Any]) -> bool:
     if not method.scores_heads:
         return False
-    return method.deactivates_by_default or bool(settings.get("ne") or settings.get("ratio"))
+    numbers = ("ne", "ratio", *PRUNING_NUMBERS)
+    return method.deactivates_by_default or any(settings.get(name) for name in numbers)
 
 
 def apply_method(model: nn.Module, given: MethodSettings) -> tuple[nn.Module, list]:
@@ -184,8 +189,11 @@ def effective_settings(given: MethodSettings) -> dict[str, Any]:
         scorer = _scorer(given)
         settings |= {"head_select_at": scorer.select_at, "head_warmup_epochs": scorer.warmup_epochs}
         settings["head_window"] = scorer.window
+        prunes_neurons = getattr(config, "prunes_neurons", False)
+        if not prunes_neurons:
+            settings.pop("neuron_criterion", None)
         if not config.masks_heads:
-            of_heads = set(HEAD_SETTINGS + SCORER_SETTINGS) - {"ne"}
+            of_heads = set(HEAD_SETTINGS if prunes_neurons else HEAD_SETTINGS + SCORER_SETTINGS) - {"ne"}
             settings = {name: value for name, value in settings.items() if name not in of_heads}
     return {name: value for name, value in settings.items() if value is not None}
 

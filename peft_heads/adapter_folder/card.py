@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..heads.neurons import describe_neurons
 from ..heads.protocol import describe_masks
 from .atomic import write_atomically
 from .contents import FolderContents, folder_contents
@@ -35,6 +36,7 @@ class CardText:
         unmasked: Name of the method while no head is deactivated; of no use to a method without heads.
         settings: Fields of the configuration that are listed.
         tags: Tags for the Hub, beside `peft_heads`.
+        pruning: Those of the settings that are listed only where the adapter prunes neurons.
     """
 
     title: str
@@ -42,6 +44,7 @@ class CardText:
     unmasked: str = ""
     settings: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
+    pruning: tuple[str, ...] = ()
 
 
 class CardedConfig(Protocol):
@@ -119,14 +122,15 @@ def card_section(config: CardedConfig, contents: FolderContents, heat_map: str |
         base = Path(base).name or "a model without a name"
         base_link = f"`{base}` (a local checkpoint)"
     text = config.card
-    settings = "\n".join(f"| `{name}` | {getattr(config, name)} |" for name in text.settings)
+    left_out = () if getattr(config, "prunes_neurons", False) else text.pruning
+    settings = "\n".join(f"| `{name}` | {getattr(config, name)} |" for name in text.settings if name not in left_out)
     version = importlib.metadata.version("peft-heads")
     return f"""# {text.title} adapter for {base}
 
 {text.method.format(base=base_link)}
 Trained with [peft_heads](https://pypi.org/project/peft-heads/) {version}.
 
-{_about_heads(config, contents, heat_map)}## Settings
+{_about_heads(config, contents, heat_map)}{_about_neurons(contents)}## Settings
 
 | field | value |
 |---|---|
@@ -159,7 +163,9 @@ def _about_heads(config: CardedConfig, contents: FolderContents, heat_map: str |
     """The section about deactivated heads; empty for a method without heads."""
     if selection_settings(config) is None:
         return ""
-    if not config.masks_heads:
+    if not config.masks_heads and contents.neuron_masks:
+        heads = "None: with `ne=0` neurons alone are pruned."
+    elif not config.masks_heads:
         heads = f"None: with `ne=0` this is {config.card.unmasked}."
     elif not contents.selected:
         heads = (
@@ -171,6 +177,14 @@ def _about_heads(config: CardedConfig, contents: FolderContents, heat_map: str |
     if heat_map is not None:
         heads += f"\n\n![Responsiveness of the heads]({heat_map})\n\nAll scores: [{SCORES_FILE}]({SCORES_FILE})"
     return f"## Deactivated heads\n\n{heads}\n\n"
+
+
+def _about_neurons(contents: FolderContents) -> str:
+    """The section about neurons that are off; empty for an adapter that prunes none."""
+    if not contents.neuron_masks:
+        return ""
+    lines = "\n".join(f"- {line}" for line in describe_neurons(contents.neuron_masks))
+    return f"## Deactivated neurons\n\n{lines}\n\n"
 
 
 def _how_to_decode(contents: FolderContents) -> str:

@@ -41,6 +41,11 @@ class FolderContents:
         """Whether any head is deactivated."""
         return any(not mask.all() for mask in self.masks.values())
 
+    @property
+    def neurons_selected(self) -> bool:
+        """Whether any neuron is off."""
+        return any(not mask.all() for mask in self.neuron_masks.values())
+
 
 def folder_contents(model: Any, adapter_name: str = "default") -> FolderContents | None:
     """What `save_pretrained` is going to write beside an adapter's weights; None if the adapter is no method of ours.

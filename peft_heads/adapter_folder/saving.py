@@ -46,9 +46,17 @@ def _warn_of_no_selection(folder: Path, config: CardedConfig, contents: FolderCo
     is_checkpoint = any(name.startswith("checkpoint-") for name in (folder.name, folder.parent.name))
     is_warm_up = contents.selection_pending and is_checkpoint
     if config.masks_heads and contents.masks and not contents.selected and not is_warm_up:
-        asked_for = f"ne={config.ne}" if config.ne is not None else f"ratio={config.ratio}"
+        numbers = {name: getattr(config, name, None) for name in ("ne", "ratio", "target_speed")}
+        asked_for = next(f"{name}={value}" for name, value in numbers.items() if value is not None)
         warnings.warn(
             f"the adapter saved to {folder} is to deactivate heads ({asked_for}), but none has "
             f"been selected: it is {config.card.unmasked} so far. Train with TaylorHeadScorer among the callbacks, or use "
             "HeadScorer or set_head_masks"
+        )
+    numbers = {name: value for name in ("neuron_ratio", "target_speed") if (value := getattr(config, name, None))}
+    if numbers and contents.neuron_masks and not contents.neurons_selected and not is_warm_up:
+        asked_for = ", ".join(f"{name}={value}" for name, value in numbers.items())
+        warnings.warn(
+            f"the adapter saved to {folder} is to switch neurons off ({asked_for}), but all are on, so that none can be "
+            "removed. Train with TaylorHeadScorer among the callbacks, or use HeadScorer or set_neuron_masks"
         )

@@ -45,10 +45,12 @@ def run(argv: list[str]) -> int:
 
 def describe(report) -> list[str]:
     """The report, as lines of text."""
+    from ..heads.neurons import describe_neurons
     from ..tuners.common.method_registry import method_of
 
     settings = report.settings
-    shown = (name for name in method_of(settings.get("peft_type")).shown_settings if name not in BITS)
+    hidden = BITS if report.neuron_masks else (*BITS, "neuron_criterion")
+    shown = (name for name in method_of(settings.get("peft_type")).shown_settings if name not in hidden)
     known = [f"{name}={settings[name]}" for name in shown if settings.get(name) is not None]
     known += [f"{name}={settings[name]}" for name in BITS if settings.get(name) not in (None, False, 32)]
     lines = [
@@ -65,6 +67,8 @@ def describe(report) -> list[str]:
     for name, mask in report.masks.items():
         heads = (~mask).nonzero().flatten().tolist()
         lines.append(f"  {name}: {', '.join(map(str, heads)) or 'none'} of {len(mask)}")
+    if report.neuron_masks:
+        lines += ["deactivated neurons", *(f"  {line}" for line in describe_neurons(report.neuron_masks))]
     lines.append(
         "norm of the update   " + (f"not known: {report.no_norms}" if report.no_norms else "per head, from 0")
     )

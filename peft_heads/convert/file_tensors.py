@@ -9,15 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..backbones.neurons import neuron_projections
 from ..backbones.renames import match_renamed
 from ..functional.packing import unpack_module
 from ..functional.quantization import quantize
 from ..heads.detect import resolve_heads
 from ..heads.layout import ProjectionLayout
+from ..heads.neurons import neuron_layout
 from ..heads.protocol import check_mask
 from ..tuners.common.head_mask import rows_in_file
-from ..tuners.common.mask_keys import LORA_MASK, is_mask_key
+from ..tuners.common.mask_keys import LORA_MASK, LORA_NEURON_MASK, MASKS, NEURON_KIND, is_mask_key
 from ..tuners.common.method_registry import method_of
+from ..tuners.common.options import PRUNING_NUMBERS
 from ..tuners.common.saved_keys import is_adapter_key, module_of
 from ..tuners.head_masked_lora.packed import PACKED
 
@@ -25,7 +28,7 @@ from ..tuners.head_masked_lora.packed import PACKED
 def layouts_in_file(
     model: nn.Module, settings: dict[str, Any], tensors: dict[str, torch.Tensor]
 ) -> dict[str, ProjectionLayout]:
-    """`{module, by its name in the file: its heads}`.
+    """`{module, by its name in the file: its heads}`, or its neurons where the adapter prunes these.
 
     Args:
         model: The base model, possibly with other names for the modules.
@@ -34,26 +37,35 @@ def layouts_in_file(
     """
     masked_parts = settings.get("fused_parts") or method_of(settings.get("peft_type")).masked_parts
     found = resolve_heads(model, settings.get("num_heads"), masked_parts)
+    if prunes_neurons(settings):
+        found |= {name: neuron_layout(number) for name, number in neuron_projections(model).items()}
     modules = dict.fromkeys(module_of(key) for key in tensors if is_adapter_key(key))
     renamed = match_renamed(modules, [name for name, _ in model.named_modules()])
     return {name: found[renamed.get(name, name)] for name in modules if renamed.get(name, name) in found}
 
 
 def masks_in_file(
-    tensors: dict[str, torch.Tensor], layouts: dict[str, ProjectionLayout], weights: Path
+    tensors: dict[str, torch.Tensor], layouts: dict[str, ProjectionLayout], weights: Path, neurons: bool = False
 ) -> dict[str, torch.Tensor]:
     """`{projection: bool (num_heads,)}`; a fused projection has one entry per part if its heads are known.
+
+    Args:
+        tensors: The tensors of the file, unpacked.
+        layouts: `{module, by its name in the file: its heads}`.
+        weights: The file, for the messages.
+        neurons: Whether the masks of neurons are wanted, instead of those of heads.
 
     Raises:
         ValueError: A mask has a wrong shape or dtype.
     """
     masks = {}
     for key, mask in tensors.items():
-        if is_mask_key(key):
+        if is_mask_key(key) and (NEURON_KIND in key) == neurons:
             name = module_of(key)
             layout = layouts.get(name)
             try:
-                check_mask(name, mask, mask.numel() if layout is None else layout.num_heads)
+                unit = "neuron" if neurons else "head"
+                check_mask(name, mask, mask.numel() if layout is None else layout.num_heads, unit)
             except ValueError as error:
                 raise ValueError(f"{weights}: {error}") from error
             if layout is None:
@@ -104,7 +116,8 @@ def unpacked_tensors(
         names = [f"{prefix}lora_A.weight", f"{prefix}lora_B.weight"] if is_lora else [key]
         unpacked |= {name: matrix.values() for name, matrix in zip(names, matrices, strict=True)}
         if mask is not None:
-            unpacked[prefix + LORA_MASK] = mask
+            # a neuron is a row; no head is
+            unpacked[prefix + (LORA_NEURON_MASK if len(mask) == matrices[-1].codes.shape[0] else LORA_MASK)] = mask
     return unpacked
 
 
@@ -117,7 +130,7 @@ def quantized_tensors(
     """
     quantized = dict(tensors)
     for key, tensor in tensors.items():
-        mask = tensors.get(key.replace("lora_B.weight", LORA_MASK))
+        mask = next((tensors[k] for kind in MASKS if (k := key.replace("lora_B.weight", kind)) in tensors), None)
         layout = layouts.get(module_of(key))
         if key.endswith("lora_A.weight") or (key.endswith("lora_B.weight") and mask is None):
             quantized[key] = quantize(tensor, bits)
@@ -125,6 +138,11 @@ def quantized_tensors(
             rows = layout.active_rows(mask)
             quantized[key] = torch.where(rows.unsqueeze(-1), quantize(tensor, bits, rows), tensor)
     return quantized
+
+
+def prunes_neurons(settings: dict[str, Any]) -> bool:
+    """Whether an adapter's configuration gives neurons masks."""
+    return any(settings.get(name) is not None for name in PRUNING_NUMBERS)
 
 
 def is_packed(tensors: dict[str, torch.Tensor]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class AdapterReport:
         parameters: Trained numbers in the file, by part: `"adapter"`, `"classification head"`.
         bytes: Bytes of the weights' file, by `PARTS`.
         other_files: Bytes of the other files of the folder, by name.
+        neuron_masks: `{first layer of an MLP: bool (num_neurons,)}`, True = active; empty if no neurons are pruned.
     """
 
     folder: Path
@@ -61,6 +62,7 @@ class AdapterReport:
     parameters: dict[str, int]
     bytes: dict[str, int]
     other_files: dict[str, int]
+    neuron_masks: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def inspect_adapter(adapter: str | os.PathLike, base_model: str | os.PathLike | None = None) -> AdapterReport:
@@ -113,6 +115,7 @@ def _report(
         no_norms = f"{type(model).__name__} has no attention heads where the adapter is"
     tensors = unpacked_tensors(stored, layouts, weights, settings)
     masks = masks_in_file(tensors, layouts, weights)
+    neuron_masks = masks_in_file(tensors, layouts, weights, neurons=True)
     bits = FULL_PRECISION if is_packed(stored) else settings.get("adapter_bits") or FULL_PRECISION
     acting = tensors if bits == FULL_PRECISION else quantized_tensors(tensors, layouts, bits)
     norms = norms_by_head(acting, layouts, settings)
@@ -122,6 +125,8 @@ def _report(
         no_norms = f"the update of {method.peft_type} is not computed from its file"
     check_deactivated_rows(weights, tensors, masks, layouts, method.head_rows)
     check_deactivated_updates(weights, norms, masks)
+    check_deactivated_updates(weights, norms, neuron_masks, "neuron")
+    norms = {name: norm for name, norm in norms.items() if name not in layouts or not layouts[name].has_neurons}
     return AdapterReport(
         folder,
         settings,
@@ -131,6 +136,7 @@ def _report(
         parameters=_parameters(tensors),
         bytes=_bytes(stored, weights),
         other_files={path.name: path.stat().st_size for path in _files(folder) if path != weights},
+        neuron_masks=neuron_masks,
     )
 
 

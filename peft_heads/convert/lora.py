@@ -16,11 +16,13 @@ from ..adapter_folder.atomic import new_folder
 from ..adapter_folder.labels import read_labels, write_labels
 from ..adapter_folder.settings import read_settings
 from ..image_classifier import fetch_adapter
-from ..tuners.common.mask_keys import LORA_MASK
+from ..tuners.common.mask_keys import MASKS
 from ..tuners.common.method_registry import adapter_types
+from ..tuners.common.options import PRUNING_NUMBERS
 from ..tuners.common.saved_settings import is_settings_key
 from ..tuners.head_masked_lora.packed import PACKED
 from ..tuners.head_masked_lora.state_dict import write_quantized
+from .file_tensors import prunes_neurons
 from .source import check_type, load_complete_adapter, save_processor, sources
 
 
@@ -71,6 +73,12 @@ def _check_expressible(source: Path, settings: dict[str, Any]) -> None:
     if settings.get("peft_type") == "LORA":
         raise ValueError(f"{source} is a stock LoRA adapter already; there is nothing to export")
     check_type(source, settings, adapter_types(LoraConfig))
+    if prunes_neurons(settings):
+        given = [f"{name}={settings[name]}" for name in PRUNING_NUMBERS if settings.get(name) is not None]
+        raise ValueError(
+            f"{source} has neuron masks ({', '.join(given)}), which no LoRA adapter can express: neurons that are off are "
+            "silent, frozen weights and biases included; use --to merged, or --to pruned for a smaller model"
+        )
     if settings.get("mask_scope") == "head" and (settings.get("ne") or settings.get("ratio")):
         raise ValueError(
             f"{source} has mask_scope='head', which no LoRA adapter can express: its deactivated heads are silent, "
@@ -85,7 +93,7 @@ def _plain_weights(model: PeftModel, source: Path) -> dict[str, torch.Tensor]:
     weights = {
         key: tensor.contiguous()
         for key, tensor in weights.items()
-        if not key.endswith((LORA_MASK, PACKED)) and not is_settings_key(key)
+        if not key.endswith((*MASKS, PACKED)) and not is_settings_key(key)
     }
     broken = next((key for key, tensor in weights.items() if not tensor.isfinite().all()), None)
     if broken:

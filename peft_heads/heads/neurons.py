@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from .layout import HeadLayout, ProjectionLayout
-from .protocol import HeadMaskable, maskable_layers, read_masks, write_masks
+from .protocol import HeadMaskable, maskable_layers, module_patterns, read_masks, write_masks
 
 
 # Names of the scores of neurons.
@@ -65,3 +65,21 @@ def set_neuron_masks(model: nn.Module, masks: dict[str, torch.Tensor], adapter_n
         ValueError: Unknown layer, wrong shape or dtype, or the adapter has no neuron masks. Nothing is changed then.
     """
     write_masks(neuron_layers(model, adapter_name), masks, adapter_name)
+
+
+def describe_neurons(masks: dict[str, torch.Tensor]) -> list[str]:
+    """How many neurons are off, in lines of text, layers with the same numbers together.
+
+    Example:
+        >>> masks = {f"layers.{i}.fc1": torch.arange(8) > 2 for i in range(3)}
+        >>> describe_neurons(masks)
+        ['3 of 8 neurons in layers.*.fc1 (3 layers)']
+    """
+    places: dict[tuple[int, int], list[str]] = {}
+    for name, mask in masks.items():
+        places.setdefault((int((~mask).sum()), len(mask)), []).append(name)
+    return [
+        f"{off} of {total} neurons in {module_patterns(names, among=masks)}"
+        + (f" ({len(names)} layers)" if len(names) > 1 else "")
+        for (off, total), names in places.items()
+    ]

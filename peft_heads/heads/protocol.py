@@ -234,6 +234,20 @@ def deactivated_heads(masks: dict[str, torch.Tensor]) -> dict[str, list[int]]:
     return {name: indices for name, indices in heads.items() if indices}
 
 
+def short_list(numbers: list[int], most: int = 8) -> list[int] | str:
+    """The numbers as a message lists them: all of them, or the first and how many there are.
+
+    Example:
+        >>> short_list([2, 5])
+        [2, 5]
+        >>> short_list(list(range(100)), most=3)
+        '[0, 1, 2, …] (100)'
+    """
+    if len(numbers) <= most:
+        return numbers
+    return f"[{', '.join(map(str, numbers[:most]))}, …] ({len(numbers)})"
+
+
 def describe_masks(masks: dict[str, torch.Tensor]) -> str:
     """The deactivated heads in one line, projections with the same heads together.
 

@@ -48,7 +48,8 @@ def check_settings(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """
     if saved.get("selected_at") is None:
         return
-    changed = [f"{name}={now[name]!r} (was {old!r})" for name, old in saved["settings"].items() if now[name] != old]
+    was = saved["settings"]  # of neurons, too, if the checkpoint's adapter prunes them
+    changed = [f"{name}={now.get(name)!r} (was {old!r})" for name, old in was.items() if now.get(name) != old]
     if changed:
         raise ValueError(
             f"the checkpoint's heads were selected at step {saved['selected_at']} by other settings: this run has "

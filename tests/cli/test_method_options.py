@@ -26,6 +26,7 @@ VALUES = {
     "r": 2,
     "ratio": 0.5,
     "head_select_at": 2.0,
+    "target_speed": 1.5,
 }
 VALUES |= {"head_warmup_epochs": 1.0, "peft_config": '{"peft_type": "RLRR", "ne": 1}'}
 OPTIONS = [(method.name, option.name) for method in registered_methods() for option in method.option_table.values()]
@@ -40,7 +41,7 @@ def value_of(option):
 
 
 def test_every_option_is_tried():
-    assert len(OPTIONS) == 17 + 18 + 4 + 4
+    assert len(OPTIONS) == 20 + 18 + 4 + 4
     assert {name for _, name in OPTIONS} == set(all_options())
 
 
@@ -54,6 +55,8 @@ def test_every_option_trains(name, option_name):
     words = [f"--method={name}", f"--{option_name}={str(value).lower() if value in (True, False) else value}"]
     if option_name in HEAD_SETTINGS + SCORER_SETTINGS and option_name not in ("ne", "ratio") and name != "peft":
         words.append("--ne=1")
+    if option_name == "neuron_criterion":
+        words.append("--neuron_ratio=0.5")
     if name == "peft" and option_name != "peft_config":
         words.append(f"--peft_config={VALUES['peft_config']}")
     *_, given, _ = parse_arguments([*words, "--use_cpu", "--output_dir=out"])

@@ -27,6 +27,7 @@ from ...tuners.common.method_registry import adapter_types
 from ...tuners.common.saved_settings import is_settings_key
 from ...tuners.head_masked_lora.config import FULL_PRECISION
 from ...tuners.head_masked_lora.packed import PACKED
+from ..file_tensors import prunes_neurons
 from ..source import PROCESSOR_FILE, check_type, load_complete_adapter
 from .base_model import empty_vit, problem_of_base_model
 from .files import dataset_in_name, encode, read, settings_beside
@@ -186,6 +187,8 @@ def _problem_of_settings(config: dict[str, Any]) -> str | None:
             f"its classifier has {config['classifier_bits']} bits, but the form has heads of "
             f"{' or '.join(map(str, sorted(CLASSIFIER_BITS.values())))}{OTHER_FORMS}"
         )
+    if prunes_neurons(config):
+        return f"it has neuron masks (neuron_ratio, target_speed), for which the form has no place{OTHER_FORMS}"
     if config.get("mask_scope") == "head" and (config.get("ne") or config.get("ratio")):
         return f"mask_scope='head' silences frozen weights, for which the form has no place{OTHER_FORMS}"
     if type(config.get("r")) is not int or not isinstance(config.get("lora_alpha"), (int, float)):

@@ -10,15 +10,21 @@ import torch
 from torch import nn
 
 from ...heads.layout import ProjectionLayout
-from ...heads.protocol import check_mask, deactivated_heads
+from ...heads.protocol import check_mask, deactivated_heads, short_list
 from ...heads.traversal import own_modules
 from .head_selection import HeadSelectionConfig
-from .mask_keys import IN_FILE, IN_MODEL
+from .mask_keys import IN_FILE, IN_MODEL, KINDS, NEURON_KIND
 from .saved_keys import BASE
+
+
+# The ends of keys of masks for which the model has no place, and which therefore have no adapter's name.
+LOST = tuple(kind + IN_MODEL for kind in KINDS)
 
 
 class HeadMask(nn.Module):
     """The one home of a mask: a persistent buffer `off`, bool (num_heads,), True = *deactivated*.
+
+    One entry stands for an attention head, or for a neuron of an MLP.
 
     On a fused projection it holds the heads of all adapted parts, one part after the other.
 
@@ -98,7 +104,9 @@ class HeadMaskedLayer:
         return self.head_masks[adapter_name].active
 
     def set_head_mask(self, adapter_name: str, mask: torch.Tensor) -> None:
-        check_mask(type(self).__name__, mask, self.head_layout[adapter_name].num_heads)
+        layout = self.head_layout[adapter_name]
+        unit = layout.parts[0].unit
+        check_mask(type(self).__name__, mask, layout.num_heads, unit)
         if adapter_name not in self.head_masks:
             raise ValueError(
                 f"adapter {adapter_name!r} was created with ne=0 and carries no head masks; create it with ne ≥ 1"
@@ -108,7 +116,7 @@ class HeadMaskedLayer:
         off = self.head_masks[adapter_name].off
         if off.is_meta:
             raise ValueError(
-                f"the head masks of adapter {adapter_name!r} are offloaded (offload_buffers=True) and cannot be changed "
+                f"the {unit} masks of adapter {adapter_name!r} are offloaded (offload_buffers=True) and cannot be changed "
                 "there; set them before the model is offloaded, or offload without buffers"
             )
         off.copy_(~mask)
@@ -167,7 +175,7 @@ def complete_masks(
             the whole head would be zero, and a quantiser would leave its rows out.
     """
     completed = dict(state_dict)
-    matters = getattr(config, "mask_scope", "adapter") == "head" or getattr(config, "quantizes", False)
+    heads_matter = getattr(config, "mask_scope", "adapter") == "head" or getattr(config, "quantizes", False)
     for name, layer in masked_layers(model, adapter_name):
         prefix = next((p for p in ("", BASE) if f"{p}{name}.lora_B.weight" in state_dict), "")
         key = f"{name}.{layer.head_masks_name}.mask"
@@ -176,14 +184,16 @@ def complete_masks(
         layout = layer.head_layout[adapter_name]
         completed[prefix + key] = torch.ones(layout.num_heads, dtype=torch.bool)
         rows = state_dict.get(f"{prefix}{name}.lora_B.weight")
+        matters = heads_matter or layout.has_neurons
         if not matters or rows is None or rows.shape[0] != layout.out_features or not rows.count_nonzero():
             continue
         for part, heads in layout.named_parts(name).items():
             silent = (heads.rows(rows).reshape(heads.num_heads, -1) != 0).sum(dim=1) == 0
             if silent.any():
                 raise ValueError(
-                    f"the adapter file has no head mask for {part}, but its rows of lora_B are zero for heads "
-                    f"{silent.nonzero().flatten().tolist()}, as those of deactivated heads alone are; it was edited"
+                    f"the adapter file has no {heads.unit} mask for {part}, but its rows of lora_B are zero for "
+                    f"{heads.unit}s {short_list(silent.nonzero().flatten().tolist())}, as those of deactivated "
+                    f"{heads.unit}s alone are; it was edited"
                 )
     return completed
 
@@ -207,11 +217,13 @@ def check_saved_masks(
         parameters: What has rows by head, as named in a layer: `"lora_B.{adapter_name}.weight"`.
         zero_rows: Function of a layout and its mask that returns the rows that must be zero, bool (out,).
     """
-    created = f"ne={config.ne}, ratio={config.ratio}"
-    lost = [key for key, value in state_dict.items() if key.endswith("_head_mask.off") and value.any()]
+    lost = [key for key, value in state_dict.items() if key.endswith(LOST) and value.any()]
     if lost:
+        units = "neurons" if NEURON_KIND in lost[0] else "heads"
+        names = ("ne", "ratio", "neuron_ratio", "target_speed") if units == "neurons" else ("ne", "ratio")
+        created = ", ".join(f"{name}={getattr(config, name, None)}" for name in names)
         raise ValueError(
-            f"the adapter file deactivates heads ({lost[0].removesuffix(IN_MODEL) + IN_FILE}, …), but adapter "
+            f"the adapter file deactivates {units} ({lost[0].removesuffix(IN_MODEL) + IN_FILE}, …), but adapter "
             f"{adapter_name!r} carries no mask there: it was created with {created}; create it with the settings it was "
             "saved with"
         )
@@ -220,7 +232,8 @@ def check_saved_masks(
         if off is None:
             continue  # a dict may hold a part of the adapter; the weights of a folder are complete
         layout, mask = layer.head_layout[adapter_name], ~off
-        check_mask(name, mask, layout.num_heads)
+        unit = layout.parts[0].unit
+        check_mask(name, mask, layout.num_heads, unit)
         for parameter in parameters:
             rows = state_dict.get(f"{name}.{parameter.format(adapter_name=adapter_name)}")
             if rows is None or rows.shape[0] != layout.out_features:
@@ -228,8 +241,9 @@ def check_saved_masks(
             zeros = rows[zero_rows(layout, mask).to(rows.device)]
             if zeros.count_nonzero():
                 masks = dict(zip(layout.named_parts(name), layout.split(mask), strict=True))
-                heads = [f"heads {heads} of {key}" for key, heads in deactivated_heads(masks).items()]
-                fused_parts = f" and fused_parts is {config.fused_parts!r}" if hasattr(config, "fused_parts") else ""
+                heads = [f"{unit}s {short_list(units)} of {key}" for key, units in deactivated_heads(masks).items()]
+                of_heads = unit == "head" and hasattr(config, "fused_parts")
+                fused_parts = f" and fused_parts is {config.fused_parts!r}" if of_heads else ""
                 raise contradiction(
                     "the adapter file",
                     f"in {name} the mask deactivates {', '.join(heads) or 'nothing'}{fused_parts}; the deactivated "

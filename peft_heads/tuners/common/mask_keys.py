@@ -12,8 +12,10 @@ IN_FILE, IN_MODEL = ".mask", ".off"
 # The end of a mask's key in the file of a head-masked LoRA adapter: of heads, and of MLP neurons.
 LORA_MASK = "lora_head_mask" + IN_FILE
 LORA_NEURON_MASK = "lora_neuron_mask" + IN_FILE
+MASKS = (LORA_MASK, LORA_NEURON_MASK)
 # How the part of a key ends that names a mask, whatever the method.
-KINDS = ("_head_mask", "_neuron_mask")
+NEURON_KIND = "_neuron_mask"
+KINDS = ("_head_mask", NEURON_KIND)
 
 
 def masks_for_file(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

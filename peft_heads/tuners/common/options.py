@@ -103,6 +103,8 @@ PRUNING_OPTIONS = (
     Option("neuron_criterion"),
     Option("target_speed", instead_of="ne"),
 )
+# Those by which heads or neurons are removed from the model.
+PRUNING_NUMBERS = ("neuron_ratio", "target_speed")
 
 
 def head_options(config: type[PeftConfig]) -> tuple[Option, ...]:

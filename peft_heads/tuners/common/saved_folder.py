@@ -67,7 +67,7 @@ def check_folder(
             foreign={module_of(key) for key in infos} - set(dict(named_targets(trial)))
             if config.carried.is_stock
             else (),
-            packable=[name for name, layer in trial.named_modules() if hasattr(layer, "lora_quantizer")],
+            packable=[n for n, m in trial.named_modules() if hasattr(m, "lora_quantizer") and TRIAL in m.lora_A],
             packed_classifiers=[f"{name}.weight" for name in heads],
             # those of the layers that the adapter has: whether they deactivate anything is seen later
             spare_masks=[name for name, _ in named_targets(trial)],

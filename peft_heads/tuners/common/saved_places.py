@@ -13,7 +13,7 @@ from ...adapter_folder.labels import LABELS_FILE
 from ...adapter_folder.weights_file import TensorInfo
 from .classifiers import QuantizedLinear
 from .head_mask import masked_layers
-from .mask_keys import IN_MODEL, LORA_MASK, is_mask_key
+from .mask_keys import IN_MODEL, MASKS, NEURON_KIND, is_mask_key
 from .saved_keys import PACKED, is_adapter_key, module_of
 from .saved_settings import is_settings_key
 from .targets import module_patterns
@@ -94,7 +94,7 @@ def check_infos(
     places = dict(places)
     for name in packable:
         if f"{name}.{PACKED}" in infos:
-            for key in ("lora_A.weight", "lora_B.weight", LORA_MASK):
+            for key in ("lora_A.weight", "lora_B.weight", *MASKS):
                 places.pop(f"{name}.{key}", None)
             places[f"{name}.{PACKED}"] = Place(None, torch.uint8)
     for key in packed_classifiers:
@@ -123,7 +123,7 @@ def _check_one(
     if place.dtype == torch.bool and is_mask_key(key):
         if info != TensorInfo(place.shape, place.dtype):
             raise ValueError(
-                f"the head mask of {module_of(key)} must be a bool tensor of shape {place.shape}; got {info.dtype} of "
+                f"the {'neuron' if NEURON_KIND in key else 'head'} mask of {module_of(key)} must be a bool tensor of shape {place.shape}; got {info.dtype} of "
                 f"shape {info.shape}"
             )
         return

@@ -2,6 +2,7 @@
 
 from ...adapter_folder.card import CardText
 from ..common.head_selection import ON_CARD
+from ..common.pruning_settings import NEURON_SETTINGS
 
 
 CARD = CardText(
@@ -11,6 +12,7 @@ CARD = CardText(
     settings=(
         *ON_CARD,
         "mask_scope",
+        *NEURON_SETTINGS,
         "r",
         "lora_alpha",
         "lora_dropout",
@@ -18,5 +20,6 @@ CARD = CardText(
         "adapter_bits",
         "classifier_bits",
     ),
+    pruning=NEURON_SETTINGS,
     tags=("head-masked-lora", "lora"),
 )

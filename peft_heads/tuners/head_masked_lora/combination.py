@@ -112,6 +112,12 @@ def check_sum(
         adapters: The summands.
         combination_type: As of `add_weighted_adapter`.
     """
+    pruning = next((name for name in adapters if configs[name].prunes_neurons), None)
+    if pruning is not None:
+        raise ValueError(
+            f"adapter {pruning!r} prunes neurons and cannot be combined: its update is not a sum of deltas; merge the "
+            "adapters (merge_and_unload), or use them one at a time (set_adapter)"
+        )
     if "head" in {configs[name].mask_scope for name in adapters}:
         raise ValueError("adapters with mask_scope='head' cannot be combined: their update is not a sum of deltas")
     _check_bits(configs, adapters)

@@ -31,6 +31,12 @@ def check_configs(old: PeftConfig, new: PeftConfig) -> None:
             "hot-swapping needs two adapters that carry head masks, or two that do not; got "
             f"ne={old.ne}, ratio={old.ratio} and ne={new.ne}, ratio={new.ratio}; use load_adapter and set_adapter"
         )
+    if getattr(old, "prunes_neurons", None) != getattr(new, "prunes_neurons", None):
+        raise ValueError(
+            "hot-swapping needs two adapters that prune neurons, or two that do not; got "
+            f"neuron_ratio={old.neuron_ratio}, target_speed={old.target_speed} and neuron_ratio={new.neuron_ratio}, "
+            f"target_speed={new.target_speed}; use load_adapter and set_adapter"
+        )
     if getattr(new, "packed", False):
         raise ValueError(
             "hot-swapping writes full-precision weights where the old ones were, and the new adapter is packed; use "
