@@ -106,6 +106,18 @@ RUNS = {
     "pruned_inference": Run(
         "pruned_inference", "--batch 8 --batches 25", "--batch 64 --batches 100", f"{TINY} --batches 3 --ne 1 2"
     ),
+    "pruned_to_half": Run(
+        "pruned_inference",
+        "--batch 8 --batches 25 --ne 6 --neurons 0.5",
+        "--batch 64 --batches 100 --ne 6 --neurons 0.5",
+        f"{TINY} --batches 3 --ne 2 --neurons 0.5",
+    ),
+    "pruned_to_half_batch_1": Run(
+        "pruned_inference",
+        "--batch 1 --batches 60 --ne 6 --neurons 0.5",
+        "--batch 1 --batches 300 --ne 6 --neurons 0.5",
+        f"{TINY} --batch 1 --batches 3 --ne 2 --neurons 0.5",
+    ),
     "load_time": Run("load_time", "--imports 7", None, f"{TINY} --ne 1 --imports 1 --loads 2"),
     "adapter_size": Run("adapter_size", "", None, "--r 4 --bits 32 1 --ne 0 3", has_device=False),
     "sweep_cost": Run(

@@ -56,6 +56,8 @@ PRINTED = {
         f"unmerged / merged: {NUMBER}",
         f"merged / pruned: {NUMBER} .*; by arithmetic 1\\.121, of which {NUMBER}%",
     ],
+    "pruned_to_half": [f"merged / pruned: {NUMBER} .*; by arithmetic 1\\.\\d+, of which {NUMBER}%"],
+    "pruned_to_half_batch_1": [f"merged / pruned: {NUMBER} .*; by arithmetic 1\\.\\d+, of which {NUMBER}%"],
     "load_time": [
         f"import, peft_heads / peft: {NUMBER}",
         f"load, head-masked / stock LoRA: {NUMBER}",
@@ -80,6 +82,8 @@ TARGETS = {  # number of targets that it judges
     "epoch_time": 1,
     "epoch_time_500_pixels": 1,
     "pruned_inference": 2,
+    "pruned_to_half": 1,
+    "pruned_to_half_batch_1": 1,
 }
 
 

@@ -20,7 +20,7 @@ FORMATS = {
         "peft_heads.convert.packed:export_packed",
     ),
     "pruned": (
-        "a smaller checkpoint, deactivated heads removed (mask_scope=head, as many in every layer)",
+        "a smaller checkpoint, deactivated heads and neurons removed (mask_scope=head, as many in every layer)",
         "peft_heads.convert.pruned:export_pruned",
     ),
 }

@@ -1,6 +1,8 @@
-"""Models from which the deactivated heads were removed, compared with the masked ones."""
+"""Checkpoints without the deactivated heads and neurons of an adapter, compared with the adapter."""
 
 import json
+import subprocess
+import sys
 import warnings
 
 import backbones
@@ -9,48 +11,44 @@ import tiny
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForImageClassification, BeitConfig, BeitForImageClassification
+from silenced import BOTH, FAMILIES, HAS_BIAS, IMAGES, NEURONS_ALONE, OLD, logits, make
+from transformers import AutoModelForImageClassification
 
-from peft_heads import HeadMaskedLoraConfig, get_head_masks, set_head_masks
+from peft_heads import (
+    HeadMaskedLoraConfig,
+    get_head_masks,
+    get_neuron_masks,
+    set_head_masks,
+    set_image_processor,
+    set_neuron_masks,
+)
+from peft_heads.backbones.units import count_units
 from peft_heads.cli.main import main
 from peft_heads.convert.pruned import export_pruned
-from peft_heads.convert.slices import slice_heads
-from peft_heads.convert.smaller import prune_heads
 from peft_heads.heads import resolve_heads
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:ne=2. . group.s. with no more heads")
 
-# transformers before 5.9 has no `head_dim` but `pruned_heads`, which forgets BEiT's relative position bias
-OLD = tiny.OLD_NAMES
-FAMILIES = {
-    **{
-        name: backbones.FAMILIES[name].make
-        for name in (
-            "vit",
-            "deit",
-            "deit with teacher",
-            "beit",
-            "beit relative bias",
-            "dinov2",
-            "dinov2 with registers",
-            "vit msn",
-        )
-    },
-    "beit shared bias": lambda: BeitForImageClassification(
-        BeitConfig(**backbones.VIT, **backbones.LABELS, use_shared_relative_position_bias=True)
-    ),
-}
-IMAGES = torch.randn(2, 3, backbones.IMAGE_SIZE, backbones.IMAGE_SIZE, generator=torch.Generator().manual_seed(1))
-HAS_BIAS = ("beit relative bias", "beit shared bias")
-
-
-def make(name):
-    model = FAMILIES[name]() if name in FAMILIES else backbones.FAMILIES[name].make()
-    generator = torch.Generator().manual_seed(0)
-    for param in model.parameters():  # no bias, position bias or layer scale may be zero
-        param.data += 0.2 * torch.randn(param.shape, generator=generator)
-    return model.eval()
+LABELS = {0: "ant", 1: "bee", 2: "cat"}
+PROCESSOR = tiny.ViTProcessor(size={"height": 32, "width": 32}, image_mean=[0.1, 0.2, 0.3])
+# Loads every checkpoint without this package, and keeps the logits.
+STRANGER = """
+import sys
+sys.modules["peft_heads"] = None  # an import of it fails
+import torch
+from pathlib import Path
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+images = torch.load(Path(sys.argv[1], "images.pt"))
+for folder in sorted(path.parent for path in Path(sys.argv[1]).glob("*/pruned")):
+    model, info = AutoModelForImageClassification.from_pretrained(folder / "pruned", output_loading_info=True)
+    assert not any(info.values()), info
+    assert model.config.id2label == {0: "ant", 1: "bee", 2: "cat"}, model.config.id2label
+    assert model.dtype == torch.float32
+    assert list(AutoImageProcessor.from_pretrained(folder / "pruned").image_mean) == [0.1, 0.2, 0.3]
+    with torch.no_grad():
+        torch.save(model.eval()(images).logits, folder / "logits.pt")
+"""
 
 
 def save_adapter(root, model, different=True, **settings):
@@ -69,9 +67,32 @@ def save_adapter(root, model, different=True, **settings):
     return peft_model
 
 
-def logits(model):
-    with torch.no_grad():
-        return model(IMAGES).logits
+def loses_heads(name):
+    return name not in NEURONS_ALONE and not (OLD and name in HAS_BIAS)
+
+
+def save_pruning_adapter(root, name, heads=True, off=0.5, different=True, **settings):
+    """Save an adapter on every layer with half of the neurons off, and two heads where the family can lose them."""
+    model = make(name)
+    model.config.id2label, model.config.label2id = LABELS, {label: i for i, label in LABELS.items()}
+    model.save_pretrained(root / "base")
+    heads = heads and loses_heads(name)
+    config = HeadMaskedLoraConfig(**{"ne": 2 if heads else 0, "neuron_ratio": 0.5, **settings})
+    peft_model = get_peft_model(type(model).from_pretrained(root / "base"), config).eval()
+    tiny.randomize_lora(peft_model, std=0.1)
+    if heads:
+        masks = get_head_masks(peft_model)
+        for index, mask in enumerate(masks.values()):
+            mask[[index // 2, index // 2 + 2]] = False
+        set_head_masks(peft_model, masks)
+    masks = get_neuron_masks(peft_model)
+    for index, mask in enumerate(masks.values()):
+        rotated = torch.arange(len(mask)).roll(3 * index if different else 0)
+        mask[rotated[: int(off * len(mask))]] = False
+    set_neuron_masks(peft_model, masks)
+    set_image_processor(peft_model, PROCESSOR)
+    peft_model.save_pretrained(root / "adapter")
+    return peft_model
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if not (OLD and name in HAS_BIAS)])
@@ -113,47 +134,48 @@ def test_a_classifier_on_a_mae_checkpoint(tmp_path):
     torch.testing.assert_close(logits(pruned), logits(model), rtol=0, atol=1e-5)
 
 
-def test_half_precision():
-    model = make("vit").to(torch.bfloat16)
-    masks = silence(model, {0: [1], 1: [2], 2: [0], 3: [5]})
-    pruned = prune_heads(model, masks)
-    assert pruned.dtype == torch.bfloat16 and not pruned.training
-    images = IMAGES.bfloat16()
-    torch.testing.assert_close(pruned(images).logits, model(images).logits, rtol=0.05, atol=0.05)
+@pytest.mark.parametrize(("name", "heads"), [("vit", True), ("dinov2", False), ("siglip classifier", False)])
+def test_heads_and_neurons_of_an_adapter(name, heads, tmp_path):
+    """With heads off, and with neurons alone; LoRA stands on every layer."""
+    model = save_pruning_adapter(tmp_path, name, heads)
+    expected, before = logits(model), count_units(model)
+    export_pruned(tmp_path / "adapter", tmp_path / "pruned")
+    pruned = AutoModelForImageClassification.from_pretrained(tmp_path / "pruned").eval()
+    torch.testing.assert_close(logits(pruned), expected, rtol=0, atol=1e-5)
+    units = count_units(pruned)
+    assert (units.num_heads, units.num_neurons) == (4 if heads else 6, before.num_neurons // 2)
+    whole = AutoModelForImageClassification.from_pretrained(tmp_path / "base").eval()
+    assert (logits(whole) - expected).norm() > 0.05 * expected.norm()
+    config = json.loads((tmp_path / "pruned" / "config.json").read_text())
+    vision = config.get("vision_config", config)
+    said = {"vit": {"intermediate_size": 8}, "dinov2": {"mlp_ratio": 2}}.get(
+        name, {"intermediate_size": 8, "vision_use_head": False}
+    )
+    assert said.items() <= vision.items()
 
 
-def silence(model, heads):
-    """Zero the values of heads, `{index of the layer: heads}`, in the model itself; return the masks."""
-    masks = {}
-    values = {n: layout for n, layout in resolve_heads(model).items() if layout.parts[0].role == "value"}
-    for index, (name, layout) in enumerate(values.items()):
-        mask = torch.ones(layout.num_heads, dtype=torch.bool)
-        mask[heads.get(index, [])] = False
-        masks[name] = mask
-        for param in model.get_submodule(name).parameters():
-            param.data = layout.mask_rows(param.data, mask)
-    return masks
+def test_query_and_value_alone(tmp_path):
+    """With LoRA on query and value alone, the masks of the neurons stand by themselves."""
+    model = save_pruning_adapter(tmp_path, "vit", target_modules=tiny.now(["q_proj", "v_proj"]))
+    export_pruned(tmp_path / "adapter", tmp_path / "pruned")
+    pruned = AutoModelForImageClassification.from_pretrained(tmp_path / "pruned").eval()
+    torch.testing.assert_close(logits(pruned), logits(model), rtol=0, atol=1e-5)
+    assert count_units(pruned).num_neurons == 8
 
 
-def test_slicing_knows_rows_from_heads():
-    kept = {"blocks.0.attn": torch.tensor([True, False, True]), "blocks.1.attn": torch.tensor([False, True, True])}
-    weights = {
-        "blocks.0.attn.v.weight": torch.arange(12).view(6, 2),
-        "blocks.0.output.weight": torch.arange(12).view(2, 6),
-        "blocks.1.bias_table": torch.arange(6).view(2, 3),
-        "norm": torch.arange(6),
-    }
-    shapes = [(4, 2), (2, 4), (2, 2), (6,)]
-    smaller = {key: torch.empty(shape) for key, shape in zip(weights, shapes, strict=True)}
-    sliced = slice_heads(weights, smaller, kept, head_dim=2)
-    assert sliced["blocks.0.attn.v.weight"].tolist() == [[0, 1], [2, 3], [8, 9], [10, 11]]
-    assert sliced["blocks.0.output.weight"].tolist() == [[0, 1, 4, 5], [6, 7, 10, 11]]
-    assert sliced["blocks.1.bias_table"].tolist() == [[1, 2], [4, 5]]
-    assert sliced["norm"].tolist() == list(range(6))
-    with pytest.raises(ValueError, match="bias_table is shared by layers that keep different heads"):
-        slice_heads({"bias_table": torch.zeros(2, 3)}, {"bias_table": torch.zeros(2, 2)}, kept, 2)
-    with pytest.raises(ValueError, match=r"blocks.0.mlp is \(5,\), and \(4,\) with fewer heads"):
-        slice_heads({"blocks.0.mlp": torch.zeros(5)}, {"blocks.0.mlp": torch.zeros(4)}, kept, 2)
+@pytest.mark.slow
+def test_transformers_alone(tmp_path):
+    """All families, loaded by a process that cannot import this package."""
+    expected = {}
+    for name in (*BOTH, *NEURONS_ALONE):
+        folder = tmp_path / name.replace(" ", "-")
+        expected[folder] = logits(save_pruning_adapter(folder, name))
+        assert main(["export", str(folder / "adapter"), "--to", "pruned", str(folder / "pruned")]) == 0
+    torch.save(IMAGES, tmp_path / "images.pt")
+    done = subprocess.run([sys.executable, "-c", STRANGER, tmp_path], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for folder, whole in expected.items():
+        torch.testing.assert_close(torch.load(folder / "logits.pt"), whole, rtol=0, atol=1e-5)
 
 
 # What is refused, with the reason; nothing is written
@@ -182,13 +204,6 @@ def test_no_number_of_heads_for_all_layers(name, tmp_path, refused):
     assert f"from a {type(make(name)).__name__}" in error and "--to merged" in error
 
 
-def test_a_configuration_that_does_not_heed_head_dim():
-    model = backbones.FAMILIES["dinov3"].make().eval()
-    masks = silence(model, {index: [1, 2, 3] for index in range(4)})
-    with pytest.raises(ValueError, match="cannot build a DINOv3ViTModel with 3 heads of 4 rows .*not heed them"):
-        prune_heads(model, masks)
-
-
 @pytest.mark.skipif(not OLD, reason="later versions can")
 @pytest.mark.parametrize("name", HAS_BIAS)
 def test_what_pruned_heads_forgets(name, tmp_path, refused):
@@ -211,32 +226,41 @@ def test_mask_scope_adapter_and_other_types(tmp_path, refused):
     assert "mask_scope=None" in refused(tmp_path / "stock")
 
 
-@pytest.mark.parametrize(
-    ("off", "message"),
-    [
-        ({0: [1], 1: [1, 2], 2: [1], 3: [1]}, "2 in .*1.*value|2 in .*1.*v_proj"),
-        ({0: [1]}, "at least one; found 1 in"),
-        ({}, "at least one; found 0 in"),
-        ({index: range(6) for index in range(4)}, "all heads are deactivated"),
-    ],
-)
-def test_numbers_of_heads(off, message):
-    model = make("vit")
-    with pytest.raises(ValueError, match=message):
-        prune_heads(model, silence(model, off))
+def test_numbers_that_differ_or_cannot_be_said(tmp_path, refused):
+    model = save_pruning_adapter(tmp_path, "vit")
+    masks = get_neuron_masks(model)
+    masks[first := next(iter(masks))][:] = True
+    set_neuron_masks(model, masks)
+    model.save_pretrained(tmp_path / "adapter")
+    assert f"in the MLPs of all layers, and at least one; found 0 in {first}, 8 in " in refused()
 
 
-def test_a_masked_query_removes_no_head():
-    model = make("vit")
-    masks = silence(model, {})
-    names = tiny.now({f"vit.layers.{i}.attention.q_proj": torch.tensor([False] + [True] * 5) for i in range(4)})
-    with pytest.raises(ValueError, match="at least one; found 0 in"):
-        prune_heads(model, {**masks, **names})
+def test_a_number_that_dinov2_cannot_say(tmp_path, refused):
+    save_pruning_adapter(tmp_path, "dinov2", off=0.25 + 1 / 96)
+    assert "cannot say 71 of 96 neurons (mlp_ratio); it can say 72, 48, 24" in refused()
 
 
-def test_a_head_that_still_works():
-    """The masks belong to a model into which the adapter was not merged."""
-    model = make("vit")
-    masks = {name: ~torch.eye(6)[0].bool() for name in silence(model, {})}
-    with pytest.raises(ValueError, match="its outputs differ by"):
-        prune_heads(model, masks)
+def test_heads_of_two_towers(tmp_path, refused):
+    """Neurons could go, heads cannot; an adapter that has both off is refused."""
+    model = make("clip classifier")
+    model.save_pretrained(tmp_path / "base")
+    model = get_peft_model(
+        type(model).from_pretrained(tmp_path / "base"), HeadMaskedLoraConfig(ne=3, neuron_ratio=0.5)
+    )
+    for get, set_masks in ((get_head_masks, set_head_masks), (get_neuron_masks, set_neuron_masks)):
+        set_masks(model, {name: torch.arange(len(mask)) % 2 == 0 for name, mask in get(model).items()})
+    model.save_pretrained(tmp_path / "adapter")
+    assert "with 3 heads of 4 rows" in refused()
+
+
+def test_nothing_is_off(tmp_path, refused):
+    save_pruning_adapter(tmp_path, "vit", heads=False, off=0)
+    assert "no head and no neuron is deactivated; use --to merged" in refused()
+
+
+def test_heads_that_go_on_working_beside_neurons(tmp_path, refused):
+    """Settings that the configuration refuses, written by hand."""
+    save_pruning_adapter(tmp_path, "vit")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "mask_scope": "adapter"}))
+    assert "mask_scope='adapter' cannot be combined with neuron_ratio=0.5" in refused()
