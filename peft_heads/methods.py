@@ -14,7 +14,7 @@ from .scoring.callback import TaylorHeadScorer
 from .tuners.common.calls import watch_calls
 from .tuners.common.folder_config import AdapterFolderConfig
 from .tuners.common.method_registry import Method, get_method, method_of, registered_methods
-from .tuners.common.options import HEAD_SETTINGS, PRUNING_NUMBERS, SCORER_SETTINGS, Option
+from .tuners.common.options import HEAD_SETTINGS, NEEDED, PRUNING_NUMBERS, SCORER_SETTINGS, Option
 from .tuners.stock import check_for_images, check_targets, default_modules
 
 
@@ -85,6 +85,11 @@ def check_method(given: MethodSettings) -> None:
         raise ValueError(
             f"{_do_not_apply(['neuron_criterion'])} without --neuron_ratio or --target_speed: no neuron is switched off"
         )
+    for name, other in NEEDED.items():
+        if name in own and not own.get(other):
+            raise ValueError(f"{_do_not_apply([name])} without --{other}")
+    if any(name in own for name in SCORER_SETTINGS):
+        _scorer(given)  # values that no training could fit
     if method.read_config is not None:
         _check_read_config(method, own)
     if method.scores_heads and method.config is not None and not _deactivates(method, own):
@@ -152,10 +157,9 @@ def _adapter_config(model: nn.Module, method: Method, settings: dict[str, Any]) 
 
 
 def _scorer(given: MethodSettings) -> TaylorHeadScorer:
-    window = {} if given.get("head_window") is None else {"window": given["head_window"]}
-    return TaylorHeadScorer(
-        select_at=given.get("head_select_at"), warmup_epochs=given.get("head_warmup_epochs"), **window
-    )
+    own = _given(given)
+    renamed = {"head_select_at": "select_at", "head_warmup_epochs": "warmup_epochs", "head_window": "window"}
+    return TaylorHeadScorer(**{renamed.get(name, name): own[name] for name in SCORER_SETTINGS if name in own})
 
 
 class RankAllocator(TrainerCallback):
@@ -189,6 +193,10 @@ def effective_settings(given: MethodSettings) -> dict[str, Any]:
         scorer = _scorer(given)
         settings |= {"head_select_at": scorer.select_at, "head_warmup_epochs": scorer.warmup_epochs}
         settings["head_window"] = scorer.window
+        if scorer.cuts > 1:
+            settings |= {"cuts": scorer.cuts, "last_cut": 0.5 if scorer.last_cut is None else scorer.last_cut}
+        if scorer.distill:
+            settings |= {name: getattr(scorer, name) for name in ("distill", "distill_temperature", "teacher")}
         prunes_neurons = getattr(config, "prunes_neurons", False)
         if not prunes_neurons:
             settings.pop("neuron_criterion", None)

@@ -103,6 +103,7 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
         self.cuts, self.last_cut, self.adapter_name = cuts, last_cut, adapter_name
         self.masks = self.neuron_masks = None
         self.progress: dict[str, Any] = {}
+        self.distill, self.distill_temperature, self.teacher = distill, distill_temperature, teacher
         self._teaching = Teaching(distill, distill_temperature, teacher)
         self._training = False  # between the beginning and the end of a run
         self._scorer: HeadScorer | None = None
@@ -229,9 +230,9 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
                 "adapter_name": self.adapter_name,
                 "cuts": self.cuts,
                 "last_cut": self.last_cut,
-                "distill": self._teaching.weight,
-                "distill_temperature": self._teaching.temperature,
-                "teacher": self._teaching.when,
+                "distill": self.distill,
+                "distill_temperature": self.distill_temperature,
+                "teacher": self.teacher,
             },
             "attributes": {"progress": {**self.progress, **more, "scores": scores} if self.progress else {}},
         }

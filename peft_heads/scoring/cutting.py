@@ -12,12 +12,12 @@ import torch
 
 from ..backbones.operations import Operations, count_operations
 from ..heads.budget import Cut
+from ..heads.neurons import describe_neurons
 from ..heads.protocol import describe_masks, read_masks
 from ..heads.selection import HeadGroup
 from .checks import switches_off
 from .cuts import units_after
 from .scorer import HeadScorer
-from .switching import describe_neurons
 from .window import SelectionWindow
 
 
@@ -59,9 +59,8 @@ class CutReport:
         cut = f" (cut {self.number} of {self.cuts})" if self.cuts > 1 else ""
         lines = [f"deactivated heads by {config.criterion}{cut}: {describe_masks(self.masks)}"]
         if self.neuron_masks:
-            lines.append(
-                f"deactivated neurons by {config.neuron_criterion}{cut}: {describe_neurons(self.neuron_masks)}"
-            )
+            neurons = "; ".join(describe_neurons(self.neuron_masks))
+            lines.append(f"deactivated neurons by {config.neuron_criterion}{cut}: {neurons}")
         if self.chosen is not None and self.number == 1:
             lines.insert(0, f"target_speed={config.target_speed:g}: the nearest reachable cut is {self.chosen}")
         if self.speed is not None:
@@ -78,7 +77,7 @@ class CutReport:
                 "neurons_off": _most_off(self.neuron_masks),
             }
         if self.neuron_masks:
-            entry["deactivated_neurons"] = describe_neurons(self.neuron_masks)
+            entry["deactivated_neurons"] = "; ".join(describe_neurons(self.neuron_masks))
         if self.speed is not None and "cut" in entry:
             entry["speed"] = round(self.speed, 4)
         return entry

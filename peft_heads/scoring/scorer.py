@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..heads.neurons import describe_neurons
 from ..heads.protocol import describe_masks, read_masks
 from ..heads.selection import (
     HeadGroup,
@@ -16,7 +17,7 @@ from ..heads.selection import (
     select_units,
 )
 from .selection_warnings import equal_neurons_warning, equal_scores_warning, no_gradient_warning
-from .switching import check_deeper, describe_neurons, switch_off
+from .switching import check_deeper, switch_off
 from .unit_numbers import UnitNumbers
 
 
@@ -197,4 +198,4 @@ class HeadScorer(UnitNumbers):
     def describe_present(self) -> str:
         """The units that are off, in one line."""
         heads, neurons = self.present_masks()
-        return describe_masks(heads) + (f", neurons: {describe_neurons(neurons)}" if neurons else "")
+        return describe_masks(heads) + ("; " * bool(neurons)) + "; ".join(describe_neurons(neurons))

@@ -45,18 +45,3 @@ def check_deeper(layers: dict[str, HeadMaskable], masks: dict[str, torch.Tensor]
                 f"deepen=True leaves off what is off, but the masks would switch unit {on_again[0]} of {name} on again; "
                 "select with deepen=True as well"
             )
-
-
-def describe_neurons(masks: dict[str, torch.Tensor]) -> str:
-    """How many neurons are off, in one line.
-
-    Example:
-        >>> mask = torch.tensor([True, False, False, True])
-        >>> describe_neurons({"layers.0.fc1": mask, "layers.1.fc1": mask})
-        '2 of 4 in each of 2 layers'
-    """
-    numbers = {name: (int((~mask).sum()), len(mask)) for name, mask in masks.items()}
-    if len(set(numbers.values())) == 1:
-        off, total = next(iter(numbers.values()))
-        return f"{off} of {total} in each of {len(numbers)} layers"
-    return ", ".join(f"{off} of {total} in {name}" for name, (off, total) in numbers.items()) or "none"

@@ -41,7 +41,7 @@ def value_of(option):
 
 
 def test_every_option_is_tried():
-    assert len(OPTIONS) == 20 + 18 + 4 + 4
+    assert len(OPTIONS) == 25 + 23 + 9 + 4
     assert {name for _, name in OPTIONS} == set(all_options())
 
 
@@ -55,6 +55,9 @@ def test_every_option_trains(name, option_name):
     words = [f"--method={name}", f"--{option_name}={str(value).lower() if value in (True, False) else value}"]
     if option_name in HEAD_SETTINGS + SCORER_SETTINGS and option_name not in ("ne", "ratio") and name != "peft":
         words.append("--ne=1")
+    words += {"last_cut": ["--cuts=2"], "distill_temperature": ["--distill=1"], "teacher": ["--distill=1"]}.get(
+        option_name, []
+    )
     if option_name == "neuron_criterion":
         words.append("--neuron_ratio=0.5")
     if name == "peft" and option_name != "peft_config":
@@ -66,7 +69,8 @@ def test_every_option_trains(name, option_name):
     config = model.peft_config["default"]
     if option_name in SCORER_SETTINGS:
         (scorer,) = callbacks
-        attribute = {"head_select_at": "select_at", "head_warmup_epochs": "warmup_epochs"}.get(option_name, "window")
+        renamed = {"head_select_at": "select_at", "head_warmup_epochs": "warmup_epochs", "head_window": "window"}
+        attribute = renamed.get(option_name, option_name)
         assert getattr(scorer, attribute) == value
     elif option_name == "peft_config":
         assert config.peft_type == "RLRR" and config.ne == 1

@@ -59,6 +59,8 @@ def trunk_epochs(spec: RunSpec) -> int:
     warmup = method.get("head_warmup_epochs")
     if warmup is None or method.get("head_window") not in (None, "last_epoch"):
         return 0
+    if method.get("distill") and method.get("teacher") == "start":
+        return 0  # the teacher lies in the folder of the run that has copied it
     return max(0, math.ceil(warmup) - 1)
 
 

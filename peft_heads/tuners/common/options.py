@@ -128,7 +128,14 @@ SCORER_OPTIONS = (
         "The steps before the selection whose scores count.",
         "last_epoch",
     ),
+    Option("cuts", int, "Number of times that units are switched off, from the selection to --last_cut.", 1),
+    Option("last_cut", float, "When the last of several cuts is: below 1 a share of the steps, else a step.", 0.5),
+    Option("distill", float, "Weight in the loss of the distance to the model with everything on; 0 for none.", 0.0),
+    Option("distill_temperature", float, "Temperature of the predictions that --distill compares.", 2.0),
+    Option("teacher", Literal["cut", "start"], "When the model that --distill compares with is copied.", "cut"),
 )
+# Options that have no effect without another one.
+NEEDED = {"last_cut": "cuts", "distill_temperature": "distill", "teacher": "distill"}
 SCORER_SETTINGS = tuple(option.name for option in SCORER_OPTIONS)
 # Options of LoRA, with a help of our own: PEFT's says little.
 LORA_OPTIONS = (
