@@ -96,6 +96,23 @@ def test_ddp_with_k_bits(tmp_path, accumulation):
     assert_same(run(tmp_path / "two", 2, "ddp", gradient_accumulation_steps=accumulation, config=config), expected)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_ddp_prunes_in_several_cuts(tmp_path, accumulation):
+    """Heads and neurons for a target speed, in two cuts, with a teacher: all processes select the units of one."""
+    pruning = {
+        "config": {"target_speed": 2.0},
+        "scorer": {"select_at": 4, "cuts": 2, "last_cut": 8, "distill": 0.5},
+    }
+    expected = run(tmp_path / "one", 1, "ddp", **pruning)
+    actual = run(tmp_path / "two", 2, "ddp", gradient_accumulation_steps=accumulation, **pruning)
+    for what in ("masks", "neuron_masks", "remain", "cuts_made"):
+        assert actual[what] == expected[what]
+    off = {sum(not on for on in mask) for mask in actual["neuron_masks"].values()}
+    assert off == {32 - actual["remain"]["num_neurons"]} and off != {0} and actual["cuts_made"] == 2
+    for name, total in expected["saved"].items():
+        assert actual["saved"][name] == pytest.approx(total, rel=1e-3, abs=1e-4)
+
+
 # The keys' shift is left out: it changes no softmax, so its gradient is rounding error, which Adam turns into steps.
 RLRR = {"method": "rlrr", "config": {"exclude_modules": tiny.now(["k_proj"])}}
 

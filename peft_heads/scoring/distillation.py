@@ -7,6 +7,7 @@ with everything switched on (Hinton, Vinyals and Dean 2015; here the teacher is 
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -85,7 +86,11 @@ class Distillation:
         self.teacher, self.weight, self.temperature = teacher, weight, temperature
         self._asks_teacher = self._reached = self._checked = False
         inner = extract_model_from_parallel(model, keep_torch_compile=False)
-        self._handle = inner.register_forward_hook(self._add_to_loss, with_kwargs=True)
+        # A weak reference: an object that is dropped without close(), as after an interrupted run, adds nothing more.
+        this = weakref.ref(self)
+        self._handle = inner.register_forward_hook(
+            lambda *call: None if (alive := this()) is None else alive._add_to_loss(*call), with_kwargs=True
+        )
 
     def close(self) -> None:
         """Leave the model's loss alone from now on."""

@@ -3,7 +3,7 @@
 Layouts that run through Trainer: `ddp` (also for one process), `zero1`, `zero2`, `zero3` (DeepSpeed). In a plain loop:
 `loop` (gradients averaged by hand; also for one process), `fsdp2` (every block a unit), `fsdp2-units` (every trained
 linear layer a unit as well, as in PEFT's wrapping policy). Options: `method` (`head-masked-lora`, `rlrr`), `ne`,
-`config`, and those of the layout.
+`config`, `scorer` (arguments of TaylorHeadScorer), and those of the layout.
 
 Every rank writes `rank<N>.json`; the scores are in `head_scores.json`, or for a plain loop in the ranks' files.
 """
@@ -24,7 +24,7 @@ from peft import get_peft_model
 from torch import distributed as dist
 from transformers import Trainer, TrainingArguments
 
-from peft_heads import HeadMaskedLoraConfig, HeadScorer, RLRRConfig, TaylorHeadScorer, get_head_masks
+from peft_heads import HeadMaskedLoraConfig, HeadScorer, RLRRConfig, TaylorHeadScorer, get_head_masks, get_neuron_masks
 from peft_heads.adapter_folder import card, labels, saving, score_files
 
 
@@ -37,7 +37,8 @@ def main(folder, layout, **options):
     config_class = {"head-masked-lora": HeadMaskedLoraConfig, "rlrr": RLRRConfig}[
         options.pop("method", "head-masked-lora")
     ]
-    config = config_class(ne=ne, **options.pop("config", {}))
+    settings = options.pop("config", {})
+    config = config_class(**settings) if "target_speed" in settings else config_class(ne=ne, **settings)
     model = get_peft_model(tiny.make("vit"), config)
     written = []
     write = card.write_atomically
@@ -48,11 +49,13 @@ def main(folder, layout, **options):
     else:
         result = run_trainer(folder, layout, model, **options)
     result["masks"] = {name: mask.tolist() for name, mask in get_head_masks(model).items()}
+    if getattr(config, "prunes_neurons", False):
+        result["neuron_masks"] = {name: mask.tolist() for name, mask in get_neuron_masks(model).items()}
     result["written"] = written
     Path(folder, f"rank{dist.get_rank() if dist.is_initialized() else 0}.json").write_text(json.dumps(result))
 
 
-def run_trainer(folder, layout, model, examples=32, **arguments):
+def run_trainer(folder, layout, model, examples=32, scorer=None, **arguments):
     if layout.startswith("zero"):
         arguments |= {"deepspeed": deepspeed_config(int(layout[-1]))}
     else:
@@ -71,11 +74,12 @@ def run_trainer(folder, layout, model, examples=32, **arguments):
         logging_strategy="no",
         **arguments,
     )
-    scorer = TaylorHeadScorer(warmup_epochs=2)
+    scorer = TaylorHeadScorer(**(scorer or {"warmup_epochs": 2}))
     trainer = Trainer(model, args, train_dataset=tiny.examples(examples), callbacks=[scorer])
     trainer.train()
     trainer.save_model()
-    return {"world_size": args.world_size, **checks(scorer._scorer, trainer.optimizer)}
+    cuts = {name: scorer.progress[name] for name in ("cuts_made", "remain")}
+    return {"world_size": args.world_size, **cuts, **checks(scorer._scorer, trainer.optimizer)}
 
 
 def run_loop(folder, layout, model, accumulation=1, short=False, overflow=False):
