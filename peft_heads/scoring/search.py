@@ -16,6 +16,14 @@ from torch import nn
 # The method of `head_model_init` without a configuration, by its name in PEFT: this room imports no tuner.
 DEFAULT_METHOD = "HEAD_MASKED_LORA"
 
+# Settings that take the place of others.
+_INSTEAD_OF = {
+    "ne": ("ratio", "target_speed"),
+    "ratio": ("ne", "target_speed"),
+    "neuron_ratio": ("target_speed",),
+    "target_speed": ("ne", "ratio", "neuron_ratio"),
+}
+
 
 def head_search_space(
     trial: Any,
@@ -138,7 +146,10 @@ def _settings(config: PeftConfig, params: Mapping[str, Any]) -> dict[str, Any]:
             f"the search space has nothing for the model, only {', '.join(params) or 'no parameters'}: call "
             f"head_search_space in it, or suggest scale or fields of {type(config).__name__}"
         )
-    for one, other in (("ne", "ratio"), ("ratio", "ne")):
-        if one in settings:
-            settings.setdefault(other, None)
+    given = {name for name, value in settings.items() if value is not None}
+    if given & {"neuron_ratio", "target_speed"} and not config.prunes_neurons:
+        settings.setdefault("mask_scope", None)  # it was resolved for an adapter that prunes nothing
+    names = {field.name for field in fields(config)}
+    for one in given & _INSTEAD_OF.keys():
+        settings = {other: None for other in _INSTEAD_OF[one] if other in names} | settings
     return settings

@@ -317,3 +317,19 @@ def test_rlrr():
     assert (config.ne, config.r, config.init) == (2, 2, "zero")
     with pytest.raises(ValueError, match="the search space suggests scale, which RLRRConfig has not"):
         model_init({"scale": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("settings", "params", "expected"),
+    [
+        ({"ne": 2}, {"target_speed": 1.5}, (None, None, None, 1.5, "head")),
+        ({"target_speed": 2.0}, {"target_speed": 1.5}, (None, None, None, 1.5, "head")),
+        ({"target_speed": 2.0}, {"ne": 2}, (2, None, None, None, "head")),
+        ({"neuron_ratio": 0.5}, {"ne": 2}, (2, None, 0.5, None, "head")),
+        ({"ratio": 0.5}, {"neuron_ratio": 0.25}, (None, 0.5, 0.25, None, "head")),
+    ],
+)
+def test_a_trial_prunes(settings, params, expected):
+    """What it suggests takes the place of what says the same thing in another way."""
+    made = head_model_init(make_model, HeadMaskedLoraConfig(**settings))(params).peft_config["default"]
+    assert (made.ne, made.ratio, made.neuron_ratio, made.target_speed, made.mask_scope) == expected
