@@ -349,3 +349,14 @@ def test_trained_and_compiled():
     half = create("mask alone", base=tiny.make("vit").to(torch.bfloat16))
     assert switch_off(half)(tiny.images().bfloat16()).logits.isfinite().all()
     assert first_layers(half)[0](x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_second_adapter_waits_until_it_is_active():
+    """Also where it brings the first masks."""
+    model = create("mask alone", neuron_ratio=None)
+    expected = logits(model)
+    model.add_adapter("second", HeadMaskedLoraConfig(neuron_ratio=0.5, **KINDS["mask alone"]))
+    switch_off(model, name="second")
+    assert torch.equal(logits(model), expected)
+    model.set_adapter("second")
+    assert not first_layers(model)[0](torch.randn(9, 24))[:, OFF].any()
