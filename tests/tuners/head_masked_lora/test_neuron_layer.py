@@ -257,7 +257,7 @@ def test_sums_and_conversions_are_refused():
 
 
 def test_a_file_that_contradicts_itself_is_refused(tmp_path):
-    model = switch_off(create())
+    model = switch_off(create(mask_scope="adapter"))  # of heads: there are none
     model.save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     stored = load_file(path)
@@ -277,7 +277,7 @@ def test_a_file_that_contradicts_itself_is_refused(tmp_path):
     # neurons whose rows are zero have been switched off by a mask that is gone
     refused({}, r"no neuron mask for .*zero for neurons \[1, 5, 6, 31\].*it was edited", left_out=[mask_key])
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"neuron_ratio": None, "mask_scope": "head"}))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"neuron_ratio": None}))
     refused({}, "the adapter file deactivates neurons .*neuron_ratio=None")
 
 
