@@ -22,7 +22,9 @@ class PruningConfig:
             (`"head"`). None is read as `"head"` if neurons are pruned, else as `"adapter"`.
         neuron_ratio: Share of each layer's MLP neurons to switch off: `floor(neuron_ratio * num_neurons)`. 0 gives the
             neurons masks and switches none off; None gives them none.
-        neuron_criterion: Name of the score of a neuron. The neurons with the lowest scores are switched off.
+        neuron_criterion: Name of the score of a neuron. The neurons with the lowest scores are switched off. `"gate"`,
+            `"gate_signed"`, `"gate_squared"`: activation times gradient, per image (Michel et al. 2019);
+            `"weight_norm"`; and the baselines `"random"`, `"front"`, `"most_responsive"` (the reverse of `"gate"`).
         target_speed: How many times fewer operations the pruned model needs, at least. The numbers of heads and neurons
             follow from it, so that `ne`, `ratio` and `neuron_ratio` are not given.
 

@@ -68,8 +68,8 @@ class HeadMaskedLoraConfig(PruningConfig, HeadSelectionConfig, AdapterFolderConf
 
     Args:
         ne (`int`, *optional*):
-            Number of heads to deactivate in each group of heads. 0 is plain LoRA. Defaults to 1 unless `ratio` or
-            `target_speed` is given.
+            Number of heads to deactivate in each group of heads; 0 is plain LoRA. 1 unless `ratio` or `target_speed` is
+            given.
         ratio (`float`, *optional*):
             Share of a group's heads to deactivate instead of `ne`, for models whose stages differ in heads:
             `floor(ratio * num_heads)`.
@@ -83,19 +83,15 @@ class HeadMaskedLoraConfig(PruningConfig, HeadSelectionConfig, AdapterFolderConf
             `"weight_norm"`, `"grad_norm"`, or the baselines `"random"`, `"front"` and `"most_responsive"` (the reverse
             of `"absolute"`). The lowest are deactivated.
         mask_scope (`"adapter"` or `"head"`):
-            What is zero for a deactivated head: the adapter's delta (the frozen projection stays as it was), or the
-            projection's whole output, bias included. Defaults to `"head"` if neurons are pruned, else to `"adapter"`.
+            What is zero for a deactivated head: the adapter's delta, or the projection's whole output, bias included.
+            Defaults to `"head"` if neurons are pruned, else to `"adapter"`.
         neuron_ratio (`float`, *optional*):
-            Share of each MLP's neurons to switch off, `floor(neuron_ratio * num_neurons)`, so that they can be removed
-            from the model (`export --to pruned`). Without `target_modules`, all linear layers of the blocks are adapted
-            then, and heads are masked on q and v alone: with its value and bias zero, a head is silent.
+            Share of each MLP's neurons to switch off, so that they can be removed (`export --to pruned`). Without
+            `target_modules`, all linear layers of the blocks are adapted then; heads are masked on q and v alone.
         neuron_criterion (`str`):
-            Score of a neuron: `"gate"`, `"gate_signed"`, `"gate_squared"` (its activation times the gradient, per
-            image), `"weight_norm"`, or the baselines `"random"`, `"front"` and `"most_responsive"`. The neurons with the
-            lowest are switched off.
+            Score of a neuron; the neurons with the lowest are switched off. See [`PruningConfig`].
         target_speed (`float`, *optional*):
-            How many times fewer operations the pruned model needs, at least, instead of `ne`, `ratio` and
-            `neuron_ratio`, which follow from it.
+            At least so many times fewer operations, instead of `ne`, `ratio` and `neuron_ratio`.
         mask_seed (`int`):
             Seed of the criterion `"random"`.
         num_heads (`int` or `dict[str, int]`, *optional*):

@@ -26,7 +26,7 @@ from .combination import HeadMaskedSums
 from .config import FULL_PRECISION, HeadMaskedLoraConfig
 from .layer import HeadMaskedLinear
 from .neuron_layer import NeuronMaskedLinear
-from .neuron_masks import add_neuron_masks, check_neuron_place, find_neuron_layouts, without_masks
+from .neuron_masks import add_neuron_masks, find_neuron_layouts, without_masks
 from .state_dict import HeadMaskedWeights
 from .targets import check_plain_lora, find_head_layouts, needs_masks, unknown_architecture
 
@@ -116,8 +116,6 @@ class HeadMaskedLoraModel(HeadMaskedSums, HeadMaskedWeights, VisionTuner, LoraMo
     ) -> None:
         state = self.adapter_states[adapter_name]
         layout = state.layout_of(current_key)
-        if current_key in state.neuron_layouts:
-            check_neuron_place(current_key, target, adapter_name)
         if isinstance(target, HeadMaskedLinear):
             # PEFT is going to call `update_layer`, to which it passes nothing of ours
             target.expect_adapter(adapter_name, layout, state.quantizer)

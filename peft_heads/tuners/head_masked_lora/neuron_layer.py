@@ -35,12 +35,17 @@ class NeuronMaskedLinear(HeadMaskedLinear):
             super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
             return
         self.add_mask(adapter_name, config)
+        self.scaling[adapter_name] = 1.0  # PEFT's hot-swapping writes one for every key of a file
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def is_mask_alone(self, adapter_name: str) -> bool:
         """Whether an adapter has a mask here, and no LoRA."""
         return adapter_name in self.lora_neuron_mask and adapter_name not in self.lora_A
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        if not self.is_mask_alone(adapter):
+            super().set_scale(adapter, scale)
 
     def has_masks(self, config: HeadMaskedLoraConfig) -> bool:
         return config.prunes_neurons
@@ -74,7 +79,8 @@ class NeuronMaskedLinear(HeadMaskedLinear):
             if self.is_mask_alone(name):
                 result = torch.where(self.deactivated_rows(name), 0, result)
             elif name in self.lora_A:
-                x = self._cast_input_dtype(x, self.lora_A[name].weight.dtype)
+                if self.cast_input_dtype_enabled:
+                    x = x.to(self.lora_A[name].weight.dtype)
                 variant = self.lora_variant.get(name) or VanillaVariant()
                 result = variant.forward(self, active_adapter=name, x=x, result=result, **variant_kwargs, **kwargs)
         return result.to(dtype)

@@ -26,18 +26,8 @@ def find_neuron_layouts(model: nn.Module, config: HeadMaskedLoraConfig) -> dict[
     layouts = {name: neuron_layout(number) for name, number in neuron_projections(model).items()}
     check_called(model, list(layouts))
     for name in layouts:
-        check_neuron_place(name, model.get_submodule(name))
+        _check_place(name, model.get_submodule(name))
     return layouts
-
-
-def check_neuron_place(name: str, layer: nn.Module, adapter_name: str | None = None) -> None:
-    """Raise ValueError if a layer that is to carry neuron masks has an adapter that leaves no room for them."""
-    if isinstance(layer, BaseTunerLayer) and not isinstance(layer, NeuronMaskedLinear):
-        whose = "the new adapter" if adapter_name is None else f"adapter {adapter_name!r}"
-        raise ValueError(
-            f"{name} was given a {type(layer).__name__} by an earlier adapter (expected torch.nn.Linear, or a layer with "
-            f"neuron masks), which cannot carry the neuron masks of {whose}; add the adapter that prunes neurons first"
-        )
 
 
 def without_masks(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -60,3 +50,12 @@ def add_neuron_masks(tuner: BaseTuner, adapter_name: str) -> None:
         tuner._replace_module(tuner.model.get_submodule(parent), child, layer, target)
     if state.neuron_layouts:
         watch_calls(tuner.model)
+
+
+def _check_place(name: str, layer: nn.Module) -> None:
+    """Raise ValueError if a layer that is to carry neuron masks has an adapter that leaves no room for them."""
+    if isinstance(layer, BaseTunerLayer) and not isinstance(layer, NeuronMaskedLinear):
+        raise ValueError(
+            f"{name} was given a {type(layer).__name__} by an earlier adapter (expected torch.nn.Linear, or a layer with "
+            "neuron masks), which cannot carry the neuron masks of the new adapter; add the adapter that prunes neurons first"
+        )

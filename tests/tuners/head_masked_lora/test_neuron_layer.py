@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
+from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 
 from peft_heads import (
@@ -31,7 +32,10 @@ KINDS = {
     "dora": {"ne": 0, "use_dora": True},
     "bias": {"ne": 0, "lora_bias": True},
 }
-kinds = pytest.mark.parametrize("kind", KINDS)
+QUICK = ("all layers", "mask alone")
+kinds = pytest.mark.parametrize(
+    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 OFF = [1, 5, 6, 31]
 
 
@@ -99,7 +103,7 @@ def test_nothing_is_changed_while_all_neurons_are_on(kind):
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
 
 
-@kinds
+@pytest.mark.parametrize("kind", KINDS)
 def test_neurons_that_are_off_give_nothing(kind):
     """Invariant 2: in the forward pass, in the update, in merged weights, whatever the optimizer does."""
     model = switch_off(create(kind))
@@ -253,7 +257,7 @@ def test_sums_and_conversions_are_refused():
 
 
 def test_a_file_that_contradicts_itself_is_refused(tmp_path):
-    model = switch_off(create())
+    model = switch_off(create(mask_scope="adapter"))  # of heads: there are none
     model.save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     stored = load_file(path)
@@ -273,7 +277,7 @@ def test_a_file_that_contradicts_itself_is_refused(tmp_path):
     # neurons whose rows are zero have been switched off by a mask that is gone
     refused({}, r"no neuron mask for .*zero for neurons \[1, 5, 6, 31\].*it was edited", left_out=[mask_key])
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"neuron_ratio": None, "mask_scope": "head"}))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"neuron_ratio": None}))
     refused({}, "the adapter file deactivates neurons .*neuron_ratio=None")
 
 
@@ -320,3 +324,39 @@ def test_k_bit_adapters(kind, tmp_path):
         torch.testing.assert_close(logits(loaded), expected, atol=1e-6, rtol=1e-5)
         assert loaded.peft_config["default"].packed == (folder == "packed")
         assert all(int((~mask).sum()) == 4 for mask in get_neuron_masks(loaded).values())
+
+
+@pytest.mark.parametrize("kind", QUICK)
+def test_hot_swapped(kind, tmp_path):
+    own = {"modules_to_save": []}  # PEFT swaps no modules that are trained in full
+    model, other = switch_off(create(kind, **own)), switch_off(create(kind, neuron_ratio=0.5, **own), [0, 2])
+    tiny.randomize_lora(other, seed=5)
+    other.save_pretrained(tmp_path / "other")
+    create(kind, neuron_ratio=None, mask_scope="head", **own).save_pretrained(tmp_path / "none")
+    hotswap_adapter(model, str(tmp_path / "other"), "default")
+    assert torch.equal(logits(model), logits(other))
+    assert all((~mask).nonzero().flatten().tolist() == [0, 2] for mask in get_neuron_masks(model).values())
+    with pytest.raises(ValueError, match="needs two adapters that prune neurons, or two that do not"):
+        hotswap_adapter(model, str(tmp_path / "none"), "default")
+
+
+def test_trained_and_compiled():
+    model = switch_off(create("mask alone"))
+    layer = first_layers(model)[0]
+    x = torch.randn(2, 3, layer.in_features)
+    assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
+    assert not [name for name, param in layer.named_parameters() if "base_layer" not in name or param.requires_grad]
+    half = create("mask alone", base=tiny.make("vit").to(torch.bfloat16))
+    assert switch_off(half)(tiny.images().bfloat16()).logits.isfinite().all()
+    assert first_layers(half)[0](x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_second_adapter_waits_until_it_is_active():
+    """Also where it brings the first masks."""
+    model = create("mask alone", neuron_ratio=None)
+    expected = logits(model)
+    model.add_adapter("second", HeadMaskedLoraConfig(neuron_ratio=0.5, **KINDS["mask alone"]))
+    switch_off(model, name="second")
+    assert torch.equal(logits(model), expected)
+    model.set_adapter("second")
+    assert not first_layers(model)[0](torch.randn(9, 24))[:, OFF].any()
