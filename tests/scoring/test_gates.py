@@ -388,8 +388,11 @@ def test_hooks_are_there_only_while_gates_are_gathered():
     scorer.stop()
     assert hooks(model) == before
     scorer.start()
+    loss = model(**tiny.batch()).loss
     scorer.close()
     assert hooks(model) == before
+    loss.backward()  # of a forward pass that had gates
+    assert not scorer._gates.listening and not scorer._gates._heard
 
 
 def test_a_scorer_that_is_dropped_puts_no_more_gates():
