@@ -50,16 +50,22 @@ def run(folder, processes, layout, **options):
     return ranks[0]
 
 
+def assert_close(actual, expected):
+    for criterion, by_name in expected.items():
+        for name, values in by_name.items():
+            scale = max(map(abs, values))
+            worst = max(abs(a - b) for a, b in zip(actual[criterion][name], values, strict=True))
+            assert worst <= 1e-5 * scale, (criterion, name)
+
+
 def assert_same(actual, expected):
     """Compare masks and scores, up to 1e-5 of a projection's largest score: signed scores may nearly cancel."""
     assert actual["masks"] == expected["masks"]
     assert sum(not on for mask in expected["masks"].values() for on in mask) == 2 * 4
-    assert set(actual["scores"]) == set(expected["scores"]) == set(CRITERIA)
-    for criterion, by_name in expected["scores"].items():
-        for name, values in by_name.items():
-            scale = max(map(abs, values))
-            worst = max(abs(a - b) for a, b in zip(actual["scores"][criterion][name], values, strict=True))
-            assert worst <= 1e-5 * scale, (criterion, name)
+    gathered = {name for name in CRITERIA if "images" in expected or not CRITERIA[name].needs_gates}
+    assert set(actual["scores"]) == set(expected["scores"]) == gathered
+    assert_close(actual["scores"], expected["scores"])
+    for criterion in expected["scores"]:
         for granularity in ("global", "layer"):
             for joint in (True, False):
                 masks = [masks_of(run["scores"][criterion], granularity, joint) for run in (actual, expected)]
@@ -111,6 +117,35 @@ def test_ddp_prunes_in_several_cuts(tmp_path, accumulation):
     assert off == {32 - actual["remain"]["num_neurons"]} and off != {0} and actual["cuts_made"] == 2
     for name, total in expected["saved"].items():
         assert actual["saved"][name] == pytest.approx(total, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [
+        ("ddp", {}),
+        ("ddp", {"gradient_accumulation_steps": 2}),
+        ("loop", {"accumulation": 2}),
+        ("fsdp2", {"accumulation": 2}),
+    ],
+)
+def test_gates(tmp_path, layout, options):
+    """The gates of heads and neurons are those of each image, whichever process has seen it."""
+    config = {"criterion": "gate"}
+    expected = run(tmp_path / "one", 1, "ddp" if layout == "ddp" else "loop", config=config)
+    actual = run(tmp_path / "two", 2, layout, config=config, **options)
+    assert_same(actual, expected)
+    assert actual["images"] == expected["images"] == (32 if layout == "ddp" else 24)
+    assert len(expected["neurons"]) == 3
+    assert_close(actual["neurons"], expected["neurons"])
+
+
+def test_gates_of_steps_that_some_process_takes_no_part_in(tmp_path):
+    """A process without data brings no images; one whose loss overflows skips the step for all."""
+    config = {"criterion": "gate"}
+    short = run(tmp_path / "short", 2, "loop", config=config, short=True)
+    assert short["steps"] == [3, 0] and short["images"] == 3 * 8 - 4
+    overflow = run(tmp_path / "overflow", 2, "loop", config=config, overflow=True)
+    assert overflow["steps"] == [2, 1] and overflow["images"] == 2 * 8
 
 
 # The keys' shift is left out: it changes no softmax, so its gradient is rounding error, which Adam turns into steps.

@@ -377,6 +377,7 @@ def hooks(model):
 
 def test_hooks_are_there_only_while_gates_are_gathered():
     model = make()
+    model(**tiny.batch())  # removes the hooks of newly made adapter layers
     before = hooks(model)
     scorer = HeadScorer(model)
     assert hooks(model) == before and "gates" not in scorer.state_dict()
@@ -388,8 +389,11 @@ def test_hooks_are_there_only_while_gates_are_gathered():
     scorer.stop()
     assert hooks(model) == before
     scorer.start()
+    loss = model(**tiny.batch()).loss
     scorer.close()
     assert hooks(model) == before
+    loss.backward()  # of a forward pass that had gates
+    assert not scorer._gates.listening and not scorer._gates._heard
 
 
 def test_a_scorer_that_is_dropped_puts_no_more_gates():

@@ -26,6 +26,7 @@ from transformers import Trainer, TrainingArguments
 
 from peft_heads import HeadMaskedLoraConfig, HeadScorer, RLRRConfig, TaylorHeadScorer, get_head_masks, get_neuron_masks
 from peft_heads.adapter_folder import card, labels, saving, score_files
+from peft_heads.heads.gates import GATE_STATISTICS
 
 
 torch.set_num_threads(1)
@@ -165,7 +166,11 @@ def checks(scorer, optimizer):
                 of_param = [safe_get_full_optimizer_state(param, key) for key in ("exp_avg", "exp_avg_sq")]
             assert len(of_param) == 2
             states = max([states, *(state[off].abs().max().item() for state in of_param)])
-    return {"deactivated_rows": rows, "their_states": states, "weights": weights}
+    found = {"deactivated_rows": rows, "their_states": states, "weights": weights}
+    if scorer.num_images:
+        found["images"] = scorer.num_images
+        found["neurons"] = {c: {n: s.tolist() for n, s in scorer.neuron_scores(c).items()} for c in GATE_STATISTICS}
+    return found
 
 
 if __name__ == "__main__":
