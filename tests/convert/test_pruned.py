@@ -253,6 +253,7 @@ def test_heads_of_two_towers(tmp_path, refused):
     assert "with 3 heads of 4 rows" in refused()
 
 
+@pytest.mark.filterwarnings("ignore:the adapter saved to .* is to switch neurons off")
 def test_nothing_is_off(tmp_path, refused):
     save_pruning_adapter(tmp_path, "vit", heads=False, off=0)
     assert "no head and no neuron is deactivated; use --to merged" in refused()

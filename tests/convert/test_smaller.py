@@ -57,6 +57,15 @@ def test_half_precision():
     torch.testing.assert_close(pruned(images).logits, model(images).logits, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.skipif(OLD, reason="transformers 4.57 cannot run DINOv3 without data")
+def test_buffers_follow():
+    """Those that are in no state dict have the type of the whole model's (DINOv3's rotations)."""
+    model = backbones.FAMILIES["dinov3"].make().eval().to(torch.bfloat16)
+    small = prune(model, {}, silence_neurons(model, 7))
+    types = {name: buffer.dtype for name, buffer in model.named_buffers()}
+    assert types and {name: buffer.dtype for name, buffer in small.named_buffers()} == types
+
+
 def test_pruning_again():
     """transformers 4.57 counts the heads in `pruned_heads` as they were at first: there neurons alone go again."""
     model = make("vit")
