@@ -265,3 +265,21 @@ def test_foreign_index(tmp_path, content):
     path = tmp_path / "model.safetensors.index.json"
     path.write_text(content)
     assert "weight_map" in checkpoint_fault(tmp_path) and path.name in checkpoint_fault(tmp_path)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_teacher_that_the_state_mentions_is_missing(run, listed):
+    """It is written after the state: a run that was killed in between leaves a checkpoint without it."""
+    state = json.loads((run / "checkpoint-3" / "trainer_state.json").read_text())
+    entry = {"args": {}, "attributes": {"progress": {"teacher": "0123"}}}
+    state["stateful_callbacks"]["TaylorHeadScorer"] = [{"attributes": {}}, entry] if listed else entry
+    (run / "checkpoint-3" / "trainer_state.json").write_text(json.dumps(state))
+    assert checkpoint_fault(run / "checkpoint-3") == "teacher.safetensors is missing"
+    with pytest.warns(UserWarning, match="teacher.safetensors is missing"):
+        assert last_complete_checkpoint(run) == str(run / "checkpoint-2")
+    (run / "checkpoint-3" / "teacher.safetensors").write_bytes((run / "checkpoint-3" / FILES[1]).read_bytes())
+    assert checkpoint_fault(run / "checkpoint-3") is None
+    entry["attributes"]["progress"]["teacher"] = None
+    (run / "checkpoint-3" / "trainer_state.json").write_text(json.dumps(state))
+    (run / "checkpoint-3" / "teacher.safetensors").unlink()
+    assert checkpoint_fault(run / "checkpoint-3") is None

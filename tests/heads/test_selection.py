@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from peft_heads.heads.layout import HeadLayout
 from peft_heads.heads.selection import (
+    HeadGroup,
     check_head_count,
     degenerate_groups,
     floor_ratio,
@@ -188,3 +189,21 @@ def test_cuts_one_after_the_other_are_those_of_one():
 def test_units_that_cannot_be_selected(num_off, already, message):
     with pytest.raises(ValueError, match=message):
         select_units(torch.tensor([0.0, torch.inf, 1.0]), num_off, already)
+
+
+def test_heads_that_are_off_already_stay_off_and_count():
+    scores = {"a.q": torch.tensor([0.0, 5.0, 1.0, 9.0, 2.0]), "a.v": torch.tensor([0.0, 0.0, 0.0, torch.nan, 0.0])}
+    group = HeadGroup(("a.q", "a.v"), num_heads=5, num_deactivated=3, already_off=(3,))
+    assert select_heads(scores, [group])["a.v"].tolist() == [False, True, False, False, True]
+    fewer = HeadGroup(("a.q", "a.v"), num_heads=5, num_deactivated=1, already_off=(3, 4))
+    assert select_heads(scores, [fewer])["a.q"].tolist() == [True, True, True, False, False]
+    with pytest.raises(ValueError, match="are not finite"):
+        select_heads(scores, [HeadGroup(("a.q", "a.v"), num_heads=5, num_deactivated=3, already_off=(1,))])
+
+
+def test_the_scores_of_remaining_heads_alone_say_whether_order_decides():
+    scores = {"q": torch.tensor([7.0, 0.0, 0.0])}
+    group = HeadGroup(("q",), num_heads=3, num_deactivated=2, already_off=(0,))
+    assert degenerate_groups(scores, [group]) == [group]
+    assert degenerate_groups(scores, [HeadGroup(("q",), num_heads=3, num_deactivated=2)]) == []
+    assert degenerate_groups(scores, [HeadGroup(("q",), num_heads=3, num_deactivated=1, already_off=(0,))]) == []

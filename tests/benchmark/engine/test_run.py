@@ -335,6 +335,9 @@ def test_what_runs_can_share(bench):
     assert trunk_epochs(spec_of(bench, HEADS | {"head_window": "all"})) == 0
     assert trunk_epochs(spec_of(bench, HEADS | {"head_select_at": 0.5})) == 0
     assert trunk_epochs(spec_of(bench, HEADS | {"head_warmup_epochs": 1})) == 0
+    # a teacher that is copied at the start lies in the folder of the run that has copied it
+    assert trunk_epochs(spec_of(bench, HEADS | {"distill": 1.0, "teacher": "start"})) == 0
+    assert trunk_epochs(spec_of(bench, HEADS | {"distill": 1.0})) == trunk_epochs(spec_of(bench, HEADS)) > 0
     assert trunk_epochs(spec_of(bench, HEADS | {"head_warmup_epochs": 2.5})) == 2
 
 
