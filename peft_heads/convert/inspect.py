@@ -125,7 +125,6 @@ def _report(
         no_norms = f"the update of {method.peft_type} is not computed from its file"
     check_deactivated_rows(weights, tensors, masks, layouts, method.head_rows)
     check_deactivated_updates(weights, norms, masks)
-    check_deactivated_updates(weights, norms, neuron_masks, "neuron")
     norms = {name: norm for name, norm in norms.items() if name not in layouts or not layouts[name].has_neurons}
     return AdapterReport(
         folder,

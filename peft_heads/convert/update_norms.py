@@ -10,7 +10,6 @@ import torch
 from peft.utils.other import get_pattern_key
 
 from ..heads.layout import HeadLayout, ProjectionLayout
-from ..heads.protocol import short_list
 from ..tuners.common.head_mask import contradiction
 from ..tuners.common.saved_keys import module_of
 
@@ -64,21 +63,18 @@ def norms_by_head(
     return norms
 
 
-def check_deactivated_updates(
-    weights: Path, norms: dict[str, torch.Tensor], masks: dict[str, torch.Tensor], unit: str = "head"
-) -> None:
+def check_deactivated_updates(weights: Path, norms: dict[str, torch.Tensor], masks: dict[str, torch.Tensor]) -> None:
     """Raise ValueError if a head that its mask deactivates has an update.
 
     Args:
         weights: The adapter's file of weights, for the message.
         norms: `{projection: (num_heads,)}` of the update, where they are known.
         masks: `{projection: bool (num_heads,)}`, True = active.
-        unit: What the entries of the masks stand for, for the message.
     """
     for name, mask in masks.items():
         if name in norms and norms[name][~mask].count_nonzero():
-            units = short_list((~mask & (norms[name] != 0)).nonzero().flatten().tolist())
-            raise contradiction(weights, f"the mask of {name} deactivates {unit}s {units}, whose update is not zero")
+            heads = (~mask & (norms[name] != 0)).nonzero().flatten().tolist()
+            raise contradiction(weights, f"the mask of {name} deactivates heads {heads}, whose update is not zero")
 
 
 def check_deactivated_rows(

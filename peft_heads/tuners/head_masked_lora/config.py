@@ -68,8 +68,7 @@ class HeadMaskedLoraConfig(PruningConfig, HeadSelectionConfig, AdapterFolderConf
 
     Args:
         ne (`int`, *optional*):
-            Number of heads to deactivate in each group of heads; 0 is plain LoRA. 1 unless `ratio` or `target_speed` is
-            given.
+            Heads to deactivate in each group of heads; 0 is plain LoRA. 1 unless `ratio` or `target_speed` is given.
         ratio (`float`, *optional*):
             Share of a group's heads to deactivate instead of `ne`, for models whose stages differ in heads:
             `floor(ratio * num_heads)`.
@@ -98,8 +97,8 @@ class HeadMaskedLoraConfig(PruningConfig, HeadSelectionConfig, AdapterFolderConf
             Number of heads where the model does not say it, or says it wrongly: one number, or one per module name
             pattern (read like `rank_pattern`).
         fused_parts (`str`):
-            Which parts of a fused `qkv` projection are adapted (and scored and masked): the initials of the parts.
-            The others never change. `"qkv"` adapts the whole, as stock LoRA does.
+            Which parts of a fused `qkv` projection are adapted (and scored and masked), by their initials. The others
+            never change. `"qkv"` adapts the whole, as stock LoRA does.
         adapter_bits (`int`):
             1, 2, 4 or 8: `lora_A` and `lora_B` act by their quantised values, of that many bits per entry, and are
             trained through the quantiser (Bi-LoRA); 32 is LoRA as it is. The mean and the deviation are those of the
