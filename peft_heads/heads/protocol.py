@@ -81,7 +81,7 @@ def head_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, He
         if isinstance(module, HeadMaskable):
             others.update(module.head_layout)
             if adapter_name in module.head_layout:
-                found[name_in_base_model(name)] = module
+                found[_WRAPPER_NAMES.sub("", name)] = module
     if not found:
         has = f"adapters with heads: {', '.join(sorted(others))}" if others else "it has no head-masked adapter"
         raise ValueError(
@@ -89,16 +89,6 @@ def head_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, He
             "get_peft_model(model, HeadMaskedLoraConfig(...)), or with RLRRConfig(ne=1)"
         )
     return found
-
-
-def name_in_base_model(name: str) -> str:
-    """A module's name in the base model, without what wrappers have put before it.
-
-    Example:
-        >>> name_in_base_model("base_model.model.vit.layers.0.mlp.fc1")
-        'vit.layers.0.mlp.fc1'
-    """
-    return _WRAPPER_NAMES.sub("", name)
 
 
 def get_head_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
@@ -215,6 +205,16 @@ def module_patterns(names: Iterable[str], among: Collection[str] = ()) -> str:
     names = list(names)
     of_others = {_fold(name) for name in among if name not in names}
     return ", ".join(dict.fromkeys(name if _fold(name) in of_others else _fold(name) for name in names))
+
+
+def name_in_base_model(name: str) -> str:
+    """A module's name in the base model, without what wrappers have put before it.
+
+    Example:
+        >>> name_in_base_model("base_model.model.vit.layers.0.mlp.fc1")
+        'vit.layers.0.mlp.fc1'
+    """
+    return _WRAPPER_NAMES.sub("", name)
 
 
 def _fold(name: str) -> str:
