@@ -104,16 +104,6 @@ def maskable_layers(
     return found, owners
 
 
-def name_in_base_model(name: str) -> str:
-    """A module's name in the base model, without what wrappers have put before it.
-
-    Example:
-        >>> name_in_base_model("base_model.model.vit.layers.0.mlp.fc1")
-        'vit.layers.0.mlp.fc1'
-    """
-    return _WRAPPER_NAMES.sub("", name)
-
-
 def get_head_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
     """The masks of an adapter.
 
@@ -232,6 +222,16 @@ def module_patterns(names: Iterable[str], among: Collection[str] = ()) -> str:
     names = list(names)
     of_others = {_fold(name) for name in among if name not in names}
     return ", ".join(dict.fromkeys(name if _fold(name) in of_others else _fold(name) for name in names))
+
+
+def name_in_base_model(name: str) -> str:
+    """A module's name in the base model, without what wrappers have put before it.
+
+    Example:
+        >>> name_in_base_model("base_model.model.vit.layers.0.mlp.fc1")
+        'vit.layers.0.mlp.fc1'
+    """
+    return _WRAPPER_NAMES.sub("", name)
 
 
 def _fold(name: str) -> str:
