@@ -152,18 +152,17 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
             self.masks, self.neuron_masks = self._scorer.present_masks()
             self._contents.head_scores = self._contents.head_scores or read_head_scores(args.output_dir)
         self.progress = {"selected_at": selected_at, "adapter": name, "settings": settings, **self._cutting.progress()}
-        self._teaching.begin(args, state, model, name, saved, begins_again)
         if self._cutting.next is None:
             self._scorer.close()
-            return
-
-        self._scorer.check()
-        if self._scorer.config.masks_heads:
-            find_criterion(self._scorer.config.criterion)  # before the warm-up is trained for nothing
-        scores = saved_scores(saved, self._cutting.next.first, self._cutting.next.last)
-        if scores is not None:
-            self._scorer.load_state_dict(scores)
-        self._contents.selection_pending = True
+        else:
+            self._scorer.check()
+            if self._scorer.config.masks_heads:
+                find_criterion(self._scorer.config.criterion)  # before the warm-up is trained for nothing
+            scores = saved_scores(saved, self._cutting.next.first, self._cutting.next.last)
+            if scores is not None:
+                self._scorer.load_state_dict(scores)
+            self._contents.selection_pending = True
+        self._teaching.begin(args, state, model, name, saved, begins_again)
         if self._cutting.is_due(state.global_step):
             check_late_selection(self._scorer, state.global_step, self._cutting.next.last)
             self._cut(args, state, control, **kwargs)

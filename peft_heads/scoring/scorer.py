@@ -24,6 +24,8 @@ from .unit_numbers import UnitNumbers
 class HeadScorer(UnitNumbers):
     """Scores the heads of an adapter in a plain PyTorch or Accelerate loop, and deactivates the least responsive.
 
+    The MLP neurons of an adapter that prunes them are scored and switched off as well.
+
     One pass collects the statistics of *all* criteria for every projection and head. The adapter's configuration (or
     the arguments of `select`) matters only at the selection, so one warm-up serves every variant.
 

@@ -188,10 +188,13 @@ def test_a_speed_that_cannot_be_reached(tmp_path):
         def on_step_begin(self, args, state, control, **kwargs):
             steps.append(state.global_step)
 
-    trainer = make_trainer(tmp_path, [TaylorHeadScorer(select_at=4), Steps()], model=model)
+    trainer = make_trainer(
+        tmp_path, [TaylorHeadScorer(select_at=4, distill=1.0, teacher="start"), Steps()], model=model
+    )
     with pytest.raises(ValueError, match=r"target_speed=6 cannot be reached, at most 4.68; choose") as error:
         trainer.train()
     assert len(str(error.value).splitlines()) == 9 and not steps
+    assert not model._forward_hooks  # no teacher stays behind
 
 
 @pytest.mark.parametrize(
