@@ -7,7 +7,7 @@ from peft import get_peft_model
 from torch.nn.functional import softmax
 from transformers import TrainingArguments
 
-from peft_heads import HeadMaskedLoraConfig, set_head_masks
+from peft_heads import HeadMaskedLoraConfig, HeadScorer, set_head_masks
 from peft_heads.scoring.distillation import Distillation, Teacher, check_distillation, distillation_loss
 
 
@@ -173,6 +173,28 @@ def test_accumulation_does_not_matter():
         model(**images, num_items_in_batch=torch.tensor(4)).loss.backward()
     for name, grad in tiny.gradients(model).items():
         torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6)
+    distillation.close()
+
+
+def test_gates_do_not_hear_the_teacher():
+    """It is asked within the student's pass, by hooks that came before those of the gates."""
+    model = make(dropout=0.0)
+    teacher = Teacher.of(model, "default")
+    change(model)
+    distillation = Distillation(model.train(), teacher, weight=1.0, temperature=2.0)
+    whole, found = tiny.batch(), []
+    for parts in ([slice(0, 4)], [slice(0, 2), slice(2, 4)]):
+        scorer = HeadScorer(model, gates=True)
+        for part in parts:
+            (model(**{name: value[part] for name, value in whole.items()}).loss / len(parts)).backward()
+        scorer.update()
+        model.zero_grad()
+        assert scorer.num_images == 4
+        found.append(scorer.gates("neuron"))
+        scorer.close()
+    for name, sums in found[0].items():
+        assert sums.any()
+        torch.testing.assert_close(found[1][name], sums, rtol=1e-3, atol=1e-6)
     distillation.close()
 
 
