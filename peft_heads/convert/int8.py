@@ -31,19 +31,21 @@ class LabelledImages:
     Attributes:
         folder: Folder in which they lie.
         files: Their paths.
+        seen: Whether the int8 file is calibrated on them.
         classes: Class index of each image; None if it is not known.
     """
 
     folder: str
     files: list[str]
+    seen: bool = False
     classes: list[int] | None = None
 
     @classmethod
-    def below(cls, folder: str | os.PathLike) -> LabelledImages:
+    def below(cls, folder: str | os.PathLike, seen: bool = False) -> LabelledImages:
         """The images at any depth in a folder; the errors are those of `find_images`."""
         if not os.path.isdir(folder):
             raise FileNotFoundError(f"there is no folder of images {os.fspath(folder)}")
-        return cls(os.fspath(folder), find_images([folder]))
+        return cls(os.fspath(folder), find_images([folder]), seen)
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,12 @@ class Int8Report:
             "                 float32          int8",
             "bytes      {:>13,} {:>13,}".format(*self.bytes),
         ]
-        if self.accuracy:
+        if self.accuracy:  # on the images of the next line
             lines.append("accuracy   {:>12.2%}  {:>12.2%}".format(*self.accuracy))
         if self.images:
-            lines.append(
-                f"same class for {self.agreement:.2%} of the {len(self.images.files):,} images in {self.images.folder}"
-            )
+            which = f"{len(self.images.files):,} images in {self.images.folder}"
+            which += " (those of the calibration)" if self.images.seen else ""
+            lines.append(f"same class for {self.agreement:.2%} of the {which}")
         else:
             lines.append("accuracy not measured: give labelled images, --eval_dir FOLDER (FOLDER/CLASS/IMAGE)")
         lines += [

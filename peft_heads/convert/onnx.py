@@ -233,10 +233,8 @@ def _check_int8(
         )
     if eval_dir is not None and int8 is None:
         raise ValueError("--eval_dir is for the comparison of int8 with float32: give --int8 as well")
-    if calibration is not None:
-        LabelledImages.below(calibration)
-    folder = eval_dir if eval_dir is not None else calibration
-    return None if folder is None else LabelledImages.below(folder)
+    calibrated = None if calibration is None else LabelledImages.below(calibration, seen=True)
+    return calibrated if eval_dir is None else LabelledImages.below(eval_dir)
 
 
 def _reason(error: BaseException) -> str:

@@ -63,6 +63,8 @@ def open_session(path: str | os.PathLike, device: str | None = None) -> Inferenc
     provider, options = _provider(device or "cpu", onnxruntime.get_available_providers())
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3  # errors, which are raised as well
+    # its threads must not go on waiting in a loop after a run, at the cost of everything else
+    settings.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         session = onnxruntime.InferenceSession(os.fspath(path), settings, providers=[(provider, options)])
     except Exception as error:  # ONNX Runtime has a class for each of its status codes, without a public base
