@@ -80,6 +80,7 @@ def test_families(name, tmp_path):
         with torch.no_grad():
             expected = model(images[:size]).logits
         np.testing.assert_allclose(run(written.path, images[:size]), expected, rtol=0, atol=2e-5)
+    assert b"site-packages" not in written.path.read_bytes()  # no paths of the machine
     assert 0 < written.error < convert_onnx.TIMES_ROUNDING * written.rounding < 1e-4
     print(f"{name}: {written.error / written.rounding:.2f} times the rounding")
 
