@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # Bytes of the weights in one file: protobuf's limit is 2 GiB, and the graph needs some of it. More lie beside.
 ONE_FILE = 2_000_000_000
 BATCH_SIZES = (1, 2, 5)
-# Another order of the same sums: ONNX Runtime's error was 0.5 to 2.5 times PyTorch's where this was tried, and that of
+# Another order of the same sums: ONNX Runtime's error was 0.5 to 1.6 times PyTorch's where this was tried, and that of
 # a wrong operator (GELU by its tanh formula) hundreds of times.
 TIMES_ROUNDING = 10
 
