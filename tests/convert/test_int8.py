@@ -1,6 +1,8 @@
 """Int8 files: what they hold and predict, and the comparison that is printed beside."""
 
 import os
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from tiny import ViTProcessor
 from transformers import ViTConfig, ViTForImageClassification
 
 from peft_heads.cli.main import main
+from peft_heads.convert import int8
 from peft_heads.convert import onnx as convert_onnx
 from peft_heads.convert.int8 import Int8Report, LabelledImages, find_labelled
 from peft_heads.convert.onnx import export_onnx
@@ -111,6 +114,40 @@ def test_classes_by_folder():
     assert find_labelled(images, {0: "ant"}, strict=False).classes is None
     with pytest.raises(ValueError, match=r"--eval_dir x: expected one folder per class \(ant\) .* images lie in bee"):
         find_labelled(images, {0: "ant"}, strict=True)
+
+
+class Constant:
+    """A classifier that predicts one class, and takes its time."""
+
+    image_processor = ViTProcessor(size={"height": 16, "width": 16})
+
+    def __init__(self, index, seconds):
+        self.index, self.seconds, self.session = index, seconds, self
+
+    def get_inputs(self):
+        return [SimpleNamespace(shape=["batch", 3, 16, 16])]
+
+    def logits(self, pixel_values):
+        time.sleep(self.seconds)
+        return torch.eye(3)[[self.index] * len(pixel_values)]
+
+
+def test_which_side_is_which(tmp_path, monkeypatch):
+    sides = {"f.onnx": Constant(0, 2e-3), "i.onnx": Constant(1, 0.0)}
+    for number, name in enumerate(sides):
+        (tmp_path / name).write_bytes(b"x" * (number + 1))
+    monkeypatch.setattr(int8, "open_classifier", lambda path: sides[path.name])
+    files = []
+    for index, (_, image) in enumerate(pictures(1, seed=0)):
+        files.append(str(tmp_path / f"{index}.png"))
+        image.save(files[-1])
+    images = LabelledImages("x", files, classes=[0, 0, 1])
+    report = int8.compare(tmp_path / "f.onnx", tmp_path / "i.onnx", images)
+    assert report.accuracy == pytest.approx((2 / 3, 1 / 3)) and report.agreement == 0 and report.bytes == (1, 2)
+    assert report.speed.keys() == {1, 8} and all(speed.median > 2 for speed in report.speed.values())
+    sides["i.onnx"].index, sides["i.onnx"].logits = 1, lambda pixel_values: torch.full((1, 3), torch.nan)
+    with pytest.raises(ValueError, match="the int8 file's logits are not finite"):
+        int8.compare(tmp_path / "f.onnx", tmp_path / "i.onnx", None)
 
 
 def test_report():

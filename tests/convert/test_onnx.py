@@ -140,7 +140,8 @@ def test_a_second_file_for_much(tmp_path, monkeypatch):
     written = export_onnx(folder, target)
     assert written.files == [target, target.with_name("model.onnx.data")]
     assert sorted(os.listdir(target.parent)) == ["model.onnx", "model.onnx.data"]
-    assert written.files[1].stat().st_size > 0.9 * (folder / "model.safetensors").stat().st_size
+    # small tensors stay in the first
+    assert written.files[1].stat().st_size > 0.8 * (folder / "model.safetensors").stat().st_size
     images = torch.randn(2, 3, SIZE, SIZE)
     expected = run(target, images)
     written.files[1].rename(tmp_path / "away")
