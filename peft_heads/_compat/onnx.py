@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 @contextmanager
@@ -45,3 +46,20 @@ def quiet_quantization() -> Iterator[None]:
     finally:
         root.removeFilter(is_error)
         root.removeHandler(silent)
+
+
+def forget_shapes_of_weights(path: Path) -> None:
+    """Remove from a file what it says of its weights' shapes beside the weights.
+
+    ONNX Runtime 1.23 transposes weights for `quantize_dynamic` and leaves the old shapes, which are then an error.
+
+    Delete when a version without this fault (seen fixed in 1.32) is the oldest that is supported.
+    """
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    weights = {tensor.name for tensor in model.graph.initializer}
+    others = [value for value in model.graph.value_info if value.name not in weights]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(others)
+    onnx.save(model, path)

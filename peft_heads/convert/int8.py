@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .._compat.onnx import quiet_quantization
+from .._compat.onnx import forget_shapes_of_weights, quiet_quantization
 from ..inference.classifiers import open_classifier
 from ..inference.onnx_file import INPUT
 from ..inference.predictions import find_images, label_of, read_batches
@@ -110,7 +110,7 @@ def find_labelled(images: LabelledImages, id2label: dict[int, str], strict: bool
 def quantize(
     source: Path, target: Path, kind: str, image_processor: Any, calibration: str | os.PathLike | None, one_file: int
 ) -> None:
-    """Write the int8 version of a float32 ONNX file, whose metadata it keeps.
+    """Write the int8 version of a float32 ONNX file, whose metadata it keeps. `source` is a temporary file.
 
     Weights are symmetric with a scale for each output channel; activations have a scale and a zero point for each
     tensor, of each batch ("dynamic") or for good ("static"). Weights use 7 bits of the 8: a processor without the
@@ -139,6 +139,7 @@ def quantize(
     }
     whole = target.parent / "int8" / target.name
     whole.parent.mkdir()
+    forget_shapes_of_weights(source)
     with quiet_quantization():
         if kind == "dynamic":
             quantization.quantize_dynamic(source, whole, **settings)

@@ -71,6 +71,8 @@ def run(path, pixel_values):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families(name, tmp_path):
+    if name == "beit" and tiny.VERSION.major < 5:
+        pytest.skip("the attention of BEiT is chosen when the model is built, and torch cannot export the fused one")
     folder = save(tmp_path / "model", name)
     written = export_onnx(folder, tmp_path / "model.onnx")
     assert written.files == [tmp_path / "model.onnx"] and sorted(os.listdir(tmp_path)) == ["model", "model.onnx"]
