@@ -158,9 +158,8 @@ def _write_checked(model: PreTrainedModel, processor: Any, file: Path) -> dict[s
     program.model.metadata_props.update(
         metadata(model.config.id2label, processor, importlib.metadata.version("peft-heads"))
     )
-    for (
-        node
-    ) in program.model.graph:  # torch notes where it was traced: longer than the graph, with paths of this machine
+    # torch notes where everything was traced: longer than the graph, and with paths of this machine
+    for node in program.model.graph.all_nodes():
         node.metadata_props.clear()
     size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
     program.save(file, external_data=size > ONE_FILE)
