@@ -46,18 +46,13 @@ def load_image_classifier(
         FileNotFoundError: There is neither a folder nor a repository of that name and revision, or it cannot be read.
         ValueError: It holds no adapter, or one that does not name its base model, or an invalid `image_range`.
     """
-    from .data.images import image_range_of, load_image_processor
+    from .data.images import image_range_of
 
     folder = fetch_adapter(path_or_repo, **kwargs)
     base_kwargs = {key: value for key, value in kwargs.items() if key in ("token", "cache_dir")}
     base_kwargs["trust_remote_code"] = trust_remote_code
     model, _ = load_adapter(folder, **base_kwargs)
-    if (folder / "preprocessor_config.json").exists():
-        image_processor = load_image_processor(folder)
-    else:
-        config = model.active_peft_config
-        base_kwargs["revision"] = config.revision or "main"
-        image_processor = load_image_processor(config.base_model_name_or_path, **base_kwargs)
+    image_processor = processor_of(folder, **base_kwargs)
     if image_range_of(image_processor) is not None:
         low, high = image_processor.image_range
         warnings.warn(
@@ -67,6 +62,52 @@ def load_image_classifier(
         )
     support_peft_in_image_pipelines()
     return model, image_processor
+
+
+def processor_of(folder: Path, base_model: str | os.PathLike | None = None, **base_kwargs: Any) -> BaseImageProcessor:
+    """The image processor in an adapter's folder, else that of its base model, for which `base_kwargs` are."""
+    from .data.images import load_image_processor
+
+    if (folder / "preprocessor_config.json").exists():
+        return load_image_processor(folder)
+    if base_model is None:
+        settings = read_settings(folder)
+        base_model, base_kwargs["revision"] = settings["base_model_name_or_path"], settings.get("revision") or "main"
+    return load_image_processor(base_model, **base_kwargs)
+
+
+def load_checkpoint(folder: Path) -> PreTrainedModel:
+    """The image classifier in a folder of transformers, as `export --to merged` writes it, in float32 and evaluation mode.
+
+    Raises:
+        ValueError: It cannot be read, or lacks weights, which would be random.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForImageClassification
+
+    from .adapter_folder.checkpoints import read_error
+
+    try:
+        with quiet_loading():
+            model, info = AutoModelForImageClassification.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                trust_remote_code=False,
+            )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        faults = [f"{file.name} ({fault})" for file in folder.glob("*.safetensors") if (fault := read_error(file))]
+        reason = ", ".join(faults) or " ".join(str(error).split())
+        raise ValueError(f"{folder} holds no image classifier that can be read: {reason}") from error
+    random = sorted({*info["missing_keys"], *mismatched_keys(info)})
+    if random:
+        raise ValueError(
+            f"{folder} is no complete image classifier: {', '.join(random)} are missing, or of another shape, and would "
+            "be random"
+        )
+    return model.eval()
 
 
 def fetch_adapter(path_or_repo: str | os.PathLike, subfolder: str | None = None, **kwargs: Any) -> Path:

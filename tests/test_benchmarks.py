@@ -458,7 +458,7 @@ def test_the_clock_of_scoring(script, monkeypatch, event):
         pending[0] += 1
 
     monkeypatch.setattr(measure.torch.cuda, "synchronize", synchronize)
-    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("peft_heads.metrics.timing.time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(scoring_cost.TaylorHeadScorer, event, call)
     scorer, args = scoring_cost.TimedScorer(), SimpleNamespace(device=torch.device("cuda:0"))
     getattr(scorer, event)(args, "state", "control", model=1)

@@ -22,9 +22,10 @@ def numbers(version):
 
 @pytest.fixture
 def bounds():
-    """Return the lower bounds of the dependencies."""
+    """Return the lower bounds of the dependencies, those of the extra "onnx" among them."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    found = re.findall(r"^([\w-]+)>=([\d.]+)$", "\n".join(project["dependencies"]), re.MULTILINE)
+    requirements = project["dependencies"] + project["optional-dependencies"]["onnx"]
+    found = re.findall(r"^([\w-]+)>=([\d.]+)$", "\n".join(requirements), re.MULTILINE)
     return {name: numbers(version) for name, version in found}
 
 

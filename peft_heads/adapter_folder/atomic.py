@@ -38,32 +38,52 @@ def write_atomically(path: str | os.PathLike, content: str | bytes) -> Path:
 def write_together(contents: dict[Path, str | bytes]) -> None:
     """Write files of one folder that belong together: nobody finds an old one beside a new one.
 
-    All are written beside, in a folder whose name begins with `_{name}.`, where old ones are put before the new ones
-    take their places. After an error in between the old ones are back; after a power cut they lie there.
+    All are written beside, as by `new_files`.
     """
-    parent = next(iter(contents)).parent
-    parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=parent, prefix=f"_{next(iter(contents)).name}."))
-    written, moved = [], []
-    try:
+    with new_files(*contents) as folder:
         for path, content in contents.items():
-            write_atomically(temporary / "new" / path.name, content)
+            write_atomically(folder / path.name, content)
+
+
+@contextmanager
+def new_files(*paths: Path) -> Iterator[Path]:
+    """A folder to be filled inside the block with files of these names, which take their places together at its end.
+
+    It lies beside, under a name that begins with `_{name}.`; old files are put there before the new ones take their
+    places. An old file that has no new one is deleted. After an error the old ones are back; after a power cut they
+    lie there.
+
+    Args:
+        paths: Files of one folder that belong together. Not all of them need be written.
+    """
+    parent = paths[0].parent
+    parent.mkdir(parents=True, exist_ok=True)
+    # Trainer leaves names with an underscore out when it uploads the folder meanwhile
+    temporary = Path(tempfile.mkdtemp(dir=parent, prefix=f"_{paths[0].name}."))
+    new, old, written, moved, done = temporary / "new", temporary / "old", [], [], False
+    try:
+        new.mkdir()
+        yield new
+        found = [path for path in paths if (new / path.name).exists()]
+        for path in found:
+            _flush_to_disk(new / path.name)
         try:
-            for path in filter(Path.exists, contents):
-                (temporary / "old").mkdir(exist_ok=True)
-                os.rename(path, temporary / "old" / path.name)
+            for path in filter(Path.exists, paths):
+                old.mkdir(exist_ok=True)
+                os.rename(path, old / path.name)
                 moved.append(path)
-            for path in contents:
-                os.rename(temporary / "new" / path.name, path)
+            for path in found:
+                os.rename(new / path.name, path)
                 written.append(path)
         except BaseException:
             for path in moved:
-                os.replace(temporary / "old" / path.name, path)
+                os.replace(old / path.name, path)
             for path in set(written) - set(moved):
                 path.unlink()
             raise
+        done = True
     finally:
-        if all(map(Path.exists, moved)):
+        if done or all(map(Path.exists, moved)):
             shutil.rmtree(temporary, ignore_errors=True)
 
 

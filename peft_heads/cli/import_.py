@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 
-from .export import sizes
+from .export import files_of, sizes
 
 
 # Its line in --help, and the function `(file, target, base_model=, overwrite=)` that reads it.
@@ -34,5 +34,5 @@ def run(argv: list[str]) -> int:
     read = getattr(importlib.import_module(module), name)
     target = read(args.file, args.target, base_model=args.base_model, overwrite=args.overwrite)
     print(f"{args.file} -> {target} ({args.form})")
-    print("\n".join(sizes(target)))
+    print("\n".join(sizes(files_of(target))))
     return 0

@@ -30,10 +30,14 @@ COMMANDS = {
         "peft_heads.cli.migrate", "rewrite a LoRA adapter for the module names of the installed transformers"
     ),
     "export": Command(
-        "peft_heads.cli.export", "write an adapter as stock LoRA, as an ordinary, also smaller, checkpoint, or packed"
+        "peft_heads.cli.export",
+        "write an adapter as stock LoRA, as an ordinary, also smaller, checkpoint, packed, or as ONNX",
     ),
     "import": Command("peft_heads.cli.import_", "an adapter folder from the files of Bi-LoRA's authors"),
     "inspect": Command("peft_heads.cli.inspect", "what an adapter is: settings, heads, parameters, bytes"),
+    "predict": Command(
+        "peft_heads.cli.predict", "label and probability of images, by an adapter, a checkpoint or an ONNX file"
+    ),
     "data": Command("peft_heads.cli.data", "check benchmark trees; size of the image cache, and its deletion"),
     "demo": Command("peft_heads.cli.demo", "LoRA and head-masked LoRA side by side on a small model, without network"),
 }

@@ -170,10 +170,12 @@ class ImageTransform:
         self.label2id = {name: index for index, name in enumerate(names or [])}
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        images = [self._decode(image) for image in batch[self.image_column]]
-        pixel_values = self.processor(images, return_tensors="pt")["pixel_values"]
         labels = [self.label2id[x] if isinstance(x, str) else x for x in batch[self.label_column]]
-        return {"pixel_values": list(pixel_values), "labels": labels}
+        return {"pixel_values": list(self.pixel_values(batch[self.image_column])), "labels": labels}
+
+    def pixel_values(self, images: list) -> torch.Tensor:
+        """The model's input (images, C, H, W), float32, for images that `decode_image` accepts."""
+        return self.processor([self._decode(image) for image in images], return_tensors="pt")["pixel_values"]
 
     def _decode(self, image):
         decoded = decode_image(image, self.image_range)

@@ -1,1 +1,1 @@
-"""Metrics for Trainer that need nothing from the Hub."""
+"""Metrics for Trainer that need nothing from the Hub, and times that are compared fairly."""

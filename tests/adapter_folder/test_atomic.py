@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from peft_heads.adapter_folder.atomic import new_folder, write_atomically, write_together
+from peft_heads.adapter_folder.atomic import new_files, new_folder, write_atomically, write_together
 
 
 def test_writes_text_and_bytes(tmp_path):
@@ -95,6 +95,19 @@ def test_a_crash_leaves_the_old_files(tmp_path, monkeypatch, old, crash_at):
         with pytest.raises(OSError, match="disk full"):
             write_together(contents)
         assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(old, "old")
+
+
+def test_an_old_file_without_a_new_one_goes(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_text("old")
+    with pytest.raises(OSError, match="broken"), new_files(tmp_path / "a", tmp_path / "b") as folder:
+        (folder / "a").write_text("new")
+        raise OSError("broken")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old", "b": "old"}
+    with new_files(tmp_path / "a", tmp_path / "b") as folder:
+        (folder / "a").write_text("new")
+        (folder / "scratch").mkdir()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "new"}
 
 
 def test_a_folder_that_comes_meanwhile_is_not_replaced(tmp_path):
