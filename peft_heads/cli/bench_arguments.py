@@ -9,6 +9,7 @@ from typing import Any
 
 from ..benchmark.recipes import RECIPES, Recipe
 from ..data.preprocessing import Preprocessing
+from ..data.suites import DEFAULT_SUITE
 from ..data.tasks import LIST_SEEDS, SHOTS
 from ..methods import MethodSettings, all_options, effective_settings
 from ..tuners.common.method_registry import get_method, registered_methods
@@ -40,7 +41,9 @@ def build_parser(command: str, description: str, lists: bool, method: str | None
 
 
 def _add_what(what: Any, lists: bool) -> None:
-    what.add_argument("--suite", choices=tuple(RECIPES), default="vtab", help="default: vtab; folder: your own")
+    what.add_argument(
+        "--suite", choices=tuple(RECIPES), default=DEFAULT_SUITE, help="default: %(default)s; folder: your own"
+    )
     what.add_argument("--task", nargs="+", default=[], metavar="TASK", help="default: all of the suite")
     what.add_argument(
         "--model_name_or_path",

@@ -18,7 +18,7 @@ from ..adapter_folder.settings import read_settings
 from ..image_classifier import fetch_adapter
 from ..tuners.common.mask_keys import LORA_MASK
 from ..tuners.common.method_registry import adapter_types
-from ..tuners.common.saved_settings import is_settings_key
+from ..tuners.common.saved_settings import is_settings_key, is_stock_lora
 from ..tuners.head_masked_lora.packed import PACKED
 from ..tuners.head_masked_lora.state_dict import write_quantized
 from .source import check_type, load_complete_adapter, save_processor, sources
@@ -68,7 +68,7 @@ def export_lora(
 
 def _check_expressible(source: Path, settings: dict[str, Any]) -> None:
     """Raise ValueError unless an adapter with these settings can be written as plain LoRA."""
-    if settings.get("peft_type") == "LORA":
+    if is_stock_lora(settings):
         raise ValueError(f"{source} is a stock LoRA adapter already; there is nothing to export")
     check_type(source, settings, adapter_types(LoraConfig))
     if settings.get("mask_scope") == "head" and (settings.get("ne") or settings.get("ratio")):
