@@ -66,7 +66,12 @@ class HeadScorer(HeadRecorder):
         Raises:
             ValueError: There is no such criterion, or it needs gradients and no step with finite gradients was counted.
         """
-        criterion = criterion or self.config.criterion
+        return self._scores_of(criterion or self.config.criterion, *self._measured())
+
+    def _scores_of(
+        self, criterion: str, statistics: dict[str, torch.Tensor], params: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The scores by a criterion, of what `_measured` has returned; errors are those of `scores`."""
         if find_criterion(criterion).needs_gradients and not self.num_steps:
             why = (
                 f"the gradients of all {self.num_skipped} steps were not finite; lower the learning rate or the loss scale"
@@ -74,22 +79,24 @@ class HeadScorer(HeadRecorder):
                 else "no optimizer step was counted; call update() after the backward passes of each step"
             )
             raise ValueError(f"no head can be scored by {criterion!r}: {why}")
-        return head_scores(
-            criterion,
-            self.layouts,
-            statistics={name: sums / self.num_steps for name, sums in self._sums_by_name().items()},
-            params=self._by_projection(self._gradients.values(now=True)),
-            seed=self.config.mask_seed,
-        )
+        return head_scores(criterion, self.layouts, statistics=statistics, params=params, seed=self.config.mask_seed)
+
+    def _measured(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """What every criterion reads: the statistics by projection, and the present values of the scored parameters.
+
+        Where the parameters are sharded this is a collective.
+        """
+        statistics = {name: sums / self.num_steps for name, sums in self._sums_by_name().items()}
+        return statistics, self._by_projection(self._gradients.values(now=True))
 
     def all_scores(self) -> dict[str, dict[str, torch.Tensor]]:
         """`{criterion: scores}` for every criterion that can be computed from the statistics so far."""
-        scores = {}
+        scores, measured = {}, self._measured()
         for name, criterion in CRITERIA.items():
             if criterion.needs_gradients and not self.num_steps:
                 continue
             try:
-                scores[name] = self.scores(name)
+                scores[name] = self._scores_of(name, *measured)
             except Exception as error:  # a plugin's criterion that nobody asked for must not end a training
                 if name in BUILT_IN or name == self.config.criterion:
                     raise
