@@ -15,6 +15,8 @@ def test_what_is_written_is_read(tmp_path):
     write_labels(tmp_path, LABELS)
     assert read_labels(tmp_path) == LABELS
     assert "Kätzchen" in (tmp_path / LABELS_FILE).read_text("utf-8")
+    (tmp_path / LABELS_FILE).write_text('{"id2label": {"0": 7}}')  # by other hands
+    assert read_labels(tmp_path) == {0: "7"}
 
 
 @pytest.mark.parametrize(
