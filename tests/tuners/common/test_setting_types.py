@@ -73,6 +73,7 @@ def test_what_peft_accepts(settings):
         ({"r": 8.5}, "r is '8.5' of type float"),
         ({"use_dora": 1}, "use_dora is '1' of type int"),
         ({"target_modules": [1]}, r"target_modules is '\[1\]' of type list"),
+        ({"init_lora_weights": "pissa_niter_16x"}, "init_lora_weights is 'pissa_niter_16x'"),
         ({"init_lora_weights": "pissa_niter_"}, "init_lora_weights is 'pissa_niter_'"),
     ],
     ids=str,
