@@ -118,7 +118,7 @@ def fetch_adapter(path_or_repo: str | os.PathLike, subfolder: str | None = None,
     from .adapter_folder.download import local_folder
     from .adapter_folder.weights_file import NAMES, find_weights, read_infos
     from .tuners.common.method_registry import is_own_type
-    from .tuners.common.saved_settings import check_foreign, check_ranks
+    from .tuners.common.saved_settings import check_foreign
 
     folder = local_folder(path_or_repo, subfolder, **kwargs)
     check_folder_files(folder)
@@ -129,9 +129,7 @@ def fetch_adapter(path_or_repo: str | os.PathLike, subfolder: str | None = None,
     if is_own_type(settings.get("peft_type")):
         read_infos(weights)
     else:
-        check_foreign(settings.get("peft_type"), weights)
-        if settings.get("peft_type") == "LORA":
-            check_ranks(settings, weights)
+        check_foreign(settings, weights)
     return Path(folder)
 
 

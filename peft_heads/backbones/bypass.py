@@ -16,6 +16,8 @@ from torch import nn
 from ..heads.detect import FUSED_PROJECTIONS
 
 
+# Modules that are never called themselves: the module around them calls what they hold.
+UNCALLED = (nn.ModuleList, nn.ModuleDict)
 # Attributes of a weight that code reads without computing with the weight.
 _DESCRIPTIONS = {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "requires_grad", "is_meta", "is_cuda"}
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..heads.detect import resolve_heads
 from ..heads.traversal import own_modules, unwrapped
+from .bypass import UNCALLED
 from .image_part import backbone_name
 
 
@@ -22,8 +23,6 @@ from .image_part import backbone_name
 CLASSIFIER_NAMES = ("classifier", "head", "head_dist", "decode_head", "auxiliary_head", "class_predictor", "mask_head")
 # By which a model of transformers shows that it computes a task's loss (SAM's `input_labels` are no labels of a task).
 LABEL_ARGUMENTS = {"labels", "mask_labels", "class_labels"}
-# Modules that are never called themselves, hence cannot be wrapped in `modules_to_save`.
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 # Layers whose size can be the number of labels.
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _KINDS = (nn.Linear, *_CONVOLUTIONS, nn.Embedding)
@@ -71,7 +70,7 @@ def _is_classifier(model: nn.Module, name: str) -> bool:
     # transformers before 5.0 makes a model of SegFormer's `decode_head` as well
     holds_model = any(hasattr(inner, "base_model_prefix") for _, inner in own_modules(module))
     is_model = holds_model and name not in CLASSIFIER_NAMES
-    is_stack = isinstance(module, _CONTAINERS) and bool(resolve_heads(module))
+    is_stack = isinstance(module, UNCALLED) and bool(resolve_heads(module))
     get_output_embeddings = getattr(model, "get_output_embeddings", lambda: None)
     return (
         _has_parameters(module)
@@ -127,7 +126,7 @@ def _unambiguous(model: nn.Module, classifiers: list[str]) -> list[str]:
             if inner and not all(_stands_alone(model, key, classifiers, matched) for key in mine):
                 names = [other for other in names if other != name] + inner
                 break
-            if any(isinstance(model.get_submodule(key), _CONTAINERS) for key in mine):
+            if any(isinstance(model.get_submodule(key), UNCALLED) for key in mine):
                 warnings.warn(
                     f"{name} looks like a part of the classifier, but PEFT cannot train it in full, because its name "
                     f"also means {', '.join(mine)}; name the modules to train in modules_to_save"
@@ -141,7 +140,7 @@ def _unambiguous(model: nn.Module, classifiers: list[str]) -> list[str]:
 def _stands_alone(model: nn.Module, key: str, classifiers: list[str], matched: list[str]) -> bool:
     return (
         any(key == name or key.startswith(f"{name}.") for name in classifiers)
-        and not isinstance(model.get_submodule(key), _CONTAINERS)
+        and not isinstance(model.get_submodule(key), UNCALLED)
         and not any(other.startswith(key + ".") for other in matched)
     )
 

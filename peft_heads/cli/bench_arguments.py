@@ -9,6 +9,7 @@ from typing import Any
 
 from ..benchmark.recipes import RECIPES, Recipe
 from ..data.preprocessing import Preprocessing
+from ..data.suites import DEFAULT_SUITE
 from ..data.tasks import LIST_SEEDS, SHOTS
 from ..methods import MethodSettings, all_options, effective_settings
 from ..tuners.common.method_registry import get_method, registered_methods
@@ -40,7 +41,9 @@ def build_parser(command: str, description: str, lists: bool, method: str | None
 
 
 def _add_what(what: Any, lists: bool) -> None:
-    what.add_argument("--suite", choices=tuple(RECIPES), default="vtab", help="default: vtab; folder: your own")
+    what.add_argument(
+        "--suite", choices=tuple(RECIPES), default=DEFAULT_SUITE, help="default: %(default)s; folder: your own"
+    )
     what.add_argument("--task", nargs="+", default=[], metavar="TASK", help="default: all of the suite")
     what.add_argument(
         "--model_name_or_path",
@@ -84,6 +87,7 @@ def _add_where(where: Any) -> None:
 def _add_method(group: Any, lists: bool, method: str | None) -> None:
     names = method_names()
     group.add_argument("--method", choices=names, default=names[0], help="default: %(default)s")
+    defaults = _defaults()
     for option in all_options(method).values():
         choices = f" One of {', '.join(option.choices)}." if option.choices else ""
         group.add_argument(
@@ -92,7 +96,7 @@ def _add_method(group: Any, lists: bool, method: str | None) -> None:
             choices=option.choices,
             nargs="+" if lists else None,
             metavar=option.name.upper(),
-            help=_option_help(option, lists).replace("%", "%%") + choices,
+            help=_option_help(option, lists, defaults).replace("%", "%%") + choices,
         )
 
 
@@ -116,7 +120,7 @@ def _add_recipe(group: Any) -> None:
     )
 
 
-def _option_help(option: Option, lists: bool) -> str:
+def _option_help(option: Option, lists: bool, defaults: dict[str, dict[str, Any]]) -> str:
     """The help of `peft-heads train`, with the defaults of the benchmark in place of that command's."""
     text = option.help.rstrip(".") + "."
     if option.name == "head_select_at":
@@ -124,16 +128,16 @@ def _option_help(option: Option, lists: bool) -> str:
     if option.name == "head_warmup_epochs":
         values = {suite: recipe.head_warmup_epochs for suite, recipe in RECIPES.items()}
         return f"Epochs before the selection (default: the recipe's, {_by_suite(values)})."
-    defaults = {
+    mine = {
         method: _words(settings[option.name], lists)
-        for method, settings in _defaults().items()
+        for method, settings in defaults.items()
         if option.name in settings
     }
-    if not defaults:
+    if not mine:
         return text
-    if len(set(defaults.values())) == 1:
-        return f"{text} Default: {next(iter(defaults.values()))}."
-    return f"{text} Default: {', '.join(f'{value} of {method}' for method, value in defaults.items())}."
+    if len(set(mine.values())) == 1:
+        return f"{text} Default: {next(iter(mine.values()))}."
+    return f"{text} Default: {', '.join(f'{value} of {method}' for method, value in mine.items())}."
 
 
 def _defaults() -> dict[str, dict[str, Any]]:

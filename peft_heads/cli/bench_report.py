@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..data.suites import DEFAULT_SUITE
+
 
 def run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
@@ -15,7 +17,7 @@ def run(argv: list[str]) -> int:
         "their suite.",
     )
     parser.add_argument("results", metavar="RESULTS_DIR", help="the folder that `bench run` and `bench sweep` wrote")
-    parser.add_argument("--suite", default="vtab", help="suite to report (default vtab)")
+    parser.add_argument("--suite", default=DEFAULT_SUITE, help="suite to report (default %(default)s)")
     parser.add_argument("--output_dir", type=Path, metavar="DIR", help="write the report there")
     parser.add_argument("--unofficial", action="store_true", help="include runs of uncommitted code and partial ones")
     parser.add_argument("--overwrite", action="store_true", help="replace files in DIR")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import textwrap
 
-from ..data.suites import SUITES
+from ..data.suites import DEFAULT_SUITE, SUITES
 
 
 def run(argv: list[str]) -> int:
@@ -22,8 +22,8 @@ def run(argv: list[str]) -> int:
     check.add_argument(
         "--suite",
         choices=[name for name, suite in SUITES.items() if not suite.generated],
-        default="vtab",
-        help="default: vtab; folder: images of your own",
+        default=DEFAULT_SUITE,
+        help="default: %(default)s; folder: images of your own",
     )
     check.add_argument("--task", nargs="+", default=[], metavar="TASK", help="only these (default: all of the suite)")
     check.add_argument(

@@ -19,7 +19,7 @@ from ..image_classifier import fetch_adapter
 from ..tuners.common.mask_keys import MASKS
 from ..tuners.common.method_registry import adapter_types
 from ..tuners.common.options import PRUNING_NUMBERS
-from ..tuners.common.saved_settings import is_settings_key
+from ..tuners.common.saved_settings import is_settings_key, is_stock_lora
 from ..tuners.head_masked_lora.packed import PACKED
 from ..tuners.head_masked_lora.state_dict import write_quantized
 from .file_tensors import prunes_neurons
@@ -70,7 +70,7 @@ def export_lora(
 
 def _check_expressible(source: Path, settings: dict[str, Any]) -> None:
     """Raise ValueError unless an adapter with these settings can be written as plain LoRA."""
-    if settings.get("peft_type") == "LORA":
+    if is_stock_lora(settings):
         raise ValueError(f"{source} is a stock LoRA adapter already; there is nothing to export")
     check_type(source, settings, adapter_types(LoraConfig))
     if prunes_neurons(settings):

@@ -10,6 +10,8 @@ from .tasks import LIST_SEEDS, OFFLINE, SHOTS, TASKS, Task
 
 
 FOLDER = "folder"
+# Where a command is not told the suite.
+DEFAULT_SUITE = "vtab"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -163,21 +163,21 @@ def read_masks(layers: dict[str, HeadMaskable], adapter_name: str) -> dict[str, 
 def write_masks(layers: dict[str, HeadMaskable], masks: dict[str, torch.Tensor], adapter_name: str) -> None:
     """Set the masks of the projections that `masks` names; raises ValueError before anything is changed."""
     check_masks(layers, masks, adapter_name)
-    masks = read_masks(layers, adapter_name) | masks
-    changes = {}
+    changes = []
     for name, layer in layers.items():
-        mask = torch.cat([masks[key].cpu() for key in layer.head_layout[adapter_name].named_parts(name)])
-        if not torch.equal(mask, layer.get_head_mask(adapter_name).cpu()):
-            changes[layer] = mask
-    before = {layer: layer.get_head_mask(adapter_name) for layer in changes}
+        layout, before = layer.head_layout[adapter_name], layer.get_head_mask(adapter_name).detach().cpu()
+        parts = zip(layout.named_parts(name), layout.split(before), strict=True)
+        mask = torch.cat([masks.get(key, present).cpu() for key, present in parts])
+        if not torch.equal(mask, before):
+            changes.append((layer, before, mask))
     changed = []
     try:
-        for layer, mask in changes.items():
+        for layer, before, mask in changes:
             layer.set_head_mask(adapter_name, mask)
-            changed.append(layer)
+            changed.append((layer, before))
     except ValueError:  # merged, or offloaded
-        for layer in changed:
-            layer.set_head_mask(adapter_name, before[layer])
+        for layer, before in changed:
+            layer.set_head_mask(adapter_name, before)
         raise
 
 

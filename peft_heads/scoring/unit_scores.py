@@ -30,7 +30,12 @@ class UnitScores(HeadRecorder):
             ValueError: There is no such criterion, it needs gradients and no step with finite gradients was counted, or
                 it needs gates and they are not gathered.
         """
-        criterion = criterion or self.config.criterion
+        return self._scores_of(criterion or self.config.criterion, *self._measured())
+
+    def _scores_of(
+        self, criterion: str, statistics: dict[str, torch.Tensor], params: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The scores by a criterion, of what `_measured` has returned; errors are those of `scores`."""
         found = find_criterion(criterion)
         if found.needs_gradients and not self.num_steps:
             why = (
@@ -43,11 +48,19 @@ class UnitScores(HeadRecorder):
         return head_scores(
             criterion,
             self.layouts,
-            statistics={name: sums / self.num_steps for name, sums in self._sums_by_name().items()},
-            params=self._by_projection(self._gradients.values(now=True)),
+            statistics=statistics,
+            params=params,
             seed=self.config.mask_seed,
             gates={name: sums / self.num_images for name, sums in self.gates("head").items()} if gathered else None,
         )
+
+    def _measured(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """What every criterion reads: the statistics by projection, and the present values of the scored parameters.
+
+        Where the parameters are sharded this is a collective.
+        """
+        statistics = {name: sums / self.num_steps for name, sums in self._sums_by_name().items()}
+        return statistics, self._by_projection(self._gradients.values(now=True))
 
     def neuron_scores(self, criterion: str | None = None) -> dict[str, torch.Tensor]:
         """Scores of every neuron of the model's MLPs; by gates, the mean over the images so far.
@@ -81,14 +94,14 @@ class UnitScores(HeadRecorder):
 
     def all_scores(self) -> dict[str, dict[str, torch.Tensor]]:
         """`{criterion: scores}` for every criterion that can be computed from the statistics so far."""
-        scores = {}
+        scores, measured = {}, self._measured()
         for name, criterion in CRITERIA.items():
             if (criterion.needs_gradients and not self.num_steps) or (
                 criterion.needs_gates and not self.has_head_gates
             ):
                 continue
             try:
-                scores[name] = self.scores(name)
+                scores[name] = self._scores_of(name, *measured)
             except Exception as error:  # a plugin's criterion that nobody asked for must not end a training
                 if name in BUILT_IN or name == self.config.criterion:
                     raise

@@ -61,6 +61,21 @@ def test_against_the_reference(backbone, lora):
 K_BIT = [{"adapter_bits": 1}, {"adapter_bits": 4, "lora_bias": True, "r": 4}]
 
 
+def test_all_criteria_read_the_weights_once(monkeypatch):
+    """Sharded weights are put together for it, which every process waits for."""
+    model = make()
+    scorer = HeadScorer(model)
+    tiny.train(model, steps=1, after_backward=scorer.update)
+    each = {name: scorer.scores(name) for name in CRITERIA}
+    read, values = [], scorer._gradients.values
+    monkeypatch.setattr(scorer._gradients, "values", lambda now: read.append(now) or values(now))
+    together = scorer.all_scores()
+    assert read == [True]
+    assert together.keys() == each.keys()
+    for name, scores in each.items():
+        assert all(torch.equal(together[name][module], score) for module, score in scores.items())
+
+
 @pytest.mark.parametrize("lora", [{}, {"lora_bias": True}, *K_BIT], ids=str)
 def test_signed_score_is_the_derivative_with_respect_to_a_gate(backbone, lora):
     """In a whole model each head's delta is multiplied by a gate of 1; the score is the derivative by the gate."""

@@ -15,6 +15,7 @@ from ...tuners.common.options import HEAD_SETTINGS
 from ..recipes import Recipe
 from ..records.plans import Choice, unfinished_choices, write_plan
 from ..records.run_record import Run, RunSpec, describe_method
+from ..records.schema import unique
 from ..report.rows import method_order
 from .execution import Outcome, execute
 from .optuna_queue import SharedQueue, default_study_name
@@ -61,7 +62,7 @@ class Sweep:
                 for name in HEAD_SETTINGS:  # read when heads are selected
                     if name != "ne":
                         method.pop(name, None)
-        return _unique(combinations)
+        return unique(combinations, key=describe_method)
 
     def variants(self) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
         """`(settings of a row of the report, combinations among which one is chosen per task)`."""
@@ -209,7 +210,3 @@ def run_sweep(
 def _without(method: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
     """Settings of a method that its row leaves open."""
     return {name: value for name, value in method.items() if name not in row}
-
-
-def _unique(methods: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return list({describe_method(method): method for method in methods}.values())

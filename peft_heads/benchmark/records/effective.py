@@ -10,7 +10,7 @@ from ...data.tasks import TASKS
 from ...methods import MethodSettings, deactivates_heads, effective_settings
 from ..recipes import RECIPES
 from .run_record import Environment, RunSpec
-from .schema import canonical_json
+from .schema import canonical_json, unique
 
 
 # `mean` and `std` are what `normalization` stands for.
@@ -71,12 +71,8 @@ def describe_settings(settings: dict[str, Any]) -> str:
 def merge_settings(several: list[dict[str, Any]]) -> dict[str, Any]:
     """One dictionary for several; a setting that differs has the list of its values."""
     names = dict.fromkeys(name for settings in several for name in settings)
-    values = {name: _unique([settings[name] for settings in several if name in settings]) for name in names}
+    values = {name: unique([settings[name] for settings in several if name in settings]) for name in names}
     return {name: found[0] if len(found) == 1 else found for name, found in values.items()}
-
-
-def _unique(values: list[Any]) -> list[Any]:
-    return list({canonical_json(value): value for value in values}.values())
 
 
 def _differences(values: dict[str, Any], expected: dict[str, Any], prefix: str = "") -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import types
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -73,6 +74,16 @@ def check_type(value: Any, hint: Any, name: str) -> None:
 def canonical_json(value: Any) -> str:
     """JSON that is equal for equal values: keys sorted, 1.0 as 1."""
     return json.dumps(_plain_numbers(jsonable(value)), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def unique(values: Iterable[T], key: Callable[[T], Hashable] = canonical_json) -> list[T]:
+    """The values that differ, each where it stood first; of equal ones the last.
+
+    Args:
+        values: The values.
+        key: What is equal for equal values.
+    """
+    return list({key(value): value for value in values}.values())
 
 
 def jsonable(value: Any) -> Any:

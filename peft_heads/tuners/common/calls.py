@@ -9,13 +9,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..._compat.torch import forward_hooks, run_while_tracing
-from ...backbones.bypass import child_uses
+from ...backbones.bypass import UNCALLED, child_uses
 from ...heads.detect import is_attention
 from ...heads.traversal import own_modules
 
 
-# Modules that hold others, which the module around them calls one by one.
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+# Modules that hold others; an nn.Sequential is called, but knows nothing of what it holds.
+_CONTAINERS = (*UNCALLED, nn.Sequential)
 
 
 def watch_calls(model: nn.Module) -> None:

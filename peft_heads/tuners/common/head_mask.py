@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -59,13 +58,6 @@ class HeadMask(nn.Module):
                 )
                 return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a module that was pickled with its whole model, maybe by an earlier version."""
-        super().__setstate__(state)
-        if hasattr(self, "mask"):
-            self.register_buffer("off", ~self.mask)
-            del self.mask
 
 
 def masked_layers(model: nn.Module, adapter_name: str) -> list[tuple[str, HeadMaskedLayer]]:

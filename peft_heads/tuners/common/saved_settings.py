@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftType
 from peft.utils.other import get_pattern_key
 
 from ...adapter_folder.weights_file import read_infos, read_weights
@@ -33,11 +33,16 @@ def is_settings_key(key: str) -> bool:
     return key.removeprefix(_BASE).startswith(_settings_keys(parameter_prefixes()))
 
 
-def check_foreign(peft_type: str | None, path: Path) -> None:
+def is_stock_lora(settings: dict[str, Any]) -> bool:
+    """Whether an adapter with this configuration is PEFT's own LoRA."""
+    return settings.get("peft_type") == PeftType.LORA
+
+
+def check_foreign(settings: dict[str, Any], path: Path) -> None:
     """Raise ValueError if an adapter that is said to be none of ours has weights that another method gets wrong.
 
     Args:
-        peft_type: What its configuration says, none of our types.
+        settings: Its configuration, whose type is none of ours.
         path: The file of its weights. Head-masked weights of full precision with `mask_scope="adapter"` are LoRA.
     """
     infos = read_infos(path)
@@ -47,12 +52,14 @@ def check_foreign(peft_type: str | None, path: Path) -> None:
     odd += [key for key, value in noted.items() if value.any()]
     if odd:
         raise ValueError(
-            f"{path} has {odd[0]}, which no adapter of type {peft_type} has; its configuration was edited, or belongs to "
-            "another adapter"
+            f"{path} has {odd[0]}, which no adapter of type {settings.get('peft_type')} has; its configuration was edited, or "
+            "belongs to another adapter"
         )
+    if is_stock_lora(settings):
+        _check_ranks(settings, path)
 
 
-def check_ranks(settings: dict[str, Any], path: Path) -> None:
+def _check_ranks(settings: dict[str, Any], path: Path) -> None:
     """Raise ValueError if the factors of a stock LoRA adapter have other ranks than its configuration says.
 
     PEFT makes the factors by the configuration, however large, before it reads the weights.

@@ -114,14 +114,6 @@ class HeadMaskVariant(LoraVariant):
         self.inner = VanillaVariant() if inner is None else inner
         self.mask_scope = mask_scope
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a variant that was pickled with its whole model, maybe by an earlier version.
-
-        That had no inner variant for vanilla and k-bit LoRA; a `KBitVariant` does either, as the layer has it.
-        """
-        self.__dict__.update(state)
-        self.inner = KBitVariant() if self.inner is None else self.inner
-
     def supports_lora_conversion(self) -> bool:
         # with mask_scope="head" the delta holds minus the frozen weight, and the bias changes: not a low-rank update
         return self.mask_scope == "adapter" and self.inner.supports_lora_conversion()

@@ -1,8 +1,6 @@
 """The mask has two senses: True = deactivated in the model's buffer, True = active in files and for users."""
 
 import copy
-import io
-import pickle
 
 import pytest
 import tiny
@@ -126,18 +124,6 @@ def test_an_old_state_dict_that_cannot_be_read_is_refused(edit):
     with pytest.raises(RuntimeError, match=r"head_mask\.default\.mask \(True = active\) must be a bool tensor that"):
         model.load_state_dict(old)
     assert masks(model) == masks(make("lora"))
-
-
-def test_a_model_that_was_pickled_by_an_earlier_version():
-    model = make("lora")
-    old = copy.deepcopy(model)
-    for module in old.modules():
-        if isinstance(module, HeadMask):
-            module._buffers["mask"] = ~module._buffers.pop("off")
-    again = pickle.load(io.BytesIO(pickle.dumps(old)))
-    assert masks(again) == masks(model)
-    assert torch.equal(logits(again), logits(model))
-    assert again.state_dict().keys() == model.state_dict().keys()
 
 
 def test_a_mask_in_a_file_that_is_not_bool(method, tmp_path):

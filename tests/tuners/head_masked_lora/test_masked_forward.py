@@ -1,17 +1,12 @@
 """Which variant an adapter has, and what each variant does."""
 
-import copy
-import io
-import pickle
-
 import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 
-from peft_heads import HeadMaskedLoraConfig, set_head_masks
-from peft_heads.tuners.head_masked_lora.layer import HeadMaskedLinear
-from peft_heads.tuners.head_masked_lora.masked_forward import HeadMaskVariant, KBitVariant, VanillaVariant
+from peft_heads import HeadMaskedLoraConfig
+from peft_heads.tuners.head_masked_lora.masked_forward import KBitVariant, VanillaVariant
 
 
 OFF = torch.arange(24) < 4  # the rows of head 0
@@ -114,18 +109,3 @@ def test_the_dropout_is_between_the_factors():
     kept, whole = hidden != 0, VanillaVariant().down(layer, "default", x)
     assert 10 < kept.sum() < 54
     torch.testing.assert_close(hidden[kept], 2 * whole[kept])
-
-
-@pytest.mark.parametrize("options", [{}, {"adapter_bits": 2, "bottleneck_dropout": 0.1}, {"use_dora": True}], ids=str)
-def test_a_model_that_was_pickled_by_an_earlier_version(options):
-    """Earlier versions had no inner variant for vanilla and k-bit LoRA."""
-    model = make(ne=1, **options)
-    set_head_masks(model, tiny.masks_off(model, 1))
-    old = copy.deepcopy(model)
-    for module in old.modules():
-        variant = module.lora_variant["default"] if isinstance(module, HeadMaskedLinear) else None
-        if variant is not None and isinstance(variant.inner, VanillaVariant):
-            variant.inner = None
-    again = pickle.load(io.BytesIO(pickle.dumps(old)))
-    assert isinstance(layer_of(again).lora_variant["default"], HeadMaskVariant)
-    assert torch.equal(again(tiny.images()).logits, model(tiny.images()).logits)
