@@ -64,7 +64,7 @@ K_BIT = [{"adapter_bits": 1}, {"adapter_bits": 4, "lora_bias": True, "r": 4}]
 def test_all_criteria_read_the_weights_once(monkeypatch):
     """Sharded weights are put together for it, which every process waits for."""
     model = make()
-    scorer = HeadScorer(model)
+    scorer = HeadScorer(model, gates=True)
     tiny.train(model, steps=1, after_backward=scorer.update)
     each = {name: scorer.scores(name) for name in CRITERIA}
     read, values = [], scorer._gradients.values
