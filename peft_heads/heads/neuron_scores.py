@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from .gates import GATE_STATISTICS
+from .neurons import NEURON_CRITERIA
 
 
-NEURON_CRITERIA = (*GATE_STATISTICS, "weight_norm", "random", "front", "most_responsive")
-"""The criteria of neurons. `most_responsive` switches off the neurons that `gate` would keep longest."""
+# `most_responsive` switches off the neurons that `gate` would keep longest.
 _OF_GATES = (*GATE_STATISTICS, "most_responsive")
 
 

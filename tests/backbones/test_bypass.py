@@ -72,7 +72,9 @@ def test_a_bias_of_its_own_bypasses_the_fused_projection():
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"), [({}, True), ({"batch_first": False}, False), ({"activation": F.silu}, False)], ids=str
+    ("options", "expected"),
+    [({}, True), ({"batch_first": False}, False), ({"activation": F.silu}, False)],
+    ids=["default", "tokens-first", "silu"],
 )
 def test_fast_path(options, expected):
     layer = nn.TransformerEncoderLayer(4, 2, 8, **{"batch_first": True, **options})
