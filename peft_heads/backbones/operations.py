@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from .blocks import whole_blocks
 from .empty_models import build_empty, random_images, smaller_config
@@ -97,6 +96,8 @@ def _count(model: nn.Module, layers: list[nn.Module]) -> tuple[int, list[int]]:
     for layer in layers:
         layer.register_forward_pre_hook(note)
     # without data, attention is computed in matrix products, which the counter knows
+    from torch.utils.flop_counter import FlopCounterMode  # here, so that `import peft_heads` does not load it
+
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(random_images(model).to("meta"))
     return counter.get_total_flops() // 2, [tokens[layer] for layer in layers]

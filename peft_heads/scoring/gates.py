@@ -202,6 +202,8 @@ class GateRecorder:
     def _put_gates(self, each: GatedModule, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         if not self.listening:  # a compiled model goes on calling hooks that it has seen
             return None
+        if self._entered is None and not torch.is_grad_enabled():
+            return None  # no pass of its own; the first pass of reentrant checkpointing lies within one
         key = None if args else next(iter(kwargs))
         activation = args[0] if args else kwargs[key]
         num_images = self._images_of(each, activation)

@@ -370,7 +370,7 @@ def test_wrong_arguments_of_rlrr(train, words, message, capsys):
 
 def test_every_method_argument_belongs_to_some_method():
     names = set(all_options()) - {"peft_config"}
-    assert len(names) == 25
+    assert len(names) == 33
     for name in names:
         with pytest.raises(ValueError, match=f"--{name} does not apply to --method full"):
             check_method(MethodSettings("full", {name: 1}))
