@@ -44,8 +44,11 @@ def _warn_of_no_selection(folder: Path, config: CardedConfig, contents: FolderCo
     # A run that broke off leaves selection_pending behind, but then it is not Trainer that saves. An adapter that is
     # not named "default" lies in a folder of its own inside the checkpoint.
     is_checkpoint = any(name.startswith("checkpoint-") for name in (folder.name, folder.parent.name))
-    is_warm_up = contents.selection_pending and is_checkpoint
-    if config.masks_heads and contents.masks and not contents.selected and not is_warm_up:
+    if contents.selection_pending and is_checkpoint:  # of the warm-up
+        return
+    if getattr(config, "target_speed", None) is not None and (contents.selected or contents.neurons_selected):
+        return  # heads alone, neurons alone or both reach a speed
+    if config.masks_heads and contents.masks and not contents.selected:
         numbers = {name: getattr(config, name, None) for name in ("ne", "ratio", "target_speed")}
         asked_for = next(f"{name}={value}" for name, value in numbers.items() if value is not None)
         warnings.warn(
@@ -54,7 +57,7 @@ def _warn_of_no_selection(folder: Path, config: CardedConfig, contents: FolderCo
             "HeadScorer or set_head_masks"
         )
     numbers = {name: value for name in ("neuron_ratio", "target_speed") if (value := getattr(config, name, None))}
-    if numbers and contents.neuron_masks and not contents.neurons_selected and not is_warm_up:
+    if numbers and contents.neuron_masks and not contents.neurons_selected:
         asked_for = ", ".join(f"{name}={value}" for name, value in numbers.items())
         warnings.warn(
             f"the adapter saved to {folder} is to switch neurons off ({asked_for}), but all are on, so that none can be "
