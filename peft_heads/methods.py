@@ -11,6 +11,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from .scoring.callback import TaylorHeadScorer
+from .scoring.window import LAST_CUT
 from .tuners.common.calls import watch_calls
 from .tuners.common.folder_config import AdapterFolderConfig
 from .tuners.common.method_registry import Method, get_method, method_of, registered_methods
@@ -194,7 +195,7 @@ def effective_settings(given: MethodSettings) -> dict[str, Any]:
         settings |= {"head_select_at": scorer.select_at, "head_warmup_epochs": scorer.warmup_epochs}
         settings["head_window"] = scorer.window
         if scorer.cuts > 1:
-            settings |= {"cuts": scorer.cuts, "last_cut": 0.5 if scorer.last_cut is None else scorer.last_cut}
+            settings |= {"cuts": scorer.cuts, "last_cut": LAST_CUT if scorer.last_cut is None else scorer.last_cut}
         if scorer.distill:
             settings |= {name: getattr(scorer, name) for name in ("distill", "distill_temperature", "teacher")}
         prunes_neurons = getattr(config, "prunes_neurons", False)

@@ -107,3 +107,11 @@ def backward_pass() -> int:
     Delete when torch has a public name for it.
     """
     return torch._C._current_graph_task_id()
+
+
+def device_with_float64(device: torch.device) -> torch.device:
+    """The device, or the CPU if the device has no float64.
+
+    Delete when torch has float64 on MPS.
+    """
+    return torch.device("cpu") if device.type == "mps" else device

@@ -11,6 +11,8 @@ from transformers.activations import ACT2FN
 
 from ..heads.traversal import own_modules, unwrapped
 from .blocks import Block, whole_blocks
+from .empty_models import image_config
+from .units import neurons_of
 
 
 WAY_OUT = "leave neuron_ratio and target_speed out"
@@ -55,7 +57,8 @@ def _num_neurons(model: nn.Module, modules: dict[str, nn.Module], block: Block) 
             )
     first, *_, last = layers
     shapes = ", ".join(f"{name} {layer.in_features} → {layer.out_features}" for name, layer in layers.items())
-    if len(layers) != 2 or layers[first].out_features != layers[last].in_features:
+    num_neurons, _ = neurons_of(model, block)
+    if not num_neurons:
         raise ValueError(
             f"the MLP of {block.name} is gated, or has other layers than neuron masks know ({shapes}; expected two linear "
             f"layers, the second with as many inputs as the first has outputs); {WAY_OUT}"
@@ -75,7 +78,7 @@ def _num_neurons(model: nn.Module, modules: dict[str, nn.Module], block: Block) 
                 f"activation that maps 0 to 0: GELU, QuickGELU, ReLU, SiLU), so that something of a neuron would remain "
                 f"that is off; {WAY_OUT}"
             )
-    return layers[first].out_features
+    return num_neurons
 
 
 def _activations(model: nn.Module, modules: dict[str, nn.Module], block: Block) -> dict[str, Callable]:
@@ -93,9 +96,7 @@ def _activations(model: nn.Module, modules: dict[str, nn.Module], block: Block) 
             if not isinstance(candidate, _HARMLESS)
         }
     if not found:
-        config = getattr(model, "config", None)
-        config = getattr(config, "vision_config", config)
-        named = getattr(config, "hidden_act", None)
+        named = getattr(image_config(getattr(model, "config", None)), "hidden_act", None)
         if callable(named) or named in ACT2FN:
             found["hidden_act"] = named if callable(named) else ACT2FN[named]
     return found

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from .._compat.torch import device_with_float64
+
 
 GATE_STATISTICS = ("gate", "gate_signed", "gate_squared")
 
@@ -73,8 +75,3 @@ class _Gated(torch.autograd.Function):
         product = activation.to(dtype) * gradient.to(dtype)
         product = product.reshape(num_images, -1, num_units, activation.shape[-1] // num_units)
         return gradient, product.sum(dim=(1, 3))
-
-
-def device_with_float64(device: torch.device) -> torch.device:
-    """The device, or the CPU if the device has no float64."""
-    return torch.device("cpu") if device.type == "mps" else device

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from .gates import device_with_float64
+from .._compat.torch import device_with_float64
 from .layout import HeadLayout
 
 

@@ -31,9 +31,10 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
     """Scores the heads of a head-masked adapter during the warm-up and deactivates the least responsive.
 
     This callback decides *when*; the adapter's configuration decides *what* is deactivated: heads, and MLP neurons where
-    it prunes. With `target_speed` it is decided at the first cut how many. At the selection the masks are set, the deactivated heads are recorded in `state.log_history` and logged at INFO, and the main process writes
-    `head_scores.json` (the scores by all criteria, and the masks) and `head_scores.png` (a heat map) into `output_dir`.
-    From then on both are saved and pushed with the adapter, whose card shows the heat map.
+    it prunes. With `target_speed` the first cut decides how many. At the selection the masks are set, the deactivated
+    heads are recorded in `state.log_history` and logged at INFO, and the main process writes `head_scores.json` (the
+    scores by all criteria, and the masks) and `head_scores.png` (a heat map) into `output_dir`. From then on both are
+    saved and pushed with the adapter, whose card shows the heat map.
     Checkpoints hold masks and scores: a resumed run selects the same heads.
 
     With several `cuts` units go step by step, cubically: most at the first cuts, none but those planned after the last.
@@ -73,10 +74,10 @@ class TaylorHeadScorer(TrainerCallback, ExportableState):
     Raises:
         ValueError: Wrong arguments; when training begins: a selection after the end of training, more cuts than steps,
             a `target_speed` that no numbers of heads and neurons reach, settings that distillation does not go with, a
-            selection by
-            Taylor scores of the first step alone while the adapter is zero (`lora_B`: every score would be zero), a
-            model without a head-masked adapter, an adapter that is unknown or not active, a second scorer, an epoch
-            of unknown length where it is needed, or `load_best_model_at_end` where the adapter could not be loaded.
+            selection by Taylor scores of the first step alone while the adapter is zero (`lora_B`: every score would
+            be zero), a model without a head-masked adapter, an adapter that is unknown or not active, a second scorer,
+            an epoch of unknown length where it is needed, or `load_best_model_at_end` where the adapter could not be
+            loaded.
 
     Example:
 

@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 
 from ..backbones.blocks import Block, find_blocks
+from ..backbones.units import neurons_of
 from ..heads.criterion_registry import CRITERIA
 from ..heads.layout import HeadLayout
 from ..heads.neuron_scores import neurons_need_gates
 from ..heads.protocol import name_in_base_model
-from ..heads.traversal import unwrapped
 
 
 KINDS = ("head", "neuron")
@@ -85,12 +85,11 @@ def _of_block(model: nn.Module, block: Block) -> list[GatedModule]:
         projections = tuple(name_in_base_model(name) for name in names if name is not None)
         name, module = name_in_base_model(block.name), model.get_submodule(block.out)
         found.append(GatedModule("head", name, module, block.num_heads, projections))
-    if len(block.mlp_layers) == 2:
+    num_neurons, _ = neurons_of(model, block)
+    if num_neurons:
         first, second = (model.get_submodule(name) for name in block.mlp_layers)
-        neurons = unwrapped(second).in_features
-        if unwrapped(first).out_features == neurons:
-            name = name_in_base_model(block.mlp_layers[0])
-            found.append(GatedModule("neuron", name, second, neurons, first=first))
+        name = name_in_base_model(block.mlp_layers[0])
+        found.append(GatedModule("neuron", name, second, num_neurons, first=first))
     return found
 
 

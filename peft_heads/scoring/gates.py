@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._compat.torch import backward_pass
-from ..heads.gates import GATE_STATISTICS, device_with_float64, gate_statistics, gated, new_gates
+from .._compat.torch import backward_pass, device_with_float64
+from ..heads.gates import GATE_STATISTICS, gate_statistics, gated, new_gates
 from .gated_modules import KINDS, GatedModule, gated_modules, modules_around_blocks
 
 

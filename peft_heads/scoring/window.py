@@ -12,6 +12,8 @@ from .cuts import plan_cuts
 
 
 WINDOWS = ("last_epoch", "all", "last_step")
+# Time of the last of several cuts where none is given: half of training, so that the other half recovers.
+LAST_CUT = 0.5
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def plan_windows(
     """
     given = {"select_at": select_at, "warmup_epochs": warmup_epochs, "window": window}
     windows = [plan_window(**given, max_steps=max_steps, steps_per_epoch=steps_per_epoch)]
-    last_cut = 0.5 if last_cut is None else last_cut
+    last_cut = LAST_CUT if last_cut is None else last_cut
     last = _whole_steps(last_cut * max_steps) if last_cut < 1 else int(last_cut)
     if cuts > 1 and last > max_steps:
         raise ValueError(
